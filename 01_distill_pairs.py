@@ -91,13 +91,13 @@ def sketch(x: Tensor, px: float) -> Tensor:
 
 
 def oil(x: Tensor, px: float) -> Tensor:
-    paint = daub(daub(x, 6 * px), 4 * px)
+    paint = daub(daub(x, 4 * px), 3 * px)
     dx, dy = slope(grey(paint), 1.5 * px)                           # light from the upper left on thick paint
-    return tint(0.2, 0.12, 0.05) + torch.sigmoid(7 * (vivid(paint, 2) - 0.5)) * tint(0.9, 0.75, 0.43) + 1.5 * (dx + dy)
+    return tint(0.18, 0.12, 0.06) + torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46) + 1.5 * (dx + dy)
 
 
 def watercolour(x: Tensor, px: float) -> Tensor:
-    wash = daub(blur(x, 2 * px), 7 * px)
+    wash = daub(blur(x, 1.5 * px), 5 * px)
     dx, dy = slope(wash, 2 * px)
     rim = (dx ** 2 + dy ** 2).sum(1, keepdim=True).sqrt()           # pigment gathers where a wash ends
     return (0.45 + 0.6 * vivid(wash, 1.7)) * (1 - (3 * rim).clamp(max=0.45))
