@@ -1,0 +1,149 @@
+"""Trains the base generator: one small text-conditioned GAN that learns several edits at once (E2GAN, sections 3.1 and 3.2).
+
+The generator sees a photo and the CLIP features of a prompt, the PatchGAN discriminator photo, edit and prompt. Least-squares
+GAN + 100 * L1 on pairs that stage 1 distilled, with Adam and pix2pix's schedule. Every step is a function of (seed, step)
+alone, so a run that was killed continues and ends in the same bytes as one that was not.
+
+Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
+Writes  runs/base/generator.safetensors     the model, with the prompts' text features: using it needs no CLIP
+        runs/base/state.safetensors         to continue      log.jsonl, samples/*.png, result.json
+
+    python 03_train_base.py --demo
+    python 03_train_base.py --pairs runs/pairs --clusters runs/clusters
+    torchrun --nproc_per_node=8 03_train_base.py --batch 128        (the batch of all processes together)
+"""
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+
+PAPER = dict(
+    pairs=Path("runs/pairs"), clusters=Path("runs/clusters"), concept=[], out=Path("runs/base"),
+    arch="e2gan", width=64,
+    epochs=200,                     # pix2pix's 100 constant + 100 decaying
+    batch=16, lr=2e-4, lr_d=2e-4,
+    l1=100.0,
+    clip="ViT-B-32:openai", precision="auto", save_every=1000,
+)
+LOG_EVERY = 50
+DEMO = dict(
+    pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
+    width=32, epochs=30, clip="ViT-S-32:random", save_every=300,
+    lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
+)
+
+
+def chosen_concepts(args) -> list[str]:
+    """--concept, or the base concepts that stage 2 chose."""
+    if args.concept:
+        return args.concept
+    path = args.clusters / "concepts.json"
+    base = common.read_json(path).get("base")
+    if not isinstance(base, list) or not base:
+        raise common.UserError(f"{path} lists no base concepts; run 02_cluster.py, or name them with --concept")
+    return base
+
+
+def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs, args, device, rank: int, world: int) -> dict:
+    """The loop. Returns its pace as columns of the table."""
+    opt_g = common.adam(generator.parameters(), args.lr)
+    opt_d = common.adam(discriminator.parameters(), args.lr_d)
+    counts = [len(edits) for edits in train.edits]
+    steps = args.epochs * common.steps_per_epoch(counts, args.batch)
+    state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
+    start = common.load_state(args.out / "state.safetensors", **state)
+    log = common.read_log(args.out / "log.jsonl", start)
+    sums = torch.zeros(3, device=device)
+    began = time.time()
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=rank > 0)
+    generator.train()
+    for step in bar:
+        common.set_lr(opt_g, args.lr, step, steps)
+        common.set_lr(opt_d, args.lr_d, step, steps)
+        torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
+        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
+        photo, edit, concept = train.batch(picks[rank::world], flips[rank::world], device)
+        text = common.mean_token(generator, concept)
+
+        with common.autocast(device, args.precision):
+            fake = generator(photo, concept)
+            twice = photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()]), None if text is None else text.repeat(2, 1)
+            score_real, score_fake = discriminator(*twice).float().chunk(2)
+        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+        opt_d.zero_grad()
+        loss_d.backward()
+        common.average_gradients(discriminator, world)
+        opt_d.step()
+
+        discriminator.requires_grad_(False)
+        with common.autocast(device, args.precision):
+            score = discriminator(photo, fake, text).float()
+        l1 = (fake.float() - edit).abs().mean()
+        loss_g = (score - 1).square().mean() + args.l1 * l1
+        opt_g.zero_grad()
+        loss_g.backward()
+        common.average_gradients(generator, world)
+        opt_g.step()
+        discriminator.requires_grad_(True)
+
+        sums += torch.stack([loss_g.detach(), loss_d.detach(), l1.detach()])
+        save = (step + 1) % args.save_every == 0 or step + 1 == steps
+        if save or (step + 1) % LOG_EVERY == 0:
+            common.average([sums], world)
+            means = (sums / (step + 1 - (log[-1]["step"] if log else 0))).tolist()
+            log.append({"step": step + 1, **dict(zip(("G", "D", "L1"), means))})
+            bar.set_postfix(G=f"{means[0]:.3f}", D=f"{means[1]:.3f}", L1=f"{means[2]:.4f}")
+            sums.zero_()
+        if save and rank == 0:
+            common.save_generator(args.out / "generator.safetensors", generator)
+            common.write_png(args.out / "samples" / f"{step + 1:07d}.png", common.progress_picture(generator, test))
+            common.write_text(args.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.save_state(args.out / "state.safetensors", step + 1, **state)
+            generator.train()
+    seconds = time.time() - began
+    return {"steps": steps, "batch": args.batch, "training s": None if start else seconds,     # a resumed run knows only its part
+            "images/s": (steps - start) * args.batch / seconds if steps > start else None}
+
+
+def main() -> None:
+    parser = common.StageParser(__doc__, PAPER, DEMO)
+    parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote")
+    parser.add_argument("--clusters", type=Path, help="folder that stage 2 wrote; names the base concepts")
+    parser.add_argument("--concept", action="append", help="train on this concept instead; can be repeated")
+    parser.add_argument("--arch", choices=list(common.ARCHITECTURES), help="e2gan takes prompts; the others learn one concept")
+    parser.add_argument("--width", type=int, help="channels of the first layer")
+    parser.add_argument("--epochs", type=int, help="passes over all pairs; the learning rates fall to 0 in the second half")
+    parser.add_argument("--batch", type=int, help="pairs a step, all processes together")
+    parser.add_argument("--lr", type=float, help="the generator's learning rate")
+    parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
+    parser.add_argument("--l1", type=float, help="weight of the L1 loss")
+    parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints and progress pictures")
+    args = parser.parse()
+
+    began = time.time()
+    concepts = chosen_concepts(args)
+    train, test = (common.load_pairs(args.pairs, split, concepts) for split in ("train", "test"))
+    device = common.pick_device(args.device)
+    rank, world = common.start_processes(device)
+    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint()), args.overwrite):
+        return
+    torch.manual_seed(args.seed)
+    generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
+    discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
+    pace = train_base(generator, discriminator, train, test, args, device, rank, world)
+    if rank == 0:
+        size = {"arch": args.arch, "width": args.width, "size px": train.size,
+                "parameters M": common.count_parameters(generator) / 1e6,
+                "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
+        common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
+            "Base generator": [size], "Base concepts, held-out photos": common.evaluate(generator, test)})
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,285 @@
+"""Prunes a generator while it trains, to the share of its MACs that you ask for (CoroNetGAN, section 3).
+
+Searching: small hypernetworks make every weight from latent vectors, one element a channel; after each step the latents are
+soft-thresholded, so channels fade until the target is met. Then the generated weights are sliced to the surviving
+channels: a dense, smaller generator, no hypernetwork left. Converging: that one trains on as usual.
+
+`--generator FILE` prunes a trained base and keeps what it learned; `--generator e2gan` (or resnet9, unet256) starts from scratch.
+
+Reads   runs/pairs, runs/base/generator.safetensors
+Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune adapters on it, export it
+        runs/coronet/sliced.safetensors         what the search left, before converging
+        search.safetensors, state.safetensors   to continue      log.jsonl, channels.png, samples/*.png, result.json
+
+    python 05_prune_coronet.py --demo
+    python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
+    torchrun --nproc_per_node=8 05_prune_coronet.py --keep 0.25 --batch 128
+"""
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import common
+
+PAPER = dict(
+    pairs=Path("runs/pairs"), concept=[], generator="runs/base/generator.safetensors", out=Path("runs/coronet"),
+    keep=0.25, width=64, clip="ViT-B-32:openai",
+    search_epochs=20, epochs=180,   # together pix2pix's 200
+    batch=16, lr=2e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", save_every=1000,
+)
+DEMO = dict(
+    pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
+    width=32, clip="ViT-S-32:random", search_epochs=4, epochs=16, lr=1e-3, save_every=300,
+)
+LOG_EVERY = 50
+MOST = 0.05         # the largest amount by which one step may shrink a latent
+
+
+class Latents(torch.nn.ParameterDict):
+    """One vector per channel group, {group: (channels,)}: what the search shrinks."""
+
+    def __init__(self, generator: common.Generator, trained: bool):
+        """N(0, 1) as in the paper; for a trained generator each channel's importance, mean 1 a group."""
+        importance = common.channel_importance(generator) if trained else {}
+        super().__init__({group: importance[group] if trained else torch.randn(n)
+                          for group, n in generator.config["widths"].items()})
+
+    def with_fixed(self, generator: common.Generator) -> dict[str, torch.Tensor]:
+        """The latents and ones for the groups that are never pruned: RGB and text."""
+        widths, device = common.all_widths(generator.config), next(self.parameters()).device
+        return {g: self[g] if g in self else torch.ones(n, device=device) for g, n in widths.items()}
+
+
+class Target:
+    """Knows how many MACs a choice of widths costs, and which threshold on the latents brings them under a share of all."""
+
+    def __init__(self, generator: common.Generator, keep: float):
+        self.terms = common.mac_terms(generator, generator.config["size"])
+        self.full = common.all_widths(generator.config)
+        self.floor = {g: min(n, max(2, n // 16)) for g, n in generator.config["widths"].items()}
+        smallest = self.share({**self.full, **self.floor})
+        if not 0 < keep < 1 or keep < smallest:
+            raise common.UserError(f"--keep {keep}: give a share of the MACs below 1 and not under {smallest:.3f}, what is left "
+                                   "with a sixteenth of the channels")
+
+    def share(self, widths: dict[str, int]) -> float:
+        return common.macs_of(self.terms, widths) / common.macs_of(self.terms, self.full)
+
+    def widths(self, latents: dict[str, torch.Tensor], threshold: float) -> dict[str, int]:
+        """Channels with |z| above the threshold, per group; never under the floor."""
+        above = {g: max(int((z.abs() > threshold).sum()), self.floor[g]) for g, z in latents.items()}
+        return {**self.full, **above}
+
+    def threshold(self, latents: dict[str, torch.Tensor], share: float, most: float) -> float:
+        """The smallest threshold (to 1/1000 of `most`) that brings the MACs to `share` or less; `most` if none does."""
+        low, high = -most / 1000, most                          # below 0: nothing is dropped
+        if self.share(self.widths(latents, 0.0)) <= share:
+            return 0.0
+        while high - low > most / 1000:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.share(self.widths(latents, middle)) <= share else (middle, high)
+        return high
+
+    def kept(self, latents: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+        """{group: sorted indices} of the largest latents such that the MACs come to `share` or just less."""
+        widths = self.widths(latents, self.threshold(latents, share, max(z.abs().max().item() for z in latents.values())))
+        return {g: z.abs().topk(widths[g]).indices.sort().values for g, z in latents.items()}
+
+
+def soft_threshold(latents: Latents, amount: float) -> None:
+    """The proximal step of the l1 norm: z <- sign(z) max(|z| - amount, 0)."""
+    with torch.no_grad():
+        for z in latents.values():
+            z.copy_(z.sign() * (z.abs() - amount).clamp(min=0))
+
+
+def write_channels(path: Path, config: dict) -> None:
+    """A bar chart of every group's channels, before and after."""
+    from matplotlib.figure import Figure
+    groups = list(config["full"])
+    figure = Figure(figsize=(0.6 * len(groups) + 2, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(groups, config["full"].values(), color="lightgrey", label="before")
+    axes.bar(groups, [config["widths"][g] for g in groups], color="tab:blue", label="after")
+    axes.tick_params(axis="x", rotation=60)
+    axes.set_ylabel("channels")
+    axes.legend()
+    common.replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=120))
+
+
+def train(generator, discriminator, optimizers: list, after_step, data: common.Pairs, test: common.Pairs, args, phase: str,
+          steps: int, decay: bool, device, rank: int, world: int) -> dict:
+    """The loop of both phases: least-squares GAN + L1, as in stage 3. `after_step(step)` returns True to end the phase.
+    Returns its pace as columns of the table."""
+    opt_g, opt_d = optimizers[:2]
+    counts = [len(edits) for edits in data.edits]
+    concepts = torch.tensor([generator.concept(concept["name"]) for concept in data.concepts], device=device)
+    state = dict(g=generator, d=discriminator, **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)})
+    start = common.load_state(args.out / f"{phase}.safetensors", **state)
+    log = common.read_log(args.out / f"{phase}.jsonl", start)
+    sums = torch.zeros(3, device=device)
+    began, done = time.time(), start
+    bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
+    generator.train()
+    for step in bar:
+        for optimizer, lr in ((opt_g, args.lr), (opt_d, args.lr_d)):
+            common.set_lr(optimizer, lr, step if decay else 0, steps)
+        torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
+        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
+        photo, edit, concept = data.batch(picks[rank::world], flips[rank::world], device)
+        concept = concepts[concept]
+        text = common.mean_token(generator, concept)
+
+        with common.autocast(device, args.precision):
+            fake = generator(photo, concept)
+            twice = photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()]), None if text is None else text.repeat(2, 1)
+            score_real, score_fake = discriminator(*twice).float().chunk(2)
+        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+        opt_d.zero_grad()
+        loss_d.backward()
+        common.average_gradients(discriminator, world)
+        opt_d.step()
+
+        discriminator.requires_grad_(False)
+        with common.autocast(device, args.precision):
+            score = discriminator(photo, fake, text).float()
+        l1 = (fake.float() - edit).abs().mean()
+        loss_g = (score - 1).square().mean() + args.l1 * l1
+        for optimizer in (opt_g, *optimizers[2:]):
+            optimizer.zero_grad()
+        loss_g.backward()
+        common.average_gradients(generator, world)
+        opt_g.step()
+        discriminator.requires_grad_(True)
+        ended = after_step(step) or step + 1 == steps
+        done = step + 1
+
+        sums += torch.stack([loss_g.detach(), loss_d.detach(), l1.detach()])
+        save = ended or done % args.save_every == 0
+        if save or done % LOG_EVERY == 0:
+            common.average([sums], world)
+            means = (sums / (done - (log[-1]["step"] if log else 0))).tolist()
+            log.append({"step": done, **dict(zip(("G", "D", "L1"), means))})
+            bar.set_postfix(G=f"{means[0]:.3f}", D=f"{means[1]:.3f}", L1=f"{means[2]:.4f}")
+            sums.zero_()
+        if save and rank == 0:
+            common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", common.progress_picture(generator, test))
+            common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.save_state(args.out / f"{phase}.safetensors", done, **state)
+            generator.train()
+        if ended:
+            break
+    seconds = time.time() - began
+    return {f"{phase} steps": done, f"{phase} s": None if start else seconds}
+
+
+def search(generator, discriminator, trained: bool, target: Target, data, test, args, device, rank: int, world: int):
+    """Searching, then slicing. Returns the dense small generator, and the pace.
+
+    The paper's threshold per step is lambda * lr with a constant lambda. Here it is the smallest amount that keeps the MACs on
+    a straight line which reaches the target after nine tenths of the phase (a choice of ours: it meets any target on time)."""
+    latents = Latents(generator, trained).to(device)
+    common.add_hypernetwork(generator, latents.with_fixed(generator), trained)
+    generator.latents = latents                                 # saved, and averaged over processes, with the generator
+    opt_g = common.adam([p for name, p in generator.named_parameters() if not name.startswith("latents.")], args.lr)
+    opt_d = common.adam(discriminator.parameters(), args.lr_d)
+    opt_z = torch.optim.SGD(latents.parameters(), args.lr_z, momentum=0.9)
+    steps = args.search_epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
+
+    def shrink(step: int) -> bool:
+        torch.nn.utils.clip_grad_norm_(latents.parameters(), 1.0)
+        opt_z.step()
+        line = 1 - (1 - args.keep) * min(1.0, (step + 1) / (0.9 * steps))
+        on_cpu = {g: z.detach().cpu() for g, z in latents.items()}
+        soft_threshold(latents, target.threshold(on_cpu, line, MOST))
+        return target.share(target.widths({g: z.detach().cpu() for g, z in latents.items()}, 0.0)) <= args.keep
+
+    pace = train(generator, discriminator, [opt_g, opt_d, opt_z], shrink, data, test, args, "search", steps, False,
+                 device, rank, world)
+    kept = target.kept({g: z.detach().cpu() for g, z in latents.items()}, args.keep)
+    common.remove_parametrizations(generator)
+    del generator.latents
+    return common.slice_generator(generator, kept), pace
+
+
+def source_generator(args, device: torch.device) -> tuple[common.Generator, bool]:
+    """--generator as a network, and whether it is trained already."""
+    if args.generator not in common.ARCHITECTURES:
+        return common.load_generator(Path(args.generator), device), True
+    known = common.read_concepts(args.pairs)
+    pairs = common.load_pairs(args.pairs, "test", args.concept or list(known))
+    torch.manual_seed(args.seed)
+    return common.new_generator(args.generator, args.width, pairs.size, pairs.concepts, args.clip, device), False
+
+
+def main() -> None:
+    parser = common.StageParser(__doc__, PAPER, DEMO)
+    parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote")
+    parser.add_argument("--concept", action="append", help="train on this concept only; can be repeated; default: the generator's")
+    parser.add_argument("--generator", help="a trained generator's file, or an architecture to train from scratch: "
+                                            + ", ".join(common.ARCHITECTURES))
+    parser.add_argument("--keep", type=float, help="share of the MACs to keep")
+    parser.add_argument("--width", type=int, help="channels of the first layer, for a new architecture")
+    parser.add_argument("--clip", help="text tower for a new e2gan as open_clip's MODEL:WEIGHTS")
+    parser.add_argument("--search-epochs", type=int, help="passes over all pairs while pruning")
+    parser.add_argument("--epochs", type=int, help="passes over all pairs after it; the learning rates fall to 0 in the second half")
+    parser.add_argument("--batch", type=int, help="pairs a step, all processes together")
+    parser.add_argument("--lr", type=float, help="the generator's and the hypernetworks' learning rate")
+    parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
+    parser.add_argument("--lr-z", type=float, help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)")
+    parser.add_argument("--l1", type=float, help="weight of the L1 loss")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
+    args = parser.parse()
+
+    began = time.time()
+    device = common.pick_device(args.device)
+    rank, world = common.start_processes(device)
+    generator, trained = source_generator(args, device)
+    names = args.concept or [concept["name"] for concept in generator.config["concepts"]]
+    data, test = (common.load_pairs(args.pairs, split, names) for split in ("train", "test"))
+    target = Target(generator, args.keep)
+    settings = common.settings_of(args, "05_prune_coronet", data=data.fingerprint(), source=getattr(generator, "sha256", ""))
+    if common.begin_run(args.out, settings, args.overwrite):
+        return
+
+    before = common.evaluate(generator, test)
+    size = generator.config["size"]
+    full = {"parameters M": common.count_parameters(generator) / 1e6, "GMACs": common.count_macs(generator, size) / 1e9}
+    discriminator = common.Discriminator(generator.config["width"], generator.config.get("text_dim", 0)).to(device)
+    sliced = args.out / "sliced.safetensors"
+    pace = {}
+    if not sliced.exists():
+        small, pace = search(generator, discriminator, trained, target, data, test, args, device, rank, world)
+        if rank == 0:
+            common.save_generator(sliced, small)
+            write_channels(args.out / "channels.png", small.config)
+    if world > 1:
+        torch.distributed.barrier()
+    small = common.load_generator(sliced, device)
+    after_slice = common.evaluate(small, test)
+    small.requires_grad_(True)
+    optimizers = [common.adam(small.parameters(), args.lr), common.adam(discriminator.parameters(), args.lr_d)]
+    steps = args.epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
+    pace |= train(small, discriminator, optimizers, lambda step: False, data, test, args, "converge", steps, True,
+                  device, rank, world)
+    if rank > 0:
+        return
+    common.save_generator(args.out / "generator.safetensors", small)
+    row = {"generator": args.generator, "keep": args.keep, "size px": size,
+           "GMACs before": full["GMACs"], "GMACs": common.count_macs(small, size) / 1e9,
+           "MACs %": 100 * common.count_macs(small, size) / 1e9 / full["GMACs"],
+           "parameters M before": full["parameters M"], "parameters M": common.count_parameters(small) / 1e6, "batch": args.batch, **pace}
+    rows = [{"concept": a["concept"], "before dB": b["PSNR dB"] if trained else None, "sliced dB": s["PSNR dB"], "PSNR dB": a["PSNR dB"],
+             "photo unchanged dB": a["photo unchanged dB"], "L1 (0-255)": a["L1 (0-255)"]}
+            for b, s, a in zip(before, after_slice, common.evaluate(small, test))]
+    channels = [{"group": g, "before": n, "after": small.config["widths"][g]} for g, n in small.config["full"].items()]
+    common.write_result(args.out, "05_prune_coronet", began, common.marks_of(args, args.pairs), {
+        "Pruning": [row], "Pruned generator, held-out photos": rows, "Channels": channels})
+
+
+if __name__ == "__main__":
+    common.run(main)

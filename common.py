@@ -1,0 +1,1158 @@
+"""What the six stages share: run folders, pairs, networks, LoRA, hypernetworks, checkpoints, measures, tables.
+
+    python common.py [runs]      print the tables of every result.json below a folder (default: runs)
+
+Images in memory are float tensors (B, 3, H, W) with values in [-1, 1], or uint8 (N, 3, H, W) while they wait for their
+batch. Networks are ordinary torch modules. A checkpoint is one safetensors file whose metadata says how to rebuild it.
+"""
+import argparse
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Callable, Iterator, NoReturn, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+class UserError(Exception):
+    """Bad input. `run` prints it as one line that begins `error:` and exits with status 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a stage's main(). Bad input, a full disk or a missing permission end in one `error:` line and status 2;
+    Ctrl-C and SIGTERM in one line that says how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+class StageParser(argparse.ArgumentParser):
+    """argparse with two dictionaries of defaults: the paper's, and the demo's where `--demo` is given. A flag given
+    explicitly always wins. A flag that can be repeated (action="append") replaces a default list, not extends it."""
+
+    def __init__(self, doc: str, paper: dict, demo: dict):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.paper, self.demo = paper, {**paper, **demo}
+        self.add_argument("--demo", action="store_true", help="small defaults, no download, folders under runs/demo/")
+        self.add_argument("--out", type=Path, help="the folder that this stage writes")
+        self.add_argument("--seed", type=int, help="the same seed gives the same files on the same machine")
+        self.add_argument("--device", help="auto (CUDA, else MPS, else CPU) or a torch device such as cuda:1")
+        self.add_argument("--overwrite", action="store_true", help="delete the run that --out holds and start again")
+
+    def add_argument(self, *names, **options):
+        key = names[0].lstrip("-").replace("-", "_")
+        if key in getattr(self, "paper", {}):
+            small = f"; demo: {self.demo[key]}" if self.demo[key] != self.paper[key] else ""
+            options["help"] = f"{options['help']} (default: {self.paper[key]}{small})".replace("%", "%%")
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the flags)")
+
+    def parse(self) -> argparse.Namespace:
+        defaults = {"seed": 0, "device": "auto", **(self.demo if "--demo" in sys.argv[1:] else self.paper)}
+        self.set_defaults(**{key: value for key, value in defaults.items() if not isinstance(value, list)})
+        args = self.parse_args()
+        for key, value in defaults.items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+        return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: whole or not at all
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a file beside `path`, then renames it: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    replace_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, kind: type = dict):
+    """The JSON in a file, which must be a dict (or `kind`). UserError if it is missing, broken or something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}")
+    if not isinstance(value, kind):
+        raise UserError(f"{path} should hold a JSON {kind.__name__}, not a {type(value).__name__}")
+    return value
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    replace_file(path, lambda aside: image.save(aside, format="PNG", compress_level=4))
+
+
+def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
+    """Makes `out` this run's folder; call it once all input is known to be good. True: the run there is complete.
+
+    settings.json holds what the result depends on: the stage's name and its flags, and the hashes of what it reads.
+    A folder that holds other settings is an error; `overwrite` deletes it, but never a folder that is not a run.
+    Of several processes the first does this for all.
+    """
+    if not torch.distributed.is_initialized():
+        return prepare_folder(out, settings, overwrite)
+    done = torch.zeros(1, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    if torch.distributed.get_rank() == 0:
+        done += prepare_folder(out, settings, overwrite)
+    torch.distributed.broadcast(done, 0)
+    return bool(done)
+
+
+def prepare_folder(out: Path, settings: dict, overwrite: bool) -> bool:
+    settings = json.loads(json.dumps(settings, default=str))
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / "settings.json").exists():
+            raise UserError(f"{out} holds files that no stage made; give another --out")
+        there = read_json(out / "settings.json")
+        differ = [f"{key} {there.get(key)!r} there, {settings.get(key)!r} here"
+                  for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+        if overwrite:
+            shutil.rmtree(out)
+        elif differ:
+            raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}); "
+                            "give another --out, or --overwrite to delete it")
+        elif (out / "result.json").exists():
+            print(f"done already: {out / 'result.json'} (--overwrite does it again)")
+            return True
+    write_json(out / "settings.json", settings)
+    return False
+
+
+def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
+    """What begin_run compares: every flag that changes the result, and what the stage adds. Paths are left out: a stage adds
+    a hash of what it reads, so a run may be moved, and notices that its input changed."""
+    flags = {key: value for key, value in vars(args).items()
+             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo")}
+    return {"stage": stage, **flags, **more}
+
+
+def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tables: dict[str, list[dict]], **more) -> None:
+    """result.json, a stage's last file: it says that the run is complete, and holds the tables (title -> rows) that
+    `python common.py` prints. marks: what a reader of the numbers must know, such as "demo"."""
+    for title, rows in tables.items():
+        print("\n" + markdown(title, rows))
+    write_json(out / "result.json", {"stage": stage, "marks": list(dict.fromkeys(marks)),
+                                     "seconds": round(time.time() - began, 1), **more, "tables": tables})
+
+
+def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
+    """This run's marks and those of the runs whose folders it reads."""
+    marks = ["demo"] if args.demo else []
+    for folder in folders:
+        if (folder / "result.json").exists():
+            marks += read_json(folder / "result.json").get("marks", [])
+    return marks + clip_mark(getattr(args, "clip", ""))
+
+
+def read_log(path: Path, step: int) -> list[dict]:
+    """The rows of a log.jsonl up to the step from which a run continues."""
+    if not step or not path.exists():
+        return []
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step]
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes: how an adapter names the base that it belongs to."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures and pairs
+
+def read_image(path: Path, size: int | None = None) -> torch.Tensor:
+    """A picture file as uint8 (3, H, W); UserError if it cannot be read, or is not `size` x `size` where that is given."""
+    try:
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}")
+    if size and tuple(pixels.shape[1:]) != (size, size):
+        raise UserError(f"{path} is {pixels.shape[2]}x{pixels.shape[1]}; its folder's other pictures are {size}x{size}")
+    return pixels.contiguous()
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float -1..1, any shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(image: torch.Tensor) -> torch.Tensor:
+    """float -1..1 (clamped) -> uint8 0..255, any shape."""
+    return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(pixels: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> PIL."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def picture_grid(rows: Sequence[Sequence[torch.Tensor | None]], columns: Sequence[str], labels: Sequence[str],
+                 cell: int = 160) -> Image.Image:
+    """A labelled grid: rows of uint8 (3, H, W) pictures (None leaves a gap), a heading per column, a label per row."""
+    left, top, gap = 8 + 8 * max([len(label) for label in labels] + [0]), 22, 4
+    sheet = Image.new("RGB", (left + len(columns) * (cell + gap), top + len(rows) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, column in enumerate(columns):
+        draw.text((left + x * (cell + gap) + 2, 5), column, fill="black", font_size=13)
+    for y, (label, row) in enumerate(zip(labels, rows)):
+        draw.text((4, top + y * (cell + gap) + cell // 2), label, fill="black", font_size=13)
+        for x, pixels in enumerate(row):
+            if pixels is not None:
+                picture = to_pil(pixels)
+                resample = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
+                sheet.paste(picture.resize((cell, cell), resample), (left + x * (cell + gap), top + y * (cell + gap)))
+    return sheet
+
+
+@dataclasses.dataclass
+class Pairs:
+    """One split of a pairs folder, decoded once. `edits[c][i]` is concept c's edit of the photo `photos[rows[c][i]]`."""
+    concepts: list[dict]            # [{"name": "sketch", "prompt": "..."}, ...]
+    names: list[str]                # file names of the photos
+    photos: torch.Tensor            # (N, 3, S, S) uint8
+    edits: list[torch.Tensor]       # per concept (n_c, 3, S, S) uint8
+    rows: list[torch.Tensor]        # per concept (n_c,) long
+
+    @property
+    def size(self) -> int:
+        return self.photos.shape[-1]
+
+    def batch(self, picks: torch.Tensor, flips: torch.Tensor, device: torch.device):
+        """picks (B, 2) long [concept, i], flips (B,) bool -> photo, edit (B, 3, S, S) in [-1, 1], concept (B,), on the device."""
+        photo = torch.stack([self.photos[self.rows[c][i]] for c, i in picks.tolist()])
+        edit = torch.stack([self.edits[c][i] for c, i in picks.tolist()])
+        flip = flips.view(-1, 1, 1, 1)
+        photo, edit = torch.where(flip, photo.flip(-1), photo), torch.where(flip, edit.flip(-1), edit)
+        return to_float(photo.to(device)), to_float(edit.to(device)), picks[:, 0].to(device)
+
+    def fingerprint(self) -> str:
+        """A hash of all pixels and names; two runs on different data have different settings."""
+        digest = hashlib.sha256(json.dumps([self.names, self.concepts]).encode())
+        for part in [self.photos, *self.edits]:
+            digest.update(part.numpy())
+        return digest.hexdigest()[:16]
+
+
+def read_concepts(pairs: Path) -> dict[str, dict]:
+    """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a concept has no prompt."""
+    if not pairs.is_dir():
+        raise UserError(f"{pairs} does not exist; 01_distill_pairs.py makes it")
+    concepts = read_json(pairs / "concepts.json")
+    for name, entry in concepts.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+            raise UserError(f"{pairs / 'concepts.json'}: concept {name!r} has no prompt")
+    if not concepts:
+        raise UserError(f"{pairs / 'concepts.json'} names no concept")
+    return concepts
+
+
+def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
+    """Sorted file names of a concept's edits, as metadata.jsonl lists them. UserError unless photos and edits match it."""
+    folder = pairs / split / concept
+    try:
+        lines = (pairs / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        listed = sorted(Path(row["file_name"]).name for row in map(json.loads, lines) if row["concept"] == concept)
+    except FileNotFoundError:
+        raise UserError(f"{pairs / split / 'metadata.jsonl'} does not exist; 01_distill_pairs.py makes it")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{pairs / split / 'metadata.jsonl'} is broken: {error!r}")
+    for there, what in (({p.name for p in folder.glob("*.png")}, folder),
+                        ({p.name for p in (pairs / split / "source").glob("*.png")}, pairs / split / "source")):
+        missing = sorted(set(listed) - there)
+        if missing:
+            raise UserError(f"photos and edits do not match: {what} lacks {missing[0]} and {len(missing) - 1} more that "
+                            f"metadata.jsonl lists for {concept!r}")
+    extra = sorted({p.name for p in folder.glob("*.png")} - set(listed))
+    if extra:
+        raise UserError(f"photos and edits do not match: metadata.jsonl lists no {folder / extra[0]} ({len(extra)} such)")
+    if not listed:
+        raise UserError(f"{folder} holds no edits")
+    return listed
+
+
+def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
+    """Decodes the pairs of some concepts in threads; `samples` restricts them to these photo file names."""
+    known = read_concepts(pairs)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{pairs} has no concept {name!r}; it has {', '.join(known)}")
+    files = {name: edit_names(pairs, split, name) for name in names}
+    if samples is not None:
+        for name in names:
+            absent = sorted(set(samples) - set(files[name]))
+            if absent:
+                raise UserError(f"{pairs / split / name} has no {absent[0]} ({len(absent)} of the chosen samples missing)")
+            files[name] = sorted(samples)
+    photo_names = sorted(set().union(*files.values()))
+    row_of = {name: row for row, name in enumerate(photo_names)}
+    size = read_image(pairs / split / "source" / photo_names[0]).shape[-1]
+    if size % 8:
+        raise UserError(f"{pairs} holds {size}x{size} pictures; the networks need a multiple of 8")
+    with ThreadPoolExecutor() as pool:
+        def load(folder, wanted):
+            return torch.stack(list(pool.map(lambda name: read_image(folder / name, size), wanted)))
+        return Pairs(concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names], names=photo_names,
+                     photos=load(pairs / split / "source", photo_names),
+                     edits=[load(pairs / split / name, files[name]) for name in names],
+                     rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names])
+
+
+def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step alone, so that a resumed
+    run needs no generator state. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
+    every concept in a new order, and a concept with fewer pairs than the largest starts over within the epoch."""
+    longest = max(counts)
+    per_epoch = steps_per_epoch(counts, batch)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
+    orders = [torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-longest // n))])[:longest] for n in counts]
+    flips = torch.rand(longest * len(counts), generator=rng) < 0.5
+    picks = torch.stack([torch.arange(len(counts)).repeat(longest), torch.stack(orders, 1).flatten()], 1)
+    start = step % per_epoch * batch
+    return picks[start:start + batch], flips[start:start + batch]
+
+
+def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
+    return max(1, max(counts) * len(counts) // batch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks whose channels have names
+#
+# Every layer says which channel groups it reads and which it writes. A group is a set of channels that must be kept or
+# dropped together (a residual stream is one); a concatenation is a tuple of groups; attention's projections repeat their
+# group once a head, so that every head keeps the same dimensions. Widths live in config["widths"] = {group: channels}; a
+# pruned network is the same class built from smaller numbers. config["full"] keeps the numbers it started from.
+
+FIXED = {"rgb": 3, "photo": 3, "edit": 3}       # groups that no one prunes; text-conditioned networks add "text"
+
+
+def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
+    """kind(in, out, ...) for a Conv2d, ConvTranspose2d or Linear from the groups it reads and writes (a name or a tuple of
+    names), which it carries as .reads and .writes. Weights start as N(0, 0.02) (pix2pix), biases as 0."""
+    reads, writes = ((groups,) if isinstance(groups, str) else tuple(groups) for groups in (reads, writes))
+    module = kind(sum(widths[g] for g in reads), sum(widths[g] for g in writes), *args, **options)
+    nn.init.normal_(module.weight, 0.0, 0.02)
+    nn.init.zeros_(module.bias)
+    module.reads, module.writes = reads, writes
+    return module
+
+
+def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every layer with named channels, in the order of definition."""
+    return ((name, module) for name, module in network.named_modules() if hasattr(module, "reads"))
+
+
+class ConvNorm(nn.Module):
+    """Convolution (transposed: doubling), instance norm, ReLU, the latter two unless told otherwise. No affine parameters:
+    the norm works channel by channel, so dropping a channel leaves the others as they were."""
+
+    def __init__(self, widths, reads, writes, kernel=3, stride=1, up=False, norm=True, relu=True, padding_mode="zeros"):
+        super().__init__()
+        self.norm, self.relu = norm, relu
+        if up:
+            self.conv = layer(nn.ConvTranspose2d, widths, reads, writes, 3, 2, padding=1, output_padding=1)
+        else:
+            self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, padding=kernel // 2, padding_mode=padding_mode)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = F.instance_norm(x) if self.norm else x
+        return F.relu(x) if self.relu else x
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, widths, stream, inner):
+        super().__init__()
+        self.conv1 = ConvNorm(widths, stream, inner, padding_mode="reflect")
+        self.conv2 = ConvNorm(widths, inner, stream, padding_mode="reflect", relu=False)
+
+    def forward(self, x):
+        return x + self.conv2(self.conv1(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with linear projections. Its groups hold one head's dimensions; `scale` stays the unpruned one."""
+
+    def __init__(self, widths, full, heads, stream, source, prefix):
+        super().__init__()
+        self.heads, self.scale = heads, full[f"{prefix}_qk"] ** -0.5
+        self.q = layer(nn.Linear, widths, stream, (f"{prefix}_qk",) * heads)
+        self.k = layer(nn.Linear, widths, source, (f"{prefix}_qk",) * heads)
+        self.v = layer(nn.Linear, widths, source, (f"{prefix}_v",) * heads)
+        self.out = layer(nn.Linear, widths, (f"{prefix}_v",) * heads, stream)
+
+    def forward(self, x, source, mask=None):
+        """x (B, N, C), source (B, M, D), mask (B, M) True where a token counts -> (B, N, C)"""
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p, y in
+                   ((self.q, x), (self.k, source), (self.v, source)))                             # (B, heads, N or M, d)
+        mask = None if mask is None else mask[:, None, None]                                      # (B, 1, 1, M)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """E2GAN's block at half the trunk's resolution: self-attention, cross-attention to the prompt's tokens, feed-forward,
+    each pre-normed and residual; the way down, around and up again is added to the trunk. The paper leaves heads (here
+    4), the feed-forward ratio (4) and the skips open.
+
+    The norm is RMS over a token's channels: it keeps what cross-attention adds to all tokens alike, which an instance
+    norm would erase. It divides by the unpruned number of channels, so dropped channels equal channels that are 0."""
+
+    def __init__(self, widths, full, heads):
+        super().__init__()
+        self.channels = full["tb"]
+        self.down = ConvNorm(widths, "trunk", "tb", stride=2)
+        self.self_attention = Attention(widths, full, heads, "tb", "tb", "self")
+        self.cross_attention = Attention(widths, full, heads, "tb", "text", "cross")
+        self.feed1 = layer(nn.Linear, widths, "tb", "feed")
+        self.feed2 = layer(nn.Linear, widths, "feed", "tb")
+        self.up = layer(nn.ConvTranspose2d, widths, "tb", "trunk", 3, 2, padding=1, output_padding=1)
+
+    def norm(self, t):
+        return t * torch.rsqrt(t.float().square().sum(-1, keepdim=True) / self.channels + 1e-6).to(t.dtype)
+
+    def forward(self, x, tokens, mask):
+        h = self.down(x)                                                                          # (B, C, H/8, W/8)
+        t = h.flatten(2).transpose(1, 2)                                                          # (B, N, C)
+        n = self.norm(t)
+        t = t + self.self_attention(n, n)
+        t = t + self.cross_attention(self.norm(t), tokens, mask)
+        t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
+        return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
+
+
+class Generator(nn.Module):
+    """What every architecture shares: a config to be rebuilt from, and the prompts of the concepts it knows.
+
+    config: arch, width, widths, full, concepts ([{"name", "prompt"}]), size (pixels it was trained at), and for text-conditioned
+    ones text_dim and clip (the text tower's name). tokens (concepts, T, D) and mask (concepts, T) hold the prompts' text
+    features, so using a trained generator needs no CLIP.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        if "text_dim" in config:
+            self.register_buffer("tokens", torch.zeros(len(config["concepts"]), config["tokens"], config["text_dim"]))
+            self.register_buffer("mask", torch.ones(len(config["concepts"]), config["tokens"], dtype=torch.bool))
+
+    def forward(self, photo: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
+        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, the concept's place in config["concepts"] -> like photo."""
+        return self.edit(photo, self.tokens[concept], self.mask[concept]) if "text_dim" in self.config else self.edit(photo)
+
+    def concept(self, name: str) -> int:
+        names = [concept["name"] for concept in self.config["concepts"]]
+        if name not in names:
+            raise UserError(f"unknown concept {name!r}; this generator knows {', '.join(names)}")
+        return names.index(name)
+
+
+class ResnetGenerator(Generator):
+    """`resnet9`: pix2pix's generator with 9 residual blocks (11.378 M parameters at width 64). `e2gan`: 3 residual blocks and
+    a transformer block before the last (E2GAN, section 3.2).
+
+    Instance norm hides how bright a photo is, which an edit such as `night` must know. So e2gan (a choice of ours) has no
+    norm after the stem, and its last layer sees the photo beside the features: 20.8 dB instead of 17.0 dB on average over
+    six of the demo's concepts after 300 steps; the photo alone 20.1, the stem alone 18.2."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, full = config["widths"], config["full"]
+        widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
+        self.keeps_level = config["arch"] == "e2gan"
+        self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.keeps_level, padding_mode="reflect")
+        self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
+        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
+        self.blocks = nn.ModuleDict()
+        for name in config["blocks"]:
+            self.blocks[name] = (TransformerBlock(widths, full, config["heads"]) if name == "tb"
+                                 else ResidualBlock(widths, "trunk", name))
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
+        self.up2 = ConvNorm(widths, "up1", "up2", up=True)
+        self.out = layer(nn.Conv2d, widths, ("up2", "rgb") if self.keeps_level else "up2", "rgb", 7, padding=3,
+                         padding_mode="reflect")
+
+    def edit(self, photo, tokens=None, mask=None):
+        x = self.down2(self.down1(self.stem(photo)))                                              # (B, C, H/4, W/4)
+        for block in self.blocks.values():
+            x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
+        x = self.up2(self.up1(x))
+        return torch.tanh(self.out(torch.cat([x, photo], 1) if self.keeps_level else x))
+
+
+class UNetGenerator(Generator):
+    """pix2pix's U-Net: as many halvings as fit the size it is trained at (8 at 256), skips by concatenation, dropout in the
+    three levels above the innermost while training (off at inference). Instance norm; none where a map is 1x1."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, depth = {**config["widths"], **FIXED}, config["depth"]
+        self.downs = nn.ModuleList([layer(nn.Conv2d, widths, f"d{i - 1}" if i else "rgb", f"d{i}", 4, 2, padding=1)
+                                    for i in range(depth)])
+        reads = [f"d{depth - 1}" if i == depth - 1 else (f"u{i + 1}", f"d{i}") for i in range(depth)]
+        self.ups = nn.ModuleList([layer(nn.ConvTranspose2d, widths, reads[i], f"u{i}" if i else "rgb", 4, 2, padding=1)
+                                  for i in range(depth)])
+
+    def edit(self, photo, tokens=None, mask=None):
+        depth, x, skips = len(self.downs), photo, []
+        for i, down in enumerate(self.downs):
+            x = down(F.leaky_relu(x, 0.2) if i else x)
+            if 0 < i < depth - 1:
+                x = F.instance_norm(x)
+            skips.append(x)
+        for i in reversed(range(depth)):
+            x = self.ups[i](F.relu(x if i == depth - 1 else torch.cat([x, skips[i]], 1)))
+            if i:
+                x = F.instance_norm(x)
+                x = F.dropout(x, 0.5, self.training and depth - 4 <= i < depth - 1)
+        return torch.tanh(x)
+
+
+ARCHITECTURES = {"e2gan": ResnetGenerator, "resnet9": ResnetGenerator, "unet256": UNetGenerator}
+
+
+def generator_config(arch: str, width: int, size: int, concepts: list[dict], **text) -> dict:
+    """The config of an unpruned generator. `width` is the stem's channels (the paper's: 64). `text`, for e2gan only: tokens
+    (length of the longest prompt), text_dim, clip."""
+    if arch == "unet256":
+        depth = min(8, (size & -size).bit_length() - 1)         # how often the size can be halved
+        widths = {f"d{i}": width * min(2 ** i, 8) for i in range(depth)}
+        widths |= {f"u{i}": width * min(2 ** (i - 1), 8) for i in range(1, depth)}
+        shape = {"depth": depth}
+    else:
+        shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
+        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width, "up2": width}
+        widths |= {name: 4 * width for name in shape["blocks"]}
+        if arch == "e2gan":
+            shape["heads"] = 4
+            widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
+    return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts, **shape, **text}
+
+
+def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device) -> Generator:
+    """An untrained generator for some concepts; for e2gan their prompts go through CLIP's text tower once, here."""
+    if arch != "e2gan":
+        if len(concepts) > 1:
+            raise UserError(f"{arch} takes no prompt and learns one concept: give it one --concept, not {len(concepts)}")
+        return build_generator(generator_config(arch, width, size, concepts)).to(device)
+    tower = Clip(clip, device)
+    tokens = [tower.tokens(concept["prompt"]) for concept in concepts]
+    generator = build_generator(generator_config(arch, width, size, concepts, text_dim=tokens[0].shape[1], clip=clip,
+                                                 tokens=max(map(len, tokens))))
+    set_tokens(generator, tokens)
+    return generator.to(device)
+
+
+def build_generator(config: dict) -> Generator:
+    if config.get("arch") not in ARCHITECTURES:
+        raise UserError(f"unknown architecture {config.get('arch')!r}; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[config["arch"]](config)
+
+
+class Discriminator(nn.Module):
+    """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without sigmoid. For several
+    concepts the prompt's mean token is projected and multiplied with the last features (a choice of ours, after the
+    projection discriminator): score = conv(h) + <P text, h>."""
+
+    def __init__(self, width: int, text_dim: int = 0, strided: int = 3):
+        super().__init__()
+        widths = {**FIXED, "text": text_dim} | {f"d{i}": width * min(2 ** i, 8) for i in range(strided + 1)}
+        self.convs = nn.ModuleList([
+            layer(nn.Conv2d, widths, f"d{i - 1}" if i else ("photo", "edit"), f"d{i}", 4, 2 if i < strided else 1, padding=1)
+            for i in range(strided + 1)])
+        self.project = layer(nn.Linear, widths, "text", f"d{strided}") if text_dim else None
+        self.score = nn.Conv2d(widths[f"d{strided}"], 1, 4, padding=1)
+
+    def forward(self, photo, edit, text=None):
+        """photo, edit (B, 3, H, W), text (B, D) or None -> (B, 1, h, w)"""
+        x = torch.cat([photo, edit], 1)
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            x = F.leaky_relu(F.instance_norm(x) if i else x, 0.2)
+        score = self.score(x)
+        if self.project is not None:
+            patches = F.avg_pool2d(x, 2, 1)                                                       # as many as scores
+            score = score + (self.project(text)[:, :, None, None] * patches).sum(1, keepdim=True)
+        return score
+
+
+def mean_token(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
+    """What the discriminator sees of the prompts: (B, D), or None for a generator without text."""
+    if "text_dim" not in generator.config:
+        return None
+    mask = generator.mask[concept][..., None]
+    return (generator.tokens[concept] * mask).sum(1) / mask.sum(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def count_macs(generator: Generator, size: int) -> int:
+    """Multiply-accumulates of one `size` x `size` photo, by torch.utils.flop_counter (convolutions, linear, attention)."""
+    twin = copy.deepcopy(generator).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def mac_terms(generator: Generator, size: int) -> list[tuple[tuple, tuple, int]]:
+    """The same count as a formula in the widths: a list of (reads, writes, unit), whose sum over
+    channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
+    terms, hooks = [], []
+
+    def record(module, inputs, output):
+        if isinstance(module, Attention):
+            n, m = inputs[0].shape[1], inputs[1].shape[1]
+            terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
+        else:
+            x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
+            terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
+
+    twin = copy.deepcopy(generator).to("meta").eval()
+    for module in twin.modules():
+        if hasattr(module, "reads") or isinstance(module, Attention):
+            hooks.append(module.register_forward_hook(record))
+    with torch.no_grad():
+        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+    return terms
+
+
+def macs_of(terms: list[tuple[tuple, tuple, int]], widths: dict) -> int:
+    """mac_terms' formula for some widths (which must name the fixed groups too)."""
+    total = 0
+    for reads, writes, unit in terms:
+        total += unit * sum(widths[g] for g in reads) * (sum(widths[g] for g in writes) if writes else 1)
+    return total
+
+
+def all_widths(config: dict) -> dict:
+    """config["widths"] with the groups that are never pruned."""
+    return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one safetensors file each
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
+    """A safetensors file whose metadata values are stored as JSON."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    packed = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    replace_file(path, lambda aside: save_file(tensors, aside, packed))
+
+
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a file that write_tensors wrote with metadata["kind"] == kind; UserError for anything else."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is truncated or no checkpoint of ours: {error}")
+    if metadata.get("kind") != kind:
+        raise UserError(f"{path} is no {kind} of ours" + (f" but a {metadata['kind']}" if "kind" in metadata else ""))
+    return tensors, metadata
+
+
+def save_generator(path: Path, generator: Generator) -> None:
+    write_tensors(path, generator.state_dict(), {"kind": "generator", "config": generator.config})
+
+
+def load_generator(path: Path, device: torch.device = torch.device("cpu")) -> Generator:
+    """The generator in a file, any architecture, full or pruned, in eval mode; .sha256 is the file's hash."""
+    tensors, metadata = read_tensors(path, "generator")
+    try:
+        missing = {"width", "size", "widths", "full", "concepts"} - metadata["config"].keys()
+        if missing:
+            raise KeyError(f"config lacks {', '.join(sorted(missing))}")
+        with torch.device("meta"):      # no memory until the shapes are known to match the tensors that the file holds
+            generator = build_generator(metadata["config"])
+        generator.load_state_dict(tensors, assign=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the weights that its config describes: {str(error).splitlines()[0]}")
+    generator.sha256 = sha256(path)
+    return generator.to(device).eval()
+
+
+def save_state(path: Path, step: int, **parts) -> None:
+    """What a run needs to continue after `step` steps: modules and optimizers by name."""
+    tensors = {}
+    for part, value in parts.items():
+        state = value.state_dict()
+        if isinstance(value, torch.optim.Optimizer):
+            state = {f"{i}.{key}": torch.as_tensor(x) for i, entry in state["state"].items() for key, x in entry.items()
+                     if x is not None}
+        tensors |= {f"{part}/{key}": x for key, x in state.items()}
+    write_tensors(path, tensors, {"kind": "state", "step": step})
+
+
+def load_state(path: Path, **parts) -> int:
+    """Puts a saved state back into the same modules and optimizers; returns the steps done, 0 without a file."""
+    if not path.exists():
+        return 0
+    tensors, metadata = read_tensors(path, "state")
+    for part, value in parts.items():
+        state = {key.removeprefix(f"{part}/"): x for key, x in tensors.items() if key.startswith(f"{part}/")}
+        if isinstance(value, torch.optim.Optimizer):
+            entries: dict[int, dict] = {}
+            for key, x in state.items():
+                index, name = key.split(".", 1)
+                entries.setdefault(int(index), {})[name] = x
+            state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
+        value.load_state_dict(state)
+    return metadata["step"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: W + strength * (alpha / rank) * B A as a parametrization (E2GAN, section 3.3)
+
+class LoRA(nn.Module):
+    """A (rank, in * k * k) starts uniform as PyTorch's layers do, B (out, rank) at 0, so the adapted layer starts unchanged.
+    A transposed convolution's weight (in, out, k, k) is taken as out x in * k * k as well."""
+
+    def __init__(self, module: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        weight = module.weight
+        self.transposed, self.scale, self.strength = isinstance(module, nn.ConvTranspose2d), alpha / rank, 1.0
+        out = weight.shape[1 if self.transposed else 0]
+        self.lora_A = nn.Parameter(torch.empty(rank, weight.numel() // out, device=weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out, rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+
+    def forward(self, weight):
+        delta = (self.scale * self.strength) * (self.lora_B @ self.lora_A)                         # (out, in * k * k)
+        if self.transposed:
+            return weight + delta.view(weight.shape[1], weight.shape[0], *weight.shape[2:]).transpose(0, 1)
+        return weight + delta.view_as(weight)
+
+
+def layer_group(name: str) -> str:
+    """The group of layers that a layer's name belongs to: "blocks.tb.feed1" -> "tb", "down1.conv" -> "down1"."""
+    return name.removeprefix("blocks.").split(".")[0]
+
+
+def add_lora(generator: Generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
+    """Freezes the generator and puts an adapter on each layer in `ranks` (layer name -> rank); returns what is to train."""
+    generator.requires_grad_(False)
+    modules = dict(named_layers(generator))
+    for name, rank in ranks.items():
+        if name not in modules:
+            raise UserError(f"unknown layer {name!r}; the generator has {', '.join(modules)}")
+        parametrize.register_parametrization(modules[name], "weight", LoRA(modules[name], rank, alpha))
+    return [p for p in generator.parameters() if p.requires_grad]
+
+
+def lora_layers(generator: Generator) -> dict[str, LoRA]:
+    return {name: module.parametrizations.weight[0] for name, module in named_layers(generator)
+            if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], LoRA)}
+
+
+def remove_parametrizations(network: nn.Module, keep_weights: bool = True) -> None:
+    """Leaves plain weights: the computed ones (LoRA's merge; the hypernetwork's result), or, without keep_weights, the
+    original ones (unloads an adapter)."""
+    for _, module in named_layers(network):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_weights)
+
+
+def save_adapter(path: Path, generator: Generator, concept: str, base_sha256: str, alpha: float) -> None:
+    """fp16 A and B of every adapted layer and the prompt's token features; needs the base, but no CLIP, to be used."""
+    tensors, layers, index = {}, lora_layers(generator), generator.concept(concept)
+    for name, lora in layers.items():
+        tensors |= {f"{name}.lora_A": lora.lora_A.half(), f"{name}.lora_B": lora.lora_B.half()}
+    if "text_dim" in generator.config:
+        tensors["tokens"] = generator.tokens[index][generator.mask[index]].half()
+    write_tensors(path, tensors, {"kind": "adapter", "base": base_sha256, "alpha": alpha, **generator.config["concepts"][index],
+                                  "ranks": {name: lora.lora_A.shape[0] for name, lora in layers.items()}})
+
+
+def load_adapter(generator: Generator, path: Path) -> int:
+    """Puts an adapter on the base that it was trained for; returns the index of its concept, which the generator now knows."""
+    tensors, metadata = read_tensors(path, "adapter")
+    if metadata.get("base") != generator.sha256:
+        raise UserError(f"{path} belongs to another base (SHA-256 {str(metadata.get('base'))[:12]}..., this one is "
+                        f"{generator.sha256[:12]}...); give --generator the base it was trained on")
+    try:
+        add_lora(generator, metadata["ranks"], metadata["alpha"])
+        for name, lora in lora_layers(generator).items():
+            lora.load_state_dict({key: tensors[f"{name}.{key}"].float() for key in ("lora_A", "lora_B")})
+        return add_concept(generator, metadata["name"], metadata["prompt"], tensors.get("tokens"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the generator: {str(error).splitlines()[0]}")
+
+
+def add_concept(generator: Generator, name: str, prompt: str, tokens: torch.Tensor | None) -> int:
+    """Teaches the generator a concept's prompt: tokens (T, D), its text features. A concept of that name is replaced."""
+    concepts = [c for c in generator.config["concepts"] if c["name"] != name] + [{"name": name, "prompt": prompt}]
+    if "text_dim" in generator.config:
+        kept = [generator.tokens[i][generator.mask[i]] for i, c in enumerate(generator.config["concepts"]) if c["name"] != name]
+        set_tokens(generator, [*kept, tokens.to(generator.tokens)])
+    generator.config = {**generator.config, "concepts": concepts}
+    return len(concepts) - 1
+
+
+def keep_concept(generator: Generator, name: str) -> None:
+    """Makes the generator forget the prompts of all other concepts."""
+    index = generator.concept(name)
+    if "text_dim" in generator.config:
+        set_tokens(generator, [generator.tokens[index][generator.mask[index]]])
+    generator.config = {**generator.config, "concepts": [generator.config["concepts"][index]]}
+
+
+def set_tokens(generator: Generator, tokens: Sequence[torch.Tensor]) -> None:
+    """Stores the concepts' text features, each (T, D), padded to the longest with the mask that says where they end."""
+    device = generator.tokens.device
+    generator.tokens = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device)
+    lengths = torch.tensor([len(t) for t in tokens])
+    generator.mask = (torch.arange(generator.tokens.shape[1]) < lengths[:, None]).to(device)
+    generator.config = {**generator.config, "tokens": generator.tokens.shape[1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hypernetwork: a weight made from the latents of the channels that it joins (CoroNetGAN, section 3; DHP)
+
+class Hypernetwork(nn.Module):
+    """The parametrization that makes a layer's weight from the latents of its channel groups, for output channel o, input
+    channel i, kernel position k and embedding e:
+
+        Z[o,i] = z_out[o] z_in[i] + b0[o,i];  E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e];  W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
+
+    b2 is the weight that the layer owned before (parametrize calls it `original`). From scratch (`trained=False`) it is set
+    to 0 and w1, w2 start as in DHP. From a trained weight V (`trained=True`, a choice of ours) b2 is 0 too, w1[..., 0] = 1 and
+    w2[..., 0] = V / (z_out z_in), the other w2 0: the layer starts out computing V, and a latent that shrinks fades its channel
+    out, so the gradient of the latent is the channel's first-order importance.
+    """
+
+    def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool, size: int = 8):
+        super().__init__()
+        self.transposed = isinstance(module, nn.ConvTranspose2d)
+        self.z_out = lambda: torch.cat([latents[g] for g in module.writes])     # lambdas: the latents are shared, not owned
+        self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
+        with torch.no_grad():
+            weight = self.out_first(module.weight)
+            weight = weight.reshape(*weight.shape[:2], -1)
+            o, i, k = weight.shape
+            self.b0 = nn.Parameter(torch.zeros(o, i, device=weight.device))
+            self.b1 = nn.Parameter(torch.zeros(o, i, size, device=weight.device))
+            self.w1 = nn.Parameter(torch.empty(o, i, size, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
+            self.w2 = nn.Parameter(torch.zeros(o, i, k, size, device=weight.device))
+            if trained:
+                self.w1[..., 0] = 1
+                self.w2[..., 0] = weight / (self.z_out()[:, None] * self.z_in())[..., None]
+            else:
+                bound = (3 / (size * i * k)) ** 0.5                             # hyperfan-in: Var W = 1 / fan_in
+                self.w2.uniform_(-bound, bound)
+            module.weight.zero_()
+
+    def out_first(self, weight):
+        return weight.transpose(0, 1) if self.transposed else weight
+
+    def forward(self, b2):
+        z = self.z_out()[:, None] * self.z_in() + self.b0                                         # (O, I)
+        e = z[..., None] * self.w1 + self.b1                                                      # (O, I, E)
+        made = (self.w2 * e[:, :, None]).sum(-1)                                                  # (O, I, K)
+        return b2 + self.out_first(made.view(self.out_first(b2).shape))
+
+
+def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
+    """Puts a hypernetwork on every layer with named channels. latents: {group: (channels,)}, ones for groups never pruned."""
+    for _, module in named_layers(network):
+        parametrize.register_parametrization(module, "weight", Hypernetwork(module, latents, trained))
+
+
+def channel_importance(generator: Generator) -> dict[str, torch.Tensor]:
+    """{group: (channels,)}: the RMS of the weights that write or read each channel, relative to its layer's, averaged over the
+    layers; mean 1 a group. Where latents start from when the generator is trained already (a choice of ours)."""
+    widths = all_widths(generator.config)
+    sums = {group: torch.zeros(n) for group, n in widths.items()}
+    for _, module in named_layers(generator):
+        weight = module.weight.detach().cpu()
+        weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
+        square = weight.square().reshape(*weight.shape[:2], -1).mean(2)                           # (O, I)
+        for groups, rms in ((module.writes, square.mean(1).sqrt()), (module.reads, square.mean(0).sqrt())):
+            for group, part in zip(groups, rms.split([widths[g] for g in groups])):
+                sums[group] += part / rms.mean()
+    return {group: sums[group] / sums[group].mean() for group in generator.config["widths"]}
+
+
+def slice_generator(generator: Generator, kept: dict[str, torch.Tensor]) -> Generator:
+    """The dense, smaller generator with only the channels `kept` = {group: sorted indices}; other groups stay whole."""
+    widths = all_widths(generator.config)
+    kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
+    small = build_generator({**generator.config, "widths": {g: len(kept[g]) for g in generator.config["widths"]}})
+    state = generator.state_dict()
+    for name, module in named_layers(generator):
+        out, into = (channel_indices(groups, kept, widths) for groups in (module.writes, module.reads))
+        first, second = (into, out) if isinstance(module, nn.ConvTranspose2d) else (out, into)
+        state[f"{name}.weight"] = state[f"{name}.weight"][first][:, second]
+        state[f"{name}.bias"] = state[f"{name}.bias"][out]
+    small.load_state_dict(state)
+    return small.to(next(generator.parameters()).device)
+
+
+def channel_indices(groups: Sequence[str], kept: dict[str, torch.Tensor], widths: dict[str, int]) -> torch.Tensor:
+    """Positions of the kept channels in a layer that reads or writes these groups, one after the other."""
+    offsets = np.cumsum([0] + [widths[g] for g in groups])
+    return torch.cat([kept[g].cpu() + int(offset) for g, offset in zip(groups, offsets)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP
+
+class Clip:
+    """open_clip's MODEL:WEIGHTS, such as ViT-B-32:openai. WEIGHTS `random` is an explicit stand-in for machines that cannot
+    download any: the same model with seeded random weights, which knows colours and textures apart but not meanings."""
+
+    def __init__(self, spec: str, device: torch.device):
+        import open_clip                    # 2 seconds; only the stages that embed something pay them
+        model, _, weights = spec.partition(":")
+        if model not in open_clip.list_models() or not weights:
+            raise UserError(f"--clip {spec}: not MODEL:WEIGHTS; open_clip's models are listed by open_clip.list_pretrained()")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                logging.disable(logging.WARNING)        # "no pretrained weights loaded": asked for by name, and marked
+                self.model = open_clip.create_model(model, None if weights == "random" else weights).to(device).eval()
+        except Exception as error:          # open_clip raises whatever its downloader does
+            raise UserError(f"--clip {spec} cannot be loaded ({str(error).splitlines()[0]}). open_clip downloads weights once; "
+                            "offline, --clip ViT-S-32:random is a stand-in with random weights")
+        finally:
+            logging.disable(logging.NOTSET)
+        self.spec, self.device, self.tokenizer = spec, device, open_clip.get_tokenizer(model)
+        config = open_clip.get_model_preprocess_cfg(self.model)
+        self.size = config["size"][0] if isinstance(config["size"], (tuple, list)) else config["size"]
+        self.mean, self.std = (torch.tensor(config[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    @torch.no_grad()
+    def images(self, pixels: torch.Tensor, batch: int = 64) -> torch.Tensor:
+        """uint8 (N, 3, H, W) -> unit vectors (N, D) on the CPU."""
+        parts = []
+        for part in pixels.split(batch):
+            x = F.interpolate(part.to(self.device).float() / 255, (self.size, self.size), mode="bicubic", antialias=True)
+            with autocast(self.device):
+                parts.append(self.model.encode_image((x.clamp(0, 1) - self.mean) / self.std))
+        return F.normalize(torch.cat(parts).float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """N texts -> unit vectors (N, D) on the CPU."""
+        return F.normalize(self.model.encode_text(self.tokenizer(list(texts)).to(self.device)).float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def tokens(self, text: str) -> torch.Tensor:
+        """A prompt -> the text tower's last features (T, D) on the CPU, from the start token to the end token."""
+        ids = self.tokenizer([text])                                                              # (1, 77), padded with 0
+        out = self.model.forward_intermediates(text=ids.to(self.device), text_indices=1, normalize_intermediates=True,
+                                               intermediates_only=True)
+        return out["text_intermediates"][0][0, :int((ids[0] != 0).sum())].float().cpu()
+
+
+def clip_mark(spec: str) -> list[str]:
+    return ["stand-in CLIP (random weights)"] if spec.endswith(":random") else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and processes
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 has matrix units there; without them it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """The context of a forward pass: bf16 where `precision` says so, or where it is `auto` and the hardware has bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and has_bf16(device)))
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, number of processes); joins torchrun's processes where there are several."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return int(os.environ.get("RANK", 0)), world
+
+
+def average(tensors: Sequence[torch.Tensor], world: int) -> None:
+    """Replaces tensors by their mean over the processes, in one message. Of the gradients: training on all batches together."""
+    if world > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / world).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def average_gradients(network: nn.Module, world: int) -> None:
+    average([p.grad for p in network.parameters() if p.grad is not None], world)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training's small parts, and its measures
+
+def adam(parameters, lr: float) -> torch.optim.Adam:
+    """pix2pix's optimizer, all parameters in one kernel."""
+    return torch.optim.Adam(parameters, lr, (0.5, 0.999), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """pix2pix's schedule: constant for the first half of the steps, then linear to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1] -> (B,). Peak: 2, the range's width."""
+    error = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+@torch.no_grad()
+def run_generator(generator: Generator, photos: torch.Tensor, concept: int, precision: str = "fp32", batch: int = 32) -> torch.Tensor:
+    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU."""
+    device = next(generator.parameters()).device
+    edits = []
+    for part in photos.split(batch):
+        with autocast(device, precision):
+            edits.append(to_uint8(generator(to_float(part.to(device)), torch.full((len(part),), concept, device=device))).cpu())
+    return torch.cat(edits)
+
+
+def evaluate(generator: Generator, pairs: Pairs) -> list[dict]:
+    """A row per concept of `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its photos,
+    and the PSNR of the photo left as it is. The generator is left in eval mode."""
+    generator.eval()
+    rows = []
+    for c, concept in enumerate(pairs.concepts):
+        photos, truth = pairs.photos[pairs.rows[c]], to_float(pairs.edits[c])
+        made = to_float(run_generator(generator, photos, generator.concept(concept["name"])))
+        rows.append({"concept": concept["name"], "PSNR dB": psnr(made, truth).mean().item(),
+                     "photo unchanged dB": psnr(to_float(photos), truth).mean().item(),
+                     "L1 (0-255)": (made - truth).abs().mean().item() * 127.5})
+    return rows
+
+
+def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
+    """source | teacher | model for the first photos of every concept."""
+    rows, labels = [], []
+    for c, concept in enumerate(pairs.concepts):
+        photos = pairs.photos[pairs.rows[c][:per_concept]]
+        made = run_generator(generator.eval(), photos, generator.concept(concept["name"]))
+        rows += [list(row) for row in zip(photos, pairs.edits[c], made)]
+        labels += [concept["name"]] * len(photos)
+    return picture_grid(rows, ["photo", "teacher", "model"], labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+def markdown(title: str, rows: Sequence[dict]) -> str:
+    """Rows of dicts as a Markdown table; a measure that a row lacks is left blank."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(column)) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the tables of every result.json below a folder as Markdown.")
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
+    runs = parser.parse_args().runs
+    results = {path: read_json(path) for path in sorted(runs.rglob("result.json"))}
+    if not results:
+        raise UserError(f"no result.json below {runs}")
+    tables: dict[str, list[dict]] = {}
+    for path, result in sorted(results.items(), key=lambda item: item[1].get("stage", "")):
+        for title, rows in result.get("tables", {}).items():
+            tables.setdefault(title, []).extend({"run": path.parent.relative_to(runs).as_posix(), **row} for row in rows)
+    print("\n".join(markdown(title, rows) for title, rows in tables.items()))
+    marks: dict[str, list[str]] = {}
+    for path, result in results.items():
+        for mark in result.get("marks", []):
+            marks.setdefault(mark, []).append(path.parent.relative_to(runs).as_posix())
+    print("\n".join(f"- {mark}: {', '.join(folders)}" for mark, folders in marks.items()))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,309 @@
+"""The networks, parametrizations and files that the stages share: what each claims, checked on small random networks."""
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import common
+
+CONCEPTS = [{"name": "sketch", "prompt": "a pencil sketch"}, {"name": "night", "prompt": "make it night"}]
+
+
+def make(arch="e2gan", width=8, size=32, seed=0):
+    """A small random generator whose biases are not 0, so that a lost bias shows."""
+    torch.manual_seed(seed)
+    text = dict(text_dim=16, tokens=5, clip="ViT-S-32:random") if arch == "e2gan" else {}
+    generator = common.build_generator(common.generator_config(arch, width, size, CONCEPTS if text else CONCEPTS[:1], **text))
+    for _, module in common.named_layers(generator):
+        torch.nn.init.normal_(module.weight, std=0.2)
+        torch.nn.init.normal_(module.bias, std=0.2)
+    if text:
+        common.set_tokens(generator, [torch.randn(5, 16), torch.randn(3, 16)])
+    return generator.eval()
+
+
+def edit(generator, size=32, concept=0):
+    photo = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        return generator(photo, torch.full((2,), concept))
+
+
+def half(generator, seed=0):
+    """A random half of every group's channels."""
+    rng = torch.Generator().manual_seed(seed)
+    return {g: torch.randperm(n, generator=rng)[:max(2, n // 2)].sort().values for g, n in generator.config["widths"].items()}
+
+
+architectures = pytest.mark.parametrize("arch", list(common.ARCHITECTURES))
+
+
+def test_resnet9_is_the_papers_baseline():
+    config = common.generator_config("resnet9", 64, 256, CONCEPTS[:1])
+    with torch.device("meta"):
+        generator = common.build_generator(config)
+    assert round(common.count_parameters(generator) / 1e6, 3) == 11.378
+    assert 49e9 < common.count_macs(generator, 256) < 50e9
+
+
+@architectures
+def test_mac_formula_equals_flop_counter_full_and_pruned(arch):
+    generator = make(arch)
+    terms = common.mac_terms(generator, 32)
+    assert common.macs_of(terms, common.all_widths(generator.config)) == common.count_macs(generator, 32)
+    small = common.slice_generator(generator, half(generator))
+    assert common.macs_of(terms, common.all_widths(small.config)) == common.count_macs(small, 32)
+    assert common.count_macs(small, 32) < 0.5 * common.count_macs(generator, 32)
+
+
+@architectures
+def test_sliced_equals_masked(arch):
+    generator, kept = make(arch), half(make(arch))
+    widths = common.all_widths(generator.config)
+    masked = copy.deepcopy(generator)
+    for _, module in common.named_layers(masked):
+        everything = {g: torch.arange(n) for g, n in widths.items()}
+        alive = torch.zeros(module.bias.numel())
+        alive[common.channel_indices(module.writes, {**everything, **kept}, widths)] = 1
+        shape = [1] * module.weight.dim()
+        shape[1 if isinstance(module, torch.nn.ConvTranspose2d) else 0] = -1
+        module.weight.data *= alive.view(shape)
+        module.bias.data *= alive
+    small = common.slice_generator(generator, kept).eval()
+    assert torch.allclose(edit(masked), edit(small), atol=1e-5)
+    assert not torch.allclose(edit(generator), edit(small), atol=1e-2)
+
+
+@architectures
+def test_hypernetwork_reproduces_a_trained_network_and_bakes_to_what_it_computed(arch):
+    generator = make(arch)
+    before = edit(generator)
+    latents = {g: torch.rand(n) + 0.5 for g, n in common.all_widths(generator.config).items()}
+    common.add_hypernetwork(generator, latents, trained=True)
+    assert torch.allclose(edit(generator), before, atol=1e-4)
+    latents["trunk" if arch != "unet256" else "d0"][:] *= 0.5
+    shrunk = edit(generator)
+    common.remove_parametrizations(generator)
+    assert torch.allclose(edit(generator), shrunk, atol=1e-6)
+    assert not any("parametrizations" in name for name in generator.state_dict())
+
+
+def test_hypernetwork_is_the_papers_formula():
+    torch.manual_seed(0)
+    conv = common.layer(torch.nn.Conv2d, {"a": 3, "b": 5}, "a", "b", 3)
+    latents = {"a": torch.randn(3), "b": torch.randn(5)}
+    hyper = common.Hypernetwork(conv, latents, trained=False)
+    for parameter in hyper.parameters():
+        torch.nn.init.normal_(parameter)
+    made = hyper(conv.weight)
+    for o, i, k in ((0, 0, 0), (4, 2, 8), (2, 1, 5)):
+        z = latents["b"][o] * latents["a"][i] + hyper.b0[o, i]
+        e = z * hyper.w1[o, i] + hyper.b1[o, i]
+        assert torch.isclose(made[o, i].flatten()[k], (hyper.w2[o, i, k] * e).sum(), atol=1e-5)
+
+
+def test_hypernetwork_from_scratch_keeps_the_variance_of_fan_in():
+    torch.manual_seed(0)
+    widths = {"a": 64, "b": 64}
+    conv = common.layer(torch.nn.Conv2d, widths, "a", "b", 3)
+    weight = common.Hypernetwork(conv, {g: torch.randn(n) for g, n in widths.items()}, trained=False)(conv.weight)
+    assert 0.8 < weight.var().item() * 64 * 9 < 1.25
+
+
+@architectures
+def test_lora_starts_as_identity_and_merges_exactly(arch):
+    generator = make(arch)
+    before = edit(generator)
+    ranks = {name: 2 for name, _ in common.named_layers(generator)}
+    trainable = common.add_lora(generator, ranks, alpha=3.0)
+    assert torch.equal(edit(generator), before)
+    for parameter in trainable:
+        torch.nn.init.normal_(parameter, std=0.3)
+    adapted = edit(generator)
+    assert not torch.allclose(adapted, before, atol=1e-2)
+    common.remove_parametrizations(generator)
+    assert torch.allclose(edit(generator), adapted, atol=1e-5)
+    assert not common.lora_layers(generator)
+
+
+def test_unloading_an_adapter_leaves_the_base():
+    generator = make()
+    before = edit(generator)
+    for parameter in common.add_lora(generator, {"up1.conv": 2}, alpha=3.0):
+        torch.nn.init.normal_(parameter)
+    common.remove_parametrizations(generator, keep_weights=False)
+    assert torch.equal(edit(generator), before)
+
+
+def test_lora_is_w_plus_scaled_ba_for_both_kinds_of_convolution():
+    for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d):
+        module = common.layer(kind, {"a": 4, "b": 6}, "a", "b", 3)
+        lora = common.LoRA(module, rank=2, alpha=3.0)
+        torch.nn.init.normal_(lora.lora_B)
+        delta = (lora(module.weight) - module.weight).detach()
+        first = delta.transpose(0, 1) if kind is torch.nn.ConvTranspose2d else delta
+        assert torch.allclose(first.reshape(6, 36), 1.5 * lora.lora_B @ lora.lora_A, atol=1e-6)
+        assert torch.linalg.matrix_rank(first.reshape(6, 36)) == 2
+
+
+def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
+    common.save_generator(tmp_path / "base.safetensors", make())
+    generator = common.load_generator(tmp_path / "base.safetensors")
+    common.add_concept(generator, "comic", "a comic strip", torch.randn(7, 16))
+    for parameter in common.add_lora(generator, {"down1.conv": 2, "blocks.tb.feed1": 1}, alpha=1.0):
+        torch.nn.init.normal_(parameter)
+    common.save_adapter(tmp_path / "adapter.safetensors", generator, "comic", generator.sha256, alpha=1.0)
+    wanted = edit(generator, concept=2)
+
+    loaded = common.load_generator(tmp_path / "base.safetensors")
+    index = common.load_adapter(loaded, tmp_path / "adapter.safetensors")
+    assert loaded.config["concepts"][index] == {"name": "comic", "prompt": "a comic strip"}
+    assert torch.allclose(edit(loaded, concept=index), wanted, atol=0.02)       # fp16
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        assert set(file.keys()) == {"down1.conv.lora_A", "down1.conv.lora_B", "blocks.tb.feed1.lora_A",
+                                    "blocks.tb.feed1.lora_B", "tokens"}
+        assert json.loads(file.metadata()["ranks"]) == {"down1.conv": 2, "blocks.tb.feed1": 1}
+
+    common.save_generator(tmp_path / "other.safetensors", make(seed=1))
+    with pytest.raises(common.UserError, match="another base"):
+        common.load_adapter(common.load_generator(tmp_path / "other.safetensors"), tmp_path / "adapter.safetensors")
+
+
+@architectures
+def test_checkpoint_rebuilds_full_and_pruned(arch, tmp_path):
+    for number, generator in enumerate((make(arch), common.slice_generator(make(arch), half(make(arch))).eval())):
+        path = tmp_path / f"{number}.safetensors"
+        common.save_generator(path, generator)
+        loaded = common.load_generator(path)
+        assert torch.equal(edit(loaded), edit(generator))
+        assert loaded.config == generator.config and loaded.sha256 == common.sha256(path)
+
+
+def damaged(tmp_path, change):
+    """A good checkpoint after `change` (tensors, metadata) -> (tensors, metadata)."""
+    generator = make()
+    tensors, metadata = change(dict(generator.state_dict()), {"kind": "generator", "config": generator.config})
+    common.write_tensors(tmp_path / "bad.safetensors", tensors, metadata)
+    return tmp_path / "bad.safetensors"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t, m: (t, {**m, "config": {**m["config"], "arch": "vgg"}}), "unknown architecture"),
+    (lambda t, m: (t, {**m, "kind": "adapter"}), "no generator of ours"),
+    (lambda t, m: (t, {}), "no generator of ours"),
+    (lambda t, m: ({k: v for k, v in t.items() if k != "out.bias"}, m), "does not hold the weights"),
+    (lambda t, m: ({**t, "out.bias": torch.zeros(7)}, m), "does not hold the weights"),
+    (lambda t, m: (t, {**m, "config": {**m["config"], "widths": {"stem": 10 ** 9}}}), "does not hold the weights"),
+    (lambda t, m: (t, {**m, "config": {"arch": "e2gan"}}), "does not hold the weights"),
+    (lambda t, m: (t, {**m, "config": [1, 2]}), "does not hold the weights"),
+])
+def test_a_checkpoint_that_is_not_ours_is_named(tmp_path, change, words):
+    with pytest.raises(common.UserError, match=words):
+        common.load_generator(damaged(tmp_path, change))
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    path = tmp_path / "g.safetensors"
+    common.save_generator(path, make())
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(common.UserError, match="g.safetensors is truncated"):
+        common.load_generator(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(common.UserError, match="g.safetensors is truncated or no checkpoint"):
+        common.load_generator(path)
+
+
+def test_prompt_changes_the_edit_and_padding_does_not():
+    generator = make()
+    assert not torch.allclose(edit(generator, concept=0), edit(generator, concept=1), atol=1e-4)
+    wanted = edit(generator, concept=1)
+    common.keep_concept(generator, "night")                 # its 3 tokens, no padding left
+    assert generator.tokens.shape == (1, 3, 16)
+    assert torch.allclose(edit(generator, concept=0), wanted, atol=1e-5)
+
+
+def test_picks_are_even_complete_and_repeatable():
+    counts, batch = [10, 10, 5], 6
+    steps = common.steps_per_epoch(counts, batch)
+    epoch = torch.cat([common.draw_picks(counts, batch, step, seed=3)[0] for step in range(steps)])
+    for step in range(steps):
+        picks, flips = common.draw_picks(counts, batch, step, seed=3)
+        assert torch.bincount(picks[:, 0], minlength=3).tolist() == [2, 2, 2]
+        assert torch.equal(picks, common.draw_picks(counts, batch, step, seed=3)[0])
+    for concept, n in enumerate(counts):
+        seen = epoch[epoch[:, 0] == concept, 1]
+        assert set(seen.tolist()) == set(range(n))
+        assert torch.bincount(seen).tolist() == [10 // n] * n
+    assert not torch.equal(epoch[:6], common.draw_picks(counts, batch, steps, seed=3)[0])
+    assert not torch.equal(epoch[:6], common.draw_picks(counts, batch, 0, seed=4)[0])
+
+
+def test_state_restores_networks_and_optimizers(tmp_path):
+    def one(network, optimizer):
+        optimizer.zero_grad()
+        network(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    adam, sgd = common.adam([network.weight], 0.1), torch.optim.SGD([network.bias], 0.1, momentum=0.9)
+    one(network, adam), one(network, sgd)
+    common.save_state(tmp_path / "s.safetensors", 7, g=network, a=adam, s=sgd)
+    one(network, adam), one(network, sgd)
+    other = torch.nn.Linear(3, 2)
+    adam2, sgd2 = common.adam([other.weight], 0.1), torch.optim.SGD([other.bias], 0.1, momentum=0.9)
+    assert common.load_state(tmp_path / "s.safetensors", g=other, a=adam2, s=sgd2) == 7
+    one(other, adam2), one(other, sgd2)
+    assert torch.equal(other.weight, network.weight) and torch.equal(other.bias, network.bias)
+
+
+def test_psnr_of_known_errors():
+    a = torch.zeros(2, 3, 4, 4)
+    b = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])       # 2.0 is clamped to 1.0
+    assert torch.allclose(common.psnr(a, b), torch.tensor([20.0, 6.0206]), atol=1e-3)
+
+
+def test_uint8_and_float_are_inverse():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(common.to_uint8(common.to_float(pixels)), pixels)
+    assert common.to_float(pixels).min() == -1 and common.to_float(pixels).max() == 1
+
+
+def test_run_folder_continues_refuses_and_overwrites(tmp_path):
+    out = tmp_path / "run"
+    assert not common.begin_run(out, {"stage": "x", "lr": 1}, False)
+    assert not common.begin_run(out, {"stage": "x", "lr": 1}, False)            # unfinished: continue
+    common.write_json(out / "result.json", {})
+    assert common.begin_run(out, {"stage": "x", "lr": 1}, False)                # complete
+    with pytest.raises(common.UserError, match="lr 1 there, 2 here"):
+        common.begin_run(out, {"stage": "x", "lr": 2}, False)
+    assert (out / "result.json").exists()
+    assert not common.begin_run(out, {"stage": "x", "lr": 2}, True)
+    assert not (out / "result.json").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(common.UserError, match="no stage made"):
+        common.begin_run(mine, {"stage": "x"}, True)
+    assert (mine / "thesis.tex").exists()
+
+
+def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def broken(aside):
+        aside.write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError):
+        common.replace_file(path, broken)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_tables_merge_runs_and_leave_missing_measures_blank(tmp_path, capsys, monkeypatch):
+    common.write_json(tmp_path / "a" / "result.json", {"stage": "03", "marks": ["demo"], "tables": {"T": [{"x": 1.23456}]}})
+    common.write_json(tmp_path / "b" / "result.json", {"stage": "04", "marks": ["demo"], "tables": {"T": [{"y": "s"}]}})
+    monkeypatch.setattr("sys.argv", ["common.py", str(tmp_path)])
+    common.main()
+    out = capsys.readouterr().out
+    assert "| run | x | y |" in out and "| a | 1.235 |  |" in out and "| b |  | s |" in out and "demo: a, b" in out
