@@ -1,33 +1,38 @@
 """Stage 1: data distillation. A teacher edits photos, and its edits become the training pairs of every later stage.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edited photo) per concept; a concept
-is a short name and a prompt. Photos become squares of --size pixels; --train and --test of them are drawn in a random
-order that depends on --seed alone. A command with more concepts adds them to the same folder, beside those it holds.
+is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt can be the teacher; a text-to-image
+checkpoint is used image-to-image. Photos become squares of --size pixels; --train and --test of them are drawn in an order
+that --seed fixes. A command with more concepts adds them to the same folder, beside those it holds.
 
     in   --images DIR        photos in any format, subfolders too (`sklearn`: crops of the two photos scikit-learn installs)
     out  {train,test}/source/00000.png, {train,test}/<concept>/00000.png: the photo, and its edit of the same name and size
-         {train,test}/metadata.jsonl: a row per edit; concepts.json: prompt and teacher of each concept; result.json
-         samples.png: photos and edits side by side
+         {train,test}/metadata.jsonl: a row per edit; rejected/: the same for edits that fail --min-...-similarity
+         concepts.json: prompt and teacher of each concept; samples.png: photos and edits to look at; result.json
 
     python 01_distill_pairs.py --demo
-    python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
+    python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch" --preview 6
+    torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json --batch 32
 """
+import datetime
 import hashlib
+import inspect
+import itertools
 import json
 import math
+import os
 import re
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
-from torch import Tensor
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor, distributed
 from tqdm import tqdm
 
 import common
@@ -38,10 +43,16 @@ CONCEPTS = dict(sketch="turn it into a pencil sketch", oil="turn it into an oil 
                 poster="turn it into a posterised print", neon="make its edges glow like neon lights",
                 night="make it night", emboss="turn it into an embossed relief")
 PAPER = dict(images="photos", teacher="timbrooks/instruct-pix2pix", size=256, train=1000, test=100, batch=8,
-             out=Path("runs/pairs"))
-DEMO = dict(images="sklearn", teacher="filters", size=64, train=96, test=24, out=Path("runs/demo/pairs"))
+             clip="ViT-B-32:openai", save_memory="none", preview=0, out=Path("runs/pairs"))
+DEMO = dict(images="sklearn", teacher="filters", size=64, train=96, test=24, clip="none", out=Path("runs/demo/pairs"))
+SPLITS = ("train", "test")
 SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .ppm .pgm .tga".split())
-THREADS = 4         # decode and encode PNGs while the teacher works
+THREADS = 4         # decode photos and encode PNGs while the teacher works
+PIPELINE_FLAGS = dict(steps="num_inference_steps", guidance="guidance_scale", image_guidance="image_guidance_scale",
+                      strength="strength")
+GATE = ("min_image_similarity", "min_directional_similarity")
+SCORES = dict(psnr="photo unchanged PSNR dB", image_similarity="image similarity", directional_similarity="directional similarity")
+SEVERAL_REFERENCES = ("Flux2", "QwenImageEditPlus", "ZImageOmni")      # a list of images there is one edit's references
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,6 +158,78 @@ def filters_teacher(images: list[Image.Image], name: str, prompt: str, seeds: li
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Any diffusers pipeline as the teacher
+
+def load_teacher(args) -> Callable:
+    """teacher(images, name, prompt, seeds) -> edits, lists of PIL images; one that the pipeline's safety checker blanked
+    has info["unsafe"]. UserError if it cannot be loaded, does not edit photos, or does not take a flag that was given."""
+    if args.teacher == "filters":
+        torch.set_num_threads(1)            # a filter's tensors are small: threads would mostly wait for one another
+        return filters_teacher
+    if Path(args.teacher).is_dir() and not (Path(args.teacher) / "model_index.json").is_file():
+        raise UserError(f"--teacher {args.teacher} is no diffusers pipeline: it has no model_index.json")
+    device = common.pick_device(args.device)
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+    from diffusers.utils import logging
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if common.has_bf16(device) else torch.float16
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
+        if "image" not in inspect.signature(pipe.__call__).parameters:
+            pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    except Exception as error:              # loaders raise anything, from missing keys to network errors
+        hint = "" if Path(args.teacher).exists() else " (a hub id needs the network once; without it give a pipeline's folder)"
+        raise UserError(f"--teacher {args.teacher} cannot be loaded{hint}: {str(error)[:300] or type(error).__name__}")
+    finally:
+        logging.set_verbosity(verbosity)
+    kind, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    takes = {name for name, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    if not {"image", "prompt"} <= takes:
+        raise UserError(f"--teacher {args.teacher}: a {kind} does not edit a photo by a prompt")
+    given = {f"--{flag.replace('_', '-')}": (name, getattr(args, flag)) for flag, name in PIPELINE_FLAGS.items()}
+    given |= {f"--argument {name}": (name, value) for name, value in args.arguments.items()}
+    given = {flag: (name, value) for flag, (name, value) in given.items() if value is not None}
+    if refused := [flag for flag, (name, _) in given.items() if name not in takes]:
+        raise UserError(f"{kind} does not take {', '.join(refused)}; it takes {', '.join(sorted(takes))}")
+    size = args.teacher_size
+    wanted = dict(height=size, width=size, max_area=size ** 2, _auto_resize=False, output_type="pil")
+    options = {name: value for name, value in wanted.items() if name in takes} | dict(given.values())
+    if args.save_memory == "offload" and device.type == "cpu":
+        raise UserError("--save-memory offload moves the pipeline's parts to a GPU and back: there is none")
+    if args.save_memory == "offload":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    if args.save_memory != "none":
+        pipe.enable_attention_slicing()
+        if hasattr(getattr(pipe, "vae", None), "enable_slicing"):
+            pipe.vae.enable_slicing()
+    pipe.set_progress_bar_config(disable=True)
+    at_once = 1 if kind.startswith(SEVERAL_REFERENCES) else args.batch
+
+    def teacher(images, name, prompt, seeds):
+        edits = []
+        for i in range(0, len(images), at_once):
+            part = images[i:i + at_once]
+            noise = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + at_once]]     # on the CPU: same on any device
+            try:
+                output = pipe(image=part, prompt=[prompt] * len(part), generator=noise, **options)
+            except torch.OutOfMemoryError:
+                raise UserError(f"out of memory at {len(part)} photos of {size} pixels: use a smaller --batch or --save-memory")
+            except (ValueError, TypeError, RuntimeError) as error:
+                raise UserError(f"{kind} fails on concept {name!r}: {error}") from error
+            if len(output.images) != len(part):
+                raise UserError(f"{kind} made {len(output.images)} pictures of {len(part)}: use --batch 1")
+            for edit, unsafe in zip(output.images, getattr(output, "nsfw_content_detected", None) or [False] * len(part)):
+                edit.info["unsafe"] = bool(unsafe)
+                edits.append(edit)
+        return edits
+    return teacher
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Photos
 
 BOXES = {"train": {"china.jpg": (190, 0, 640, 427), "flower.jpg": (30, 0, 330, 427)},        # left, top, right, bottom
@@ -167,25 +250,44 @@ def sklearn_crop(name: str, size: int) -> Image.Image:
     return crop.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def list_photos(folder: Path) -> list[str]:
-    """Names, relative to `folder`, of all image files in it and its subfolders, sorted; hidden ones left out."""
+def list_photos(folder: Path) -> tuple[list[str], str]:
+    """Sorted names, relative to `folder`, of the image files in it and its subfolders, hidden ones left out; and a digest of
+    names and sizes in bytes."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the photos' with --images")
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    names = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
-    if not names:
-        raise UserError(f"{folder} holds no image files")
-    return names
+    sizes = {}
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+                file = os.path.join(path, name)
+                sizes[os.path.relpath(file, folder).replace(os.sep, "/")] = os.path.getsize(file) if os.path.exists(file) else -1
+    if not sizes:
+        raise UserError(f"{folder} holds no image files ({' '.join(sorted(SUFFIXES))})")
+    return sorted(sizes), hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 
-def read_photo(path: Path, size: int) -> Image.Image:
-    """The middle square of a photo, RGB, resized to `size`. ValueError if it is smaller than that."""
+def read_photo(path: Path, size: int, at_least: int) -> Image.Image:
+    """The middle square of a photo's first frame as sRGB-like RGB, upright, on white where it is transparent, resized to
+    `size`. ValueError if a side has fewer than `at_least` pixels; whatever Pillow raises if it is broken."""
     with Image.open(path) as photo:
+        if min(photo.size) < at_least:
+            raise ValueError(f"{photo.width}x{photo.height} is smaller than {at_least} pixels")
         photo.draft(None, (2 * size, 2 * size))                     # JPEG decodes several times faster at 1/2, 1/4, 1/8
-        if min(photo.size) < size:
-            raise ValueError(f"{photo.width}x{photo.height} is smaller than {size}")
-        photo = ImageOps.exif_transpose(photo).convert("RGB")
-    return ImageOps.fit(photo, (size, size), Image.Resampling.LANCZOS)
+        photo = ImageOps.exif_transpose(photo)
+    if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey: Pillow's convert would clip them
+        values = np.asarray(photo, dtype=np.float32)
+        top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
+        photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if photo.has_transparency_data:
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    return ImageOps.fit(photo.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+
+
+def readable(name: str) -> str:
+    """A file's name as text, also where its bytes are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
@@ -203,42 +305,51 @@ def save(path: Path, image: Image.Image, about: dict) -> None:
     """Writes a PNG that carries its own row of metadata: what is finished, and how it was made, is known from the files
     alone, whichever process made them, and whenever one was stopped."""
     text = PngImagePlugin.PngInfo()
-    text.add_itxt("about", json.dumps(about, ensure_ascii=False))
+    text.add_text("about", json.dumps(about))
     common.replace_file(path, lambda aside: image.save(aside, format="PNG", compress_level=4, pnginfo=text))
 
 
+def load(path: Path) -> tuple[Image.Image, dict]:
+    """A picture that `save` wrote, RGB, and what it says of itself."""
+    with Image.open(path) as image:
+        return image.convert("RGB"), json.loads(image.info["about"])
+
+
 def about(path: Path) -> dict:
+    """The same without decoding the pixels."""
     with Image.open(path) as image:
         return json.loads(image.info["about"])
 
 
-def make_sources(out: Path, names: list[str], read: Callable[[str], Image.Image], test: int, train: int) -> dict[str, str]:
-    """Fills test/source, then train/source, with the photos of `names` that can be read. Returns {name: why not}."""
-    finished = {about(path)["photo"] for split in ("train", "test") for path in (out / split / "source").glob("*.png")}
-    skipped = {}
+def numbered(folder: Path) -> Iterator[Path]:
+    return folder.glob("[0-9]*.png")
 
-    def load(name):
-        if name in finished:
-            return name, None, None
+
+def usable(names: list[str], read: Callable, skipped: dict[str, str], finished: set[str] = frozenset()) -> Iterator[tuple]:
+    """Yields (name, image) of the photos that can be read, in order, decoded ahead in threads; image is None where the name
+    is in `finished`. The others' names and what is wrong with them go to `skipped`."""
+    def attempt(name):
         try:
-            return name, read(name), None
+            return name, None if name in finished else read(name), None
         except Exception as error:          # a decoder may raise anything; the photo is skipped, listed and counted
             return name, None, str(error) or type(error).__name__
 
-    def chosen(readers):
-        places = [*(("test", i) for i in range(test)), *(("train", i) for i in range(train))][::-1]
-        for name, image, trouble in ahead(readers, load, names):
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, image, trouble in ahead(pool, attempt, names):
             if trouble:
-                skipped[name] = trouble
+                skipped[readable(name)] = trouble
             else:
-                split, index = places.pop()
-                if image:
-                    yield out / split / "source" / f"{index:05}.png", image, {"photo": name}
-            if not places:
-                return
+                yield name, image
 
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        for _ in ahead(writers, lambda job: save(*job), chosen(readers)):
+
+def make_sources(out: Path, names: list[str], read: Callable, test: int, train: int) -> dict[str, str]:
+    """Fills test/source, then train/source, with the photos of `names` that can be read. Returns {name: what is wrong}."""
+    places = ((split, i) for split, count in (("test", test), ("train", train)) for i in range(count))
+    skipped, finished = {}, {about(path)["photo"] for split in SPLITS for path in numbered(out / split / "source")}
+    chosen = zip(places, usable(names, read, skipped, finished))
+    jobs = ((out / split / "source" / f"{i:05}.png", image, {"photo": name}) for (split, i), (name, image) in chosen if image)
+    with ThreadPoolExecutor(THREADS) as writers:
+        for _ in ahead(writers, lambda job: save(*job), jobs):
             pass
     return skipped
 
@@ -249,7 +360,8 @@ def make_sources(out: Path, names: list[str], read: Callable[[str], Image.Image]
 def seed_of(*parts: object) -> int:
     """A number under 2^48 from (seed, concept, photo): a picture's noise depends on nothing else, neither on the batch it
     is in nor on which process makes it, nor on what was made before."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:6], "big")
+    text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -258,91 +370,160 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return round(min(99.0, 10 * math.log10(255 ** 2 / max(error, 1e-9))), 2)
 
 
-def make_edits(out: Path, split: str, name: str, prompt: str, teacher: Callable, batch: int, seed: int) -> Iterator[Path]:
-    """Edits every photo of a split that has no edit yet; yields each file as it is written."""
-    def load(path):
-        with Image.open(path) as image:
-            return path.name, image.convert("RGB"), about(path)["photo"]
+def clip_scores(clip: common.Clip, photos: list[Image.Image], edits: list[Image.Image], prompt: str) -> list[dict]:
+    """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and edit; and of the change in
+    the picture and the change in text, here from "a photo" to the prompt, since there is no caption of the edit."""
+    pixels = [torch.from_numpy(np.stack(list(map(np.asarray, images)))).permute(0, 3, 1, 2) for images in (photos, edits)]
+    before, after = clip.images(torch.cat(pixels)).chunk(2)         # (B, D) unit vectors
+    start, goal = clip.texts(["a photo", prompt])
+    similar, directed = (before * after).sum(1), F.cosine_similarity(after - before, (goal - start)[None])
+    return [dict(image_similarity=round(a, 4), directional_similarity=round(b, 4))
+            for a, b in zip(similar.tolist(), directed.tolist())]
+
+
+def missing_edits(out: Path, counts: dict[str, int], names: Iterable[str], rank: int, world: int) -> Iterator[tuple]:
+    """(concept, split, file name) of each edit that is not there yet and that this process has to make."""
+    for name, split in itertools.product(names, SPLITS):
+        for i in range(rank, counts[split], world):
+            file = f"{i:05}.png"
+            if not (out / split / name / file).exists() and not (out / "rejected" / split / name / file).exists():
+                yield name, split, file
+
+
+def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[str, dict], read: Callable, teacher: Callable,
+               clip: common.Clip | None, args) -> Iterator[Path]:
+    """Yields each edit's file as it is written; reading ahead and writing happen in threads while the teacher works."""
+    def fetch(job):
+        name, split, file = job
+        source, told = load(out / split / "source" / file)
+        given = source if args.teacher_size == args.size else read(told["photo"], args.teacher_size)
+        return name, out / split / name / file, told["photo"], source, given
 
     def edited(readers):
-        missing = (path for path in sorted((out / split / "source").glob("*.png"))
-                   if not (out / split / name / path.name).exists())
-        photos = ahead(readers, load, missing)
-        while group := list(islice(photos, batch)):
-            files, images, names = zip(*group)
-            seeds = [seed_of(seed, name, photo) for photo in names]
-            yield from zip(files, images, names, seeds, teacher(list(images), name, prompt, seeds))
+        jobs_ready = ahead(readers, fetch, jobs, max(32, 2 * args.batch))
+        for name, group in itertools.groupby(jobs_ready, key=lambda job: job[0]):
+            prompt = concepts[name]["prompt"]
+            while batch := list(itertools.islice(group, args.batch)):
+                _, paths, photos, sources, given = zip(*batch)
+                seeds = [seed_of(args.seed, name, photo) for photo in photos]
+                edits = [edit.convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
+                         for edit in teacher(list(given), name, prompt, seeds)]
+                scores = clip_scores(clip, sources, edits, prompt) if clip else [{}] * len(edits)
+                rows = [dict(concept=name, prompt=prompt, photo=photo, seed=seed, **score)
+                        for photo, seed, score in zip(photos, seeds, scores)]
+                yield from zip(paths, sources, edits, rows)
 
     def write(job):
-        file, image, photo, noise, edit = job
-        save(out / split / name / file, edit, dict(concept=name, prompt=prompt, photo=photo, seed=noise,
-                                                   psnr=psnr(image, edit)))
-        return file
+        path, source, edit, row = job
+        save(path, edit, {**row, "psnr": psnr(source, edit), **({"unsafe": True} if edit.info.get("unsafe") else {})})
+        return path
 
     with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
         yield from ahead(writers, write, edited(readers))
 
 
-def write_metadata(out: Path, concepts: dict[str, dict]) -> list[dict]:
-    """Writes {train,test}/metadata.jsonl from what the files say of themselves. Returns the table's rows."""
-    rows = {name: {"concept": name, "train": 0, "test": 0, "photo unchanged PSNR dB": 0.0} for name in concepts}
-    for split in ("train", "test"):
-        def lines(aside):
-            with aside.open("w", encoding="utf-8") as file:
-                for name in concepts:
-                    for path in sorted((out / split / name).glob("*.png")):
-                        row = about(path)
-                        rows[name][split] += 1
-                        if split == "test":
-                            rows[name]["photo unchanged PSNR dB"] += row["psnr"]
-                        file.write(json.dumps({"file_name": f"{name}/{path.name}", "source": f"source/{path.name}", **row},
-                                              ensure_ascii=False) + "\n")
-        common.replace_file(out / split / "metadata.jsonl", lines)
-    for row in rows.values():
-        row["photo unchanged PSNR dB"] = round(row["photo unchanged PSNR dB"] / max(1, row["test"]), 2)
-    return list(rows.values())
+# ---------------------------------------------------------------------------------------------------------------------
+# What the folder says of itself
+
+def why_rejected(row: dict, concept: dict) -> str | None:
+    if row.get("unsafe"):
+        return "safety checker"
+    for limit in GATE:
+        if concept.get(limit) is not None and row[limit.removeprefix("min_")] < concept[limit]:
+            return limit.removeprefix("min_").replace("_", " ")
+    return None
 
 
-def contact_sheet(rows: list[tuple[str, list[Image.Image]]], tile: int) -> Image.Image:
-    """Rows of pictures, each under its label."""
-    sheet = Image.new("RGB", (tile * max(len(images) for _, images in rows), (tile + 14) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for y, (label, images) in enumerate(rows):
-        draw.text((2, y * (tile + 14) + 1), label, fill="black")
-        for x, image in enumerate(images):
-            sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), (x * tile, y * (tile + 14) + 14))
-    return sheet
+def sorted_edits(out: Path, split: str, counts: dict[str, int], concepts: dict[str, dict]) -> Iterator[tuple[dict, str | None]]:
+    """Yields (row, why it is rejected) of each edit, after moving it to or from rejected/, where the thresholds say."""
+    for name, concept in concepts.items():
+        for file in (f"{i:05}.png" for i in range(counts[split])):
+            kept, aside = out / split / name / file, out / "rejected" / split / name / file
+            path = kept if kept.exists() else aside
+            if path.exists():
+                row = about(path)
+                row["photo"], reason = readable(row["photo"]), why_rejected(row, concept)
+                home = aside if reason else kept
+                if path != home:
+                    home.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, home)
+                source = f"source/{file}"           # `source_file_name` makes it a picture for datasets.load_dataset
+                yield {"file_name": f"{name}/{file}", "source": source, "source_file_name": source, **row}, reason
 
 
-def write_samples(out: Path, concepts: dict[str, dict], count: int = 6) -> None:
-    def read(name):
-        return [Image.open(path).convert("RGB") for path in sorted((out / "test" / name).glob("*.png"))[:count]]
-    rows = [("photo", read("source")), *((f"{name}: {about['prompt']}", read(name)) for name, about in concepts.items())]
-    common.write_png(out / "samples.png", contact_sheet(rows, tile=128))
+def write_metadata(out: Path, counts: dict[str, int], concepts: dict[str, dict]) -> tuple[list[dict], dict[str, Counter]]:
+    """Writes metadata.jsonl of what is kept and rejected/{train,test}.jsonl of what is not, from what the files say of
+    themselves. Returns the table's rows, and each concept's reasons for rejection with their counts."""
+    sums, reasons = {name: Counter() for name in concepts}, {name: Counter() for name in concepts}
+
+    def write(aside):
+        with aside.open("w", encoding="utf-8") as kept, (out / "rejected" / f"{split}.jsonl").open("w", encoding="utf-8") as rest:
+            for row, reason in sorted_edits(out, split, counts, concepts):
+                if reason:
+                    reasons[row["concept"]][reason] += 1
+                    rest.write(json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n")
+                else:
+                    sums[row["concept"]].update({split: 1, **{key: row[key] for key in SCORES if key in row}})
+                    kept.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    (out / "rejected").mkdir(exist_ok=True)
+    for split in SPLITS:
+        common.replace_file(out / split / "metadata.jsonl", write)
+    rows = [{"concept": name, "train": sums[name]["train"], "test": sums[name]["test"], "rejected": reasons[name].total(),
+             **{head: round(sums[name][key] / (sums[name]["train"] + sums[name]["test"]), 3)
+                for key, head in SCORES.items() if key in sums[name]}} for name in concepts]
+    return rows, {name: reason for name, reason in reasons.items() if reason}
+
+
+def samples(out: Path, names: Iterable[str], count: int = 6) -> Image.Image:
+    """The contact sheet: a row of photos, and under it a row of edits per concept."""
+    files = [f"{i:05}.png" for i in range(count) if (out / "test" / "source" / f"{i:05}.png").exists()]
+    rows = [[common.read_image(path) if path.exists() else None for path in (out / "test" / name / file for file in files)]
+            for name in ("source", *names)]
+    return common.picture_grid(rows, files, ["photo", *names], cell=128)
+
+
+def preview(photos: list[tuple[str, Image.Image]], concepts: dict[str, dict], teacher: Callable, args) -> Image.Image:
+    """The contact sheet of a few photos, with the very noise that the run will use."""
+    names, images = zip(*photos)
+    rows = {"photo": list(images)}
+    for name, concept in concepts.items():
+        seeds = [seed_of(args.seed, name, photo) for photo in names]
+        rows[name] = [edit for i in range(0, len(names), args.batch)
+                      for edit in teacher(list(images[i:i + args.batch]), name, concept["prompt"], seeds[i:i + args.batch])]
+    tensors = [[torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in row] for row in rows.values()]
+    return common.picture_grid(tensors, [readable(name)[-18:] for name in names], list(rows), cell=256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The command
 
 def read_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json} from --concept and --concepts, or the eight built-in prompts."""
     prompts = {}
     if args.concepts:
-        prompts |= {name: entry["prompt"] if isinstance(entry, dict) and "prompt" in entry else entry
+        prompts |= {name: entry.get("prompt") if isinstance(entry, dict) else entry
                     for name, entry in common.read_json(args.concepts).items()}
     for text in args.concept or []:
         name, _, prompt = text.partition("=")
         prompts[name.strip()] = prompt
+    prompts = prompts or CONCEPTS
     for name, prompt in prompts.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name) or name.lower() in ("source", "rejected", "train", "test"):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name) or name.lower() in ("source", "rejected", *SPLITS):
             raise UserError(f"concept {name!r} cannot be a folder's name: use letters, digits, - and _")
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"concept {name!r} has no prompt: write --concept {name}=\"what to do with the photo\"")
         if args.teacher == "filters" and name not in FILTERS:
             raise UserError(f"--teacher filters cannot do {name!r}: it knows {', '.join(FILTERS)}")
-    return {name: {"prompt": " ".join(prompt.split()), "teacher": args.teacher} for name, prompt in (prompts or CONCEPTS).items()}
+    if len({name.lower() for name in prompts}) < len(prompts):
+        raise UserError("two concepts' names differ in case alone, which not every file system tells apart")
+    used = {flag: getattr(args, flag) for flag in ("clip", *PIPELINE_FLAGS, "arguments", *GATE) if getattr(args, flag) not in (None, {})}
+    if args.teacher_size != args.size:
+        used["teacher_size"] = args.teacher_size
+    return {name: {"prompt": " ".join(prompt.split()), "teacher": args.teacher, **used} for name, prompt in prompts.items()}
 
 
-def main() -> None:
+def parse() -> "argparse.Namespace":
     parser = common.StageParser(__doc__, PAPER, DEMO)
     parser.add_argument("--images", help="a folder of photos, or `sklearn` for crops of the two that it installs")
     parser.add_argument("--concept", action="append", metavar="NAME=PROMPT", help="an edit to make; can be repeated "
@@ -350,68 +531,160 @@ def main() -> None:
     parser.add_argument("--concepts", type=Path, metavar="FILE.json", help="more of them: {name: prompt}")
     parser.add_argument("--teacher", help="a diffusers editing pipeline by hub id or folder, or `filters`: eight built-in edits")
     parser.add_argument("--size", type=int, help="pixels per side; a multiple of 8")
+    parser.add_argument("--teacher-size", type=int, help="pixels per side at which the teacher works, best the size that it "
+                        "was trained at (default: --size)")
     parser.add_argument("--train", type=int, help="photos for training")
     parser.add_argument("--test", type=int, help="photos held out")
-    parser.add_argument("--batch", type=int, help="photos per call of the teacher")
-    args, start = parser.parse(), time.time()
-    if args.size < 16 or args.size % 8:
-        raise UserError(f"--size {args.size}: use a multiple of 8, 16 or more")
-    if min(args.train, args.test, args.batch) < 1:
-        raise UserError("--train, --test and --batch must be 1 or more")
-    if args.teacher != "filters":
-        raise UserError("only --teacher filters is built in so far")
-    concepts = read_concepts(args)
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own, as for the next three)")
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance towards the prompt")
+    parser.add_argument("--image-guidance", type=float, help="guidance towards the photo (InstructPix2Pix)")
+    parser.add_argument("--strength", type=float, help="image-to-image: share of the noise that is added, 0 to 1")
+    parser.add_argument("--argument", action="append", metavar="NAME=VALUE", help="anything else that the pipeline's call "
+                        "takes, such as true_cfg_scale=4 or negative_prompt=blurry; can be repeated")
+    parser.add_argument("--batch", type=int, help="photos per call of the teacher; the edits do not depend on it")
+    parser.add_argument("--save-memory", choices=("none", "slicing", "offload"), help="slicing: attention and VAE in slices; "
+                        "offload: also keep the pipeline's parts in main memory until they are needed")
+    parser.add_argument("--clip", metavar="MODEL:WEIGHTS", help="open_clip model that scores the edits; `none` scores nothing")
+    parser.add_argument("--min-image-similarity", type=float, help="reject edits less like their photo, by CLIP "
+                        "(InstructPix2Pix's filter with ViT-L-14: 0.7; default: keep all)")
+    parser.add_argument("--min-directional-similarity", type=float, help="reject edits that change otherwise than the text "
+                        "(InstructPix2Pix's filter, on captions: 0.2; default: keep all)")
+    parser.add_argument("--preview", type=int, metavar="N", help="only make samples.png, of N photos")
+    args = parser.parse()
+    args.teacher_size = args.teacher_size or args.size
+    if args.size < 16 or args.size % 8 or args.teacher_size < 16 or args.teacher_size % 8:
+        raise UserError(f"--size {args.size}, --teacher-size {args.teacher_size}: use a multiple of 8, 16 or more")
+    if min(args.train, args.test, args.batch) < 1 or args.preview < 0 or (args.steps is not None and args.steps < 1):
+        raise UserError("--train, --test, --batch and --steps must be 1 or more, --preview 0 or more")
+    if args.strength is not None and not 0 < args.strength <= 1:
+        raise UserError(f"--strength {args.strength}: over 0, up to 1")
+    if args.clip == "none" and any(getattr(args, limit) is not None for limit in GATE):
+        raise UserError("--min-image-similarity and --min-directional-similarity need a --clip model")
+    args.arguments = {}
+    for text in args.argument or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--argument {text}: write NAME=VALUE")
+        try:
+            args.arguments[name] = json.loads(value)
+        except json.JSONDecodeError:
+            args.arguments[name] = value    # a string needs no quotes
+    if args.teacher == "filters" and (flags := [flag for flag in (*PIPELINE_FLAGS, "argument") if getattr(args, flag) is not None]):
+        raise UserError(f"--teacher filters does not take --{flags[0].replace('_', '-')}")
+    return args
 
-    test, train = args.test, args.train
+
+def photo_source(args) -> tuple[list[str], str, Callable]:
+    """Photo names in the order that --seed draws, a digest of them, and read(name, size) -> PIL image."""
     if args.images == "sklearn":
-        names, photos = [*(f"test {i}" for i in range(test)), *(f"train {i}" for i in range(train))], "sklearn"
-        read = lambda name: sklearn_crop(name, args.size)
-    else:
-        names = sorted(list_photos(Path(args.images)), key=lambda name: seed_of(args.seed, name))
-        photos = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        read = lambda name: read_photo(Path(args.images) / name, args.size)
-        if len(names) < train + test:       # keep the proportion
-            test = max(1, round(len(names) * test / (train + test)))
-            train = len(names) - test
-            print(f"{args.images} holds {len(names)} photos: {train} for training, {test} for testing")
-    settings = dict(stage="01_distill_pairs", photos=photos, size=args.size, train=args.train, test=args.test, seed=args.seed)
+        return [f"{split} {i}" for split in ("test", "train") for i in range(getattr(args, split))], "sklearn", sklearn_crop
+    folder = Path(args.images)
+    if args.out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose one outside")
+    names, digest = list_photos(folder)
+    return (sorted(names, key=lambda name: seed_of(args.seed, name)), digest,
+            lambda name, size: read_photo(folder / name, size, at_least=args.size))
 
-    known = {}
-    if (args.out / "concepts.json").exists() and not args.overwrite:
-        known = common.read_json(args.out / "concepts.json")
-        for name in known.keys() & concepts.keys():
-            if known[name] != concepts[name]:
-                raise UserError(f"{args.out} holds {name!r} made otherwise ({known[name]} there, {concepts[name]} here); give "
-                                "it another name, or another --out")
-        if concepts.keys() - known.keys() and common.read_json(args.out / "settings.json") == settings:
-            (args.out / "result.json").unlink(missing_ok=True)      # complete no longer: there are concepts to add
-    if common.begin_run(args.out, settings, args.overwrite):
+
+def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
+    """Whether the folder holds all that is asked for. UserError if it holds something else, or a concept made otherwise."""
+    if args.overwrite or not args.out.is_dir() or not set(os.listdir(args.out)) - {"samples.png"}:
+        return False
+    if not (args.out / "concepts.json").exists() or common.read_json(args.out / "settings.json") != settings:
+        return common.prepare_folder(args.out, settings, overwrite=False)
+    known = common.read_json(args.out / "concepts.json")
+    for name in concepts.keys() & known.keys():
+        for key in sorted((concepts[name].keys() | known[name].keys()) - set(GATE)):
+            there, here = known[name].get(key), concepts[name].get(key)
+            if there != here:
+                raise UserError(f"{args.out} holds {name!r} made otherwise ({key} {there!r} there, {here!r} here): call it "
+                                "another name or give another --out; --overwrite deletes all that is there")
+    if known | concepts != known:
+        (args.out / "result.json").unlink(missing_ok=True)          # complete no longer: concepts or thresholds are new
+    return common.prepare_folder(args.out, settings, overwrite=False)
+
+
+def make_preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -> None:
+    ours = not args.out.is_dir() or not os.listdir(args.out) or {"settings.json", "samples.png"} & set(os.listdir(args.out))
+    if not ours:
+        raise UserError(f"{args.out} holds files that no stage made; give another --out")
+    photos = first_photos(args, names, lambda name: read(name, args.teacher_size), args.preview)
+    common.write_png(args.out / "samples.png", preview(photos, concepts, load_teacher(args), args))
+    print(f"look at {args.out / 'samples.png'}")
+
+
+def first_photos(args, names: list[str], read: Callable, count: int) -> list[tuple[str, Image.Image]]:
+    skipped = {}
+    photos = list(itertools.islice(usable(names, read, skipped), count))
+    if len(photos) < min(2, count):
+        raise UserError(f"{args.images} has too few photos that can be used; " + "; ".join(map(": ".join, list(skipped.items())[:3])))
+    return photos
+
+
+def main() -> None:
+    args, start = parse(), time.time()
+    concepts = read_concepts(args)
+    names, digest, read = photo_source(args)
+    if args.preview:
+        return make_preview(args, concepts, names, read)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:                           # one process may wait for another's last hours
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+    settings = dict(stage="01_distill_pairs", photos=digest, size=args.size, train=args.train, test=args.test, seed=args.seed)
+    done = torch.tensor(is_done(args, settings, concepts) if rank == 0 else False)
+    if world > 1:
+        distributed.broadcast(done, 0)
+    if done:
         return
-    torch.set_num_threads(1)                # a filter's tensors are small: threads would mostly wait for one another
-    concepts = known | concepts
-    common.write_json(args.out / "concepts.json", concepts)
 
-    skipped = make_sources(args.out, names, read, test, train)
-    for name, why in skipped.items():
-        print(f"skipped {name}: {why}")
-    counts = {split: len(list((args.out / split / "source").glob("*.png"))) for split in ("train", "test")}
-    if not all(counts.values()):
-        raise UserError(f"{args.images} has too few photos that can be used: {len(skipped)} skipped, {sum(counts.values())} left")
-    with tqdm(total=sum(counts.values()) * len(concepts), unit="edit", smoothing=0.05) as bar:
-        for name, concept in concepts.items():
-            for split in ("train", "test"):
-                finished = sum(1 for _ in (args.out / split / name).glob("*.png"))
-                bar.update(finished)
-                for _ in make_edits(args.out, split, name, concept["prompt"], filters_teacher, args.batch, args.seed):
-                    bar.update()
+    teacher = load_teacher(args)
+    clip = None if args.clip == "none" else common.Clip(args.clip, common.pick_device(args.device))
+    if rank == 0:
+        first_photos(args, names, lambda name: read(name, args.size), 2)       # before anything is deleted or written
+        if args.out.is_dir() and os.listdir(args.out) == ["samples.png"]:
+            (args.out / "samples.png").unlink()                     # a preview's
+        common.prepare_folder(args.out, settings, args.overwrite)
+        known = common.read_json(args.out / "concepts.json") if (args.out / "concepts.json").exists() else {}
+        common.write_json(args.out / "concepts.json", known | concepts)
+        for part in args.out.rglob(".*.part"):                      # of a process that was killed while it wrote
+            part.unlink()
+        share = min(1, len(names) / (args.train + args.test))       # of what was asked for; fewer photos keep the proportion
+        test = max(1, round(share * args.test))
+        train = min(args.train, len(names) - test)
+        skipped = make_sources(args.out, names, lambda name: read(name, args.size), test, train)
+        for name, trouble in skipped.items():
+            print(f"skipped {name}: {trouble}")
+    if world > 1:
+        distributed.barrier()
+    counts = {split: sum(1 for _ in numbered(args.out / split / "source")) for split in SPLITS}
+    jobs = missing_edits(args.out, counts, concepts, rank, world)
+    with tqdm(total=sum(1 for _ in missing_edits(args.out, counts, concepts, rank, world)), unit="edit", disable=rank > 0) as bar:
+        for _ in make_edits(args.out, jobs, concepts, read, teacher, clip, args):
+            bar.update()
+    if world > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    if rank == 0:
+        finish(args, counts, skipped, start)
 
-    rows = write_metadata(args.out, concepts)
-    write_samples(args.out, concepts)
+
+def finish(args, counts: dict[str, int], skipped: dict[str, str], start: float) -> None:
+    """metadata.jsonl, samples.png and result.json, of all concepts in the folder."""
+    concepts = common.read_json(args.out / "concepts.json")
+    rows, reasons = write_metadata(args.out, counts, concepts)
+    common.write_png(args.out / "samples.png", samples(args.out, concepts))
+    for row in rows:
+        if not row["train"] or not row["test"]:
+            raise UserError(f"too few edits of {row['concept']!r} are left ({dict(reasons.get(row['concept'], {}))}): look at "
+                            f"{args.out / 'rejected'}; other thresholds make no edit anew")
+    marks = [*(["demo"] if args.demo else []), *(["built-in filters as teacher"] if args.teacher == "filters" else []),
+             *common.clip_mark(args.clip),
+             *(f"partial: {row['concept']}" for row in rows if row["train"] + row["test"] + row["rejected"] < sum(counts.values()))]
     common.write_json(args.out / "result.json", {
-        "stage": "01_distill_pairs",
-        "marks": [*(["demo"] if args.demo else []), *(["built-in filters as teacher"] if args.teacher == "filters" else [])],
-        "seconds": round(time.time() - start, 1), "photos": counts, "skipped": skipped, "tables": {"Pairs": rows}})
-    print(f"{args.out}: {counts['train']} + {counts['test']} photos, {len(concepts)} concepts; look at {args.out / 'samples.png'}")
+        "stage": "01_distill_pairs", "marks": marks, "seconds": round(time.time() - start, 1), "photos": counts,
+        "skipped": skipped, "rejected": reasons, "tables": {"Pairs": rows}})
+    print(f"{args.out}: {counts['train']} + {counts['test']} photos, {len(concepts)} concepts, {sum(map(Counter.total, reasons.values()))} "
+          f"edits rejected, {len(skipped)} photos skipped; look at {args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":
