@@ -1,9 +1,9 @@
 """Stage 2: which data to train on. K-means over CLIP embeddings chooses the base's concepts and each concept's photos.
 
-E2GAN (arXiv 2401.06127), section 3. Concepts: the mean embedding of a concept's edits stands for it; of each cluster the
-concept nearest to the centre trains the base (stage 3), the others are the new ones that fine-tuning is judged on (stage 4).
-Photos: as many clusters as samples are wanted, of each the photo nearest to the centre; a concept's are chosen among those
-that it has an edit of.
+E2GAN (arXiv 2401.06127), section 3. Concepts: the mean embedding of a concept's edits stands for it; of each cluster
+the concept nearest to the centre trains the base (stage 3), the others are the new ones that fine-tuning is judged on
+(stage 4). Photos: as many clusters as samples are wanted, of each the photo nearest to the centre; a concept's are
+chosen among those that it has an edit of.
 
 Reads   runs/pairs (stage 1), its training photos and edits
 Writes  runs/clusters/concepts.json             {"base": [...], "new": [...]}
@@ -60,8 +60,8 @@ def spread(names: Sequence[str], count: int) -> list[str]:
 
 
 def cluster(points: torch.Tensor, wanted: int, seed: int) -> list[list[int]]:
-    """K-means of points (N, D) with `wanted` clusters, fewer where there are fewer distinct points: lists of indices, the
-    largest cluster first, each list from the nearest to its cluster's centre (the pick) to the farthest."""
+    """K-means of points (N, D) with `wanted` clusters, fewer where there are fewer distinct points: lists of indices,
+    the largest cluster first, each list from the nearest to its cluster's centre (the pick) to the farthest."""
     from sklearn.cluster import KMeans      # a second; a run that is done already does not pay it
     points = points.double().numpy()
     count = min(wanted, len(np.unique(points.round(5), axis=0)))
@@ -105,7 +105,7 @@ def cluster_concepts(pairs: Path, files: dict[str, list[str]], clip: common.Clip
         say_fewer(len(clusters), args.base, "base concepts")
     unit = F.normalize(means, dim=1)
     rows = [{"concept": names[i], "role": "new" if i != members[0] else "base", "cluster": c,
-             "edits embedded": len(edits[names[i]]), "cosine to the cluster's pick": (unit[i] @ unit[members[0]]).item()}
+             "edits": len(edits[names[i]]), "cosine to the cluster's pick": (unit[i] @ unit[members[0]]).item()}
             for c, members in enumerate(clusters, 1) for i in members]
     return [[names[i] for i in members] for members in clusters], rows
 

@@ -1,45 +1,57 @@
-"""Stage 6: one self-contained ONNX file per concept, proved equal to PyTorch, timed, and applied to photos.
+"""Stage 6: one self-contained ONNX file per concept, proved against PyTorch, timed, and applied to photos.
 
-The network is traced once per generator with the photo and the prompt's text features as inputs. Each file is that graph with
-its concept's weights (LoRA merged) and its prompt as constants, and with everything that depends on constants alone computed.
+The network is traced once per generator, its inputs the photo and the prompt's text features. Each file is that graph
+with its concept's weights (LoRA merged) and its prompt as constants, and what depends on constants alone computed.
 A concept comes from the last file that knows it: the generators in the order given, then the adapters.
 
-Reads   generator.safetensors (stages 3, 4, 5), adapter.safetensors (stage 4; each finds its base by SHA-256), the test photos
-Writes  runs/onnx/<concept>.onnx    input photo (N, 3, H, W) in [-1, 1], output edit, like it; metadata says all of this
+Reads   generator.safetensors (stages 3, 4, 5), adapter.safetensors (stage 4; each finds its base by SHA-256), photos
+Writes  runs/onnx/<concept>.onnx    input photo (N, 3, H, W) in [-1, 1] or, with --io uint8, (N, H, W, 3) in 0..255;
+                                    output edit, like it; its metadata says which, and concept, prompt and base
         runs/onnx/comparison.png    photo | teacher | base | adapter | pruned | ONNX          result.json
         runs/onnx/applied/...       edits of --apply's pictures
 
     python 06_export_onnx.py --demo
-    python 06_export_onnx.py --generator runs/base/generator.safetensors --adapter runs/lora --size 256 --apply photos
-    python 06_export_onnx.py --device cpu       (files are made and timed on the CPU, whatever the machine has)
+    python 06_export_onnx.py --adapter runs/lora --size 256 --precision int8 --io uint8
+    python 06_export_onnx.py --model runs/onnx/sketch.onnx --apply photos       (needs the file alone, no checkpoint)
 """
 import copy
 import logging
+import math
 import statistics
+import tempfile
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+import psutil
 import torch
 import torch.nn.functional as F
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxscript import optimizer
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 import common
 
 PAPER = dict(
-    generator=[Path("runs/base/generator.safetensors")], concept=[],
-    pairs=Path("runs/pairs"), size=256, threads=2, out=Path("runs/onnx"),
+    generator=[Path("runs/base/generator.safetensors")], concept=[], model=[],
+    pairs=Path("runs/pairs"), size=256, precision="fp32", io="float32", threads=2, out=Path("runs/onnx"),
 )
 DEMO = dict(
     generator=[Path("runs/demo/base/generator.safetensors"), Path("runs/demo/coronet/generator.safetensors")],
     pairs=Path("runs/demo/pairs"), size=64, out=Path("runs/demo/onnx"),
 )
 OPSET = 18                      # ONNX Runtime 1.14 (2023) and later, its web and mobile builds included
-MOST_DIFFERENCE = 1e-3          # of fp32 from PyTorch, in a range of 2
+BARS = dict(fp32=1e-3, fp16=45.0, int8=30.0)     # fp32: most difference from PyTorch, of a range of 2; others: least dB
+CALIBRATION = 32                # training photos that int8's ranges are measured on
 COMPARED = 8                    # test photos on which PyTorch runs too
 REFERENCE = "resnet9"           # whose latency the others are compared with
 
@@ -48,11 +60,12 @@ REFERENCE = "resnet9"           # whose latency the others are compared with
 # Which concept comes from where
 
 def find_adapters(args) -> list[Path]:
-    """The files that --adapter names, and those below the folders that it names. Without it: those in the folder `lora` beside
-    the default generators' (there may be none), or none for other generators, which those adapters need not fit."""
+    """The files that --adapter names, and those below the folders that it names. Without it: those in the folder `lora`
+    beside the default generators' (there may be none); for other generators none, as those adapters need not fit."""
     if args.adapter is None:
         default = (DEMO if args.demo else PAPER)["generator"]
-        return sorted((default[0].parents[1] / "lora").rglob("adapter.safetensors")) if args.generator == default else []
+        lora = default[0].parents[1] / "lora"
+        return sorted(lora.rglob("adapter.safetensors")) if args.generator == default else []
     files = []
     for path in args.adapter:
         if not path.exists():
@@ -62,12 +75,12 @@ def find_adapters(args) -> list[Path]:
 
 
 def load_sources(generators: list[Path], adapters: list[Path]) -> list[common.Generator]:
-    """The generators, then a copy of its base for each adapter, with the adapter merged. Each has .adapter, the concept that
-    it was adapted to or None, and .file, where it comes from."""
+    """The generators, then a copy of its base for each adapter, with the adapter merged. Each has .adapter: the concept
+    that it was adapted to, or None."""
     sources = []
     for path in generators:
         generator = common.load_generator(path)
-        generator.adapter, generator.file = None, path
+        generator.adapter = None
         sources.append(generator)
     bases = {generator.sha256: generator for generator in sources}
     for path in adapters:
@@ -78,33 +91,27 @@ def load_sources(generators: list[Path], adapters: list[Path]) -> list[common.Ge
         adapted = copy.deepcopy(bases[base])
         index = common.load_adapter(adapted, path)
         common.remove_parametrizations(adapted)
-        adapted.adapter, adapted.file = adapted.config["concepts"][index]["name"], path
+        adapted.adapter = adapted.config["concepts"][index]["name"]
         sources.append(adapted)
     return sources
 
 
-def knows(source: common.Generator, concept: str) -> bool:
-    """An adapted generator counts for the concept that it was adapted to alone."""
-    if source.adapter:
-        return source.adapter == concept
-    return concept in [known["name"] for known in source.config["concepts"]]
-
-
-def is_pruned(source: common.Generator) -> bool:
-    return source.config["widths"] != source.config["full"]
+def known_to(source: common.Generator) -> list[str]:
+    """Names of a source's concepts; an adapted generator counts for the one that it was adapted to alone."""
+    return [source.adapter] if source.adapter else [concept["name"] for concept in source.config["concepts"]]
 
 
 def kind(source: common.Generator) -> str:
-    return ("pruned" if is_pruned(source) else "base") + (" + adapter" if source.adapter else "")
+    pruned = source.config["widths"] != source.config["full"]
+    return ("pruned" if pruned else "base") + (" + adapter" if source.adapter else "")
 
 
 def choose(sources: list[common.Generator], wanted: list[str]) -> dict[str, common.Generator]:
     """{concept: the last source that knows it}, for the wanted concepts or all."""
-    names = [source.adapter or known["name"] for source in sources for known in source.config["concepts"]]
-    found = {name: [source for source in sources if knows(source, name)][-1] for name in dict.fromkeys(names)}
+    found = {name: source for source in sources for name in known_to(source)}
     for name in wanted:
         if name not in found:
-            raise common.UserError(f"unknown concept {name!r}; the generators and adapters given know {', '.join(found)}")
+            raise common.UserError(f"unknown concept {name!r}; generators and adapters know {', '.join(found)}")
     return {name: found[name] for name in wanted or found}
 
 
@@ -119,29 +126,42 @@ def prompt_of(source: common.Generator, concept: str) -> tuple[str, torch.Tensor
 # Export
 
 class Network(torch.nn.Module):
-    """What a file computes: photo (N, 3, H, W) and the prompt's text features (1, T, D), if any -> edit."""
+    """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit. Pictures are floats
+    (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
 
-    def __init__(self, generator: common.Generator):
+    def __init__(self, generator: common.Generator, io: str):
         super().__init__()
-        self.generator = generator
+        self.generator, self.bytes = generator, io == "uint8"
 
     def forward(self, photo, text=None):
-        return self.generator.edit(photo, text, None)
+        if not self.bytes:
+            return self.generator.edit(photo, text, None)
+        edit = self.generator.edit(photo.permute(0, 3, 1, 2).float() / 127.5 - 1, text, None)
+        return ((edit + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def trace(generator: common.Generator, size: int) -> ir.Model:
+def multiple_of(generator: common.Generator) -> int:
+    """Height and width must be multiples of this."""
+    return 2 ** generator.config.get("depth", 3)
+
+
+def trace(generator: common.Generator, size: int, io: str = "float32", dynamic: bool = False) -> ir.Model:
     """The generator as a graph, its prompt an input, its parameters initializers named as in the module."""
-    photo, names, shapes = torch.zeros(2, 3, size, size), ["photo"], [{0: "batch"}]
-    inputs = [photo]
+    photo, axes = torch.zeros(2, 3, size, size), {0: "batch"} | ({2: "height", 3: "width"} if dynamic else {})
+    if io == "uint8":
+        photo = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+        axes = {0: "batch"} | ({1: "height", 2: "width"} if dynamic else {})
+    inputs = {"photo": (photo, axes)}
     if "text_dim" in generator.config:
-        inputs, names, shapes = [photo, generator.tokens[:1]], ["photo", "text"], [{0: "batch"}, {1: "tokens"}]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    return torch.onnx.export(Network(generator).eval(), tuple(inputs), None, input_names=names, output_names=["edit"],
-                             dynamic_shapes=tuple(shapes), opset_version=OPSET, optimize=False, verbose=False).model
+        inputs["text"] = generator.tokens[:1], {1: "tokens"}
+    examples, shapes = zip(*inputs.values())
+    return torch.onnx.export(Network(generator, io).eval(), examples, None, input_names=list(inputs),
+                             output_names=["edit"], dynamic_shapes=shapes, opset_version=OPSET, optimize=False,
+                             verbose=False).model
 
 
-def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None, about: dict[str, str]) -> onnx.ModelProto:
-    """The graph with this generator's weights and this prompt as constants, folded, and `about` as its metadata."""
+def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None) -> onnx.ModelProto:
+    """The graph with this generator's weights and this prompt as constants, folded."""
     model = graph.clone()
     for name, weight in generator.named_parameters():
         model.graph.initializers[f"generator.{name}"].const_value = ir.tensor(weight.detach().numpy())
@@ -151,12 +171,31 @@ def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None
         ir.convenience.replace_all_uses_with(model.graph.inputs[1], constant)
         del model.graph.inputs[1]
         model.graph.register_initializer(constant)
+    model.graph.outputs[0].shape = model.graph.inputs[0].shape      # the tracer's is a formula of the same value
     optimizer.optimize(model, input_size_limit=2 ** 31, output_size_limit=2 ** 31)
     ClearMetadataAndDocStringPass()(model)
-    proto = ir.to_proto(model)
-    onnx.helper.set_model_props(proto, about)
-    onnx.checker.check_model(proto, full_check=True)
-    return proto
+    return ir.to_proto(model)
+
+
+def quantize(proto: onnx.ModelProto, feeds: list[dict]) -> tuple[onnx.ModelProto, str]:
+    """Static int8 (weights a scale per channel, QDQ) of the convolutions and linear layers: (model, what is int8).
+
+    Kept in float, as measured on a trained e2gan: transposed convolutions, which ONNX Runtime has no int8 kernel for
+    (37 dB with them, 56 dB without); the convolutions that read or write the picture (48 dB with them, and slower);
+    attention's products, whose factors are no weights; norms."""
+    weights = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    layers = [(node, weights.get(node.input[1], ())) for node in proto.graph.node
+              if node.op_type in ("Conv", "ConvTranspose", "MatMul")]
+    chosen = [node for node, dims in layers
+              if node.op_type == "MatMul" and len(dims) == 2 or node.op_type == "Conv" and min(dims[:2]) > 3]
+    reader = SimpleNamespace(get_next=partial(next, iter(feeds), None))
+    with tempfile.TemporaryDirectory() as folder:
+        quantize_static(proto, f"{folder}/int8.onnx", reader, quant_format=QuantFormat.QDQ, per_channel=True,
+                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+                        nodes_to_quantize=[node.name for node in chosen])
+        made = onnx.load(f"{folder}/int8.onnx")
+    total, taken = (Counter(node.op_type for node in nodes) for nodes in ([node for node, _ in layers], chosen))
+    return made, ", ".join(f"{taken[op]} of {n} {op}" for op, n in total.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,18 +204,25 @@ def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None
 def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession:
     """A session on the CPU from a file or its bytes; UserError if the runtime cannot take it."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 4       # it raises what it would log
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:                  # the runtime's exceptions have no common base class
-        name = "the exported graph" if isinstance(model, bytes) else model
-        raise common.UserError(f"ONNX Runtime {onnxruntime.__version__} cannot take {name}: {str(error).splitlines()[0]}")
+        name, reason = "the graph in this precision" if isinstance(model, bytes) else model, str(error).splitlines()[0]
+        raise common.UserError(f"ONNX Runtime {onnxruntime.__version__} cannot run {name}: {reason}")
+
+
+def feed(session: onnxruntime.InferenceSession, photos: torch.Tensor) -> dict[str, np.ndarray]:
+    """uint8 photos (N, 3, H, W) as the file takes them."""
+    if session.get_inputs()[0].type == "tensor(uint8)":
+        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy()}
+    return {"photo": common.to_float(photos).numpy()}
 
 
 def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, batch: int = 8) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> edits (N, 3, H, W) in [-1, 1]."""
-    return torch.cat([torch.from_numpy(session.run(None, {"photo": common.to_float(part).numpy()})[0])
-                      for part in photos.split(batch)])
+    made = torch.cat([torch.from_numpy(session.run(None, feed(session, part))[0]) for part in photos.split(batch)])
+    return common.to_float(made.permute(0, 3, 1, 2)) if made.dtype == torch.uint8 else made
 
 
 @torch.no_grad()
@@ -186,18 +232,18 @@ def run_torch(generator: common.Generator, photos: torch.Tensor, text: torch.Ten
 
 
 def median_ms(sessions: list[onnxruntime.InferenceSession], photo: torch.Tensor, seconds: float = 0.5) -> list[float]:
-    """Median milliseconds for one photo (1, 3, H, W) uint8, after warm-up. The sessions take turns, so that whatever else
-    the machine does hits all alike; at least 10 rounds, and as many as fit `seconds`."""
-    feed = {"photo": common.to_float(photo).numpy()}
+    """Median milliseconds for one photo (1, 3, H, W) uint8, after warm-up. The sessions take turns, so that whatever
+    else the machine does hits all alike; at least 10 rounds, and as many as fit `seconds`."""
+    feeds = [feed(session, photo) for session in sessions]
     took: list[list[float]] = [[] for _ in sessions]
     for _ in range(3):
-        for session in sessions:
-            session.run(None, feed)
+        for session, inputs in zip(sessions, feeds):
+            session.run(None, inputs)
     began = time.perf_counter()
     while len(took[0]) < 10 or time.perf_counter() - began < seconds:
-        for session, times in zip(sessions, took):
+        for session, inputs, times in zip(sessions, feeds, took):
             start = time.perf_counter()
-            session.run(None, feed)
+            session.run(None, inputs)
             times.append(1000 * (time.perf_counter() - start))
     return [statistics.median(times) for times in took]
 
@@ -205,35 +251,69 @@ def median_ms(sessions: list[onnxruntime.InferenceSession], photo: torch.Tensor,
 # ---------------------------------------------------------------------------------------------------------------------
 # One concept
 
-def test_photos(pairs: Path, concept: str, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Test photos and the teacher's edits of them (uint8, `size` square), None where the pairs lack the concept."""
+def pairs_of(pairs: Path, split: str, concept: str, size: int, most: int | None = None):
+    """Photos and the teacher's edits, uint8 (N, 3, size, size); edits are None where the pairs lack the concept."""
     known = common.read_concepts(pairs)
-    loaded = common.load_pairs(pairs, "test", [concept if concept in known else next(iter(known))])
-    photos, edits = loaded.photos[loaded.rows[0]], loaded.edits[0] if concept in known else None
+    name = concept if concept in known else next(iter(known))
+    loaded = common.load_pairs(pairs, split, [name], common.edit_names(pairs, split, name)[:most])
+    photos, edits = loaded.photos, loaded.edits[0] if concept in known else None
     if loaded.size != size:
-        photos, edits = (None if x is None else common.to_uint8(F.interpolate(
-            common.to_float(x), (size, size), mode="bicubic", antialias=True)) for x in (photos, edits))
+        photos, edits = (None if x is None else resize(x, size, size) for x in (photos, edits))
     return photos, edits
+
+
+def resize(photos: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 (N, 3, ., .) -> uint8 (N, 3, height, width)."""
+    return common.to_uint8(F.interpolate(common.to_float(photos), (height, width), mode="bicubic", antialias=True))
+
+
+def prove(name: str, session, source: common.Generator, text: torch.Tensor | None, photos: torch.Tensor, args) -> dict:
+    """The file's distance from PyTorch on some photos, as columns; UserError where it misses the bar."""
+    made, wanted = run_onnx(session, photos), run_torch(source, photos, text)
+    if args.io == "uint8":                      # what bytes can say of it
+        wanted = common.to_float(common.to_uint8(wanted))
+    difference, quality = (made - wanted).abs().max().item(), common.psnr(made, wanted).mean().item()
+    bar = BARS[args.precision]
+    if args.precision == "fp32":
+        bar += 2 / 255 if args.io == "uint8" else 0                 # a byte may be rounded the other way
+        good, distance = difference <= bar, f"{difference:.2g} at most, and {bar:.2g} is allowed"
+    else:
+        good, distance = quality >= bar, f"{quality:.1f} dB, and {bar:.0f} are needed"
+    if not good:
+        raise common.UserError(f"{name}: the {args.precision} file differs from PyTorch ({distance}): not written")
+    return {"max difference": difference, "dB to PyTorch": quality}
 
 
 def export_concept(name: str, source: common.Generator, graph: ir.Model, reference, args) -> tuple[dict, torch.Tensor]:
     """Writes <concept>.onnx once it is proved. Returns the table's row and its edits of the test photos, uint8."""
     prompt, text = prompt_of(source, name)
-    proto = bake(graph, source, text, {"concept": name, "prompt": prompt, "size": f"{args.size}x{args.size}",
-                                       "value range": "-1..1, RGB", "base sha256": source.sha256})
+    photos, edits = pairs_of(args.pairs, "test", name, args.size)
+    proto, layers = bake(graph, source, text), "all float"
+    if args.precision == "fp16":
+        model = ir.from_proto(convert_float_to_float16(proto, keep_io_types=True))
+        model.graph.sort()                      # the converter leaves casts behind the nodes that read them
+        proto, layers = ir.to_proto(model), "all fp16"
+    if args.precision == "int8":
+        session = open_file(proto.SerializeToString(), args.threads)
+        calibration = pairs_of(args.pairs, "train", name, args.size, CALIBRATION)[0]
+        proto, layers = quantize(proto, [feed(session, photo[None]) for photo in calibration])
+    onnx.helper.set_model_props(proto, {
+        "concept": name, "prompt": prompt, "base sha256": source.sha256, "precision": args.precision,
+        "value range": "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW",
+        "size": "any" if args.dynamic else f"{args.size}x{args.size}", "multiple": str(multiple_of(source)),
+        "attention heads": str(source.config.get("heads", 0))})
+    onnx.checker.check_model(proto, full_check=True)
     data = proto.SerializeToString()
     session = open_file(data, args.threads)
-    photos, edits = test_photos(args.pairs, name, args.size)
-    made = run_onnx(session, photos)
-    difference = (made[:COMPARED] - run_torch(source, photos[:COMPARED], text)).abs().max().item()
-    if not difference <= MOST_DIFFERENCE:
-        raise common.UserError(f"{name}: ONNX Runtime differs from PyTorch by {difference:.2g}, more than {MOST_DIFFERENCE}; "
-                               "no file written")
+    distance = prove(name, session, source, text, photos[:COMPARED], args)
+    if args.dynamic:
+        prove(name, session, source, text, resize(photos[:1], args.size + multiple_of(source), 2 * args.size), args)
     common.replace_file(args.out / f"{name}.onnx", lambda aside: aside.write_bytes(data))
+    made = run_onnx(session, photos)
     ms, reference_ms = median_ms([session, reference], photos[:1])
-    quality = None if edits is None else common.psnr(made, common.to_float(edits)).mean().item()
-    return {"concept": name, "file": f"{name}.onnx", "from": kind(source), "KB": len(data) / 1000,
-            "GMACs": common.count_macs(source, args.size) / 1e9, "max difference": difference, "PSNR dB": quality,
+    return {"concept": name, "file": f"{name}.onnx", "from": kind(source), "layers": layers, "KB": len(data) / 1000,
+            "GMACs": common.count_macs(source, args.size) / 1e9, **distance,
+            "PSNR dB": None if edits is None else common.psnr(made, common.to_float(edits)).mean().item(),
             "ms": ms, "FPS": 1000 / ms, f"of {REFERENCE}'s time": ms / reference_ms, "threads": args.threads,
             "size px": args.size}, common.to_uint8(made)
 
@@ -241,20 +321,137 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, referen
 def export_reference(size: int, threads: int) -> tuple[onnxruntime.InferenceSession, dict]:
     """The network whose time the others are compared with, untrained and in memory: (session, its columns)."""
     generator = common.build_generator(common.generator_config(REFERENCE, 64, size, [{"name": "", "prompt": ""}]))
-    data = bake(trace(generator, size), generator, None, {}).SerializeToString()
+    data = bake(trace(generator, size), generator, None).SerializeToString()
     return open_file(data, threads), {"concept": f"({REFERENCE}, untrained)", "KB": len(data) / 1000,
                                       "GMACs": common.count_macs(generator, size) / 1e9}
 
 
 def comparison_row(name: str, pick: int, sources: list[common.Generator], made: torch.Tensor, args) -> list:
-    """photo | teacher | base | adapter | pruned | ONNX for one test photo: number `pick` of those with most contrast."""
-    photos, edits = test_photos(args.pairs, name, args.size)
+    """photo | teacher | base | adapter | pruned | ONNX for a test photo: number `pick` of those with most contrast."""
+    photos, edits = pairs_of(args.pairs, "test", name, args.size)
     i = photos.float().std((1, 2, 3)).argsort(descending=True)[pick % len(photos)].item()
-    kinds = {kind(source): source for source in sources if knows(source, name)}
+    kinds = {kind(source): source for source in sources if name in known_to(source)}
     adapted = kinds.get("pruned + adapter", kinds.get("base + adapter"))
     pictures = [source and common.run_generator(source, photos[i:i + 1], source.concept(name))[0]
                 for source in (kinds.get("base"), adapted, kinds.get("pruned"))]
     return [photos[i], None if edits is None else edits[i], *pictures, made[i]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of any size
+
+def find_pictures(path: Path) -> list[Path]:
+    """A picture file itself, or all below a folder, by their suffixes, sorted."""
+    if not path.exists():
+        raise common.UserError(f"--apply {path} does not exist")
+    if path.is_file():
+        return [path]
+    known = Image.registered_extensions()
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+    if not found:
+        raise common.UserError(f"--apply {path} holds no pictures")
+    return found
+
+
+def read_picture(path: Path) -> tuple[torch.Tensor, Image.Image | None]:
+    """uint8 (3, H, W), turned as its EXIF says, and its alpha channel if it has one. UserError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):              # 16 bits a channel, which convert() would clip
+                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), alpha
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise common.UserError(f"{path} is not a picture that can be read: {error}")
+
+
+def edit_picture(session: onnxruntime.InferenceSession, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (3, H, W) -> its edit, like it. A file of free size takes the whole picture, padded to its multiple; one of
+    fixed size takes it scaled to fit, and the edit is scaled back."""
+    about, shape = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0].shape
+    height, width = pixels.shape[1:]
+    if about.get("size") == "any":
+        multiple = int(about["multiple"])
+        inner, whole = (height, width), [multiple * math.ceil(side / multiple) for side in (height, width)]
+    else:
+        whole = shape[1:3] if session.get_inputs()[0].type == "tensor(uint8)" else shape[2:]
+        ratio = min(whole[0] / height, whole[1] / width)
+        inner = max(1, round(height * ratio)), max(1, round(width * ratio))
+    need = 8 * int(about.get("attention heads", 0)) * (whole[0] * whole[1] / 64) ** 2       # bytes: scores, softmax
+    if need > psutil.virtual_memory().total:
+        raise MemoryError(f"attention over {width}x{height} pixels takes {need / 1e9:.0f} GB")
+    photo = pixels[None] if inner == (height, width) else resize(pixels[None], *inner)
+    padded = np.pad(photo, [(0, 0), (0, 0), *[(0, side - part) for side, part in zip(whole, inner)]], "symmetric")
+    edit = common.to_uint8(run_onnx(session, torch.from_numpy(padded))[..., :inner[0], :inner[1]])
+    return edit[0] if inner == (height, width) else resize(edit, height, width)[0]
+
+
+def fit(pixels: torch.Tensor, side: int = 240) -> torch.Tensor:
+    """A picture for the comparison: uint8 (3, side, side), white around what is not square."""
+    return torch.from_numpy(np.array(ImageOps.pad(common.to_pil(pixels), (side, side), color="white"))).permute(2, 0, 1)
+
+
+def apply_files(files: list[Path], pictures: Path, out: Path) -> None:
+    """Edits pictures with every file: <out>/<file's name>/<picture's path>.png; <out>/comparison.png shows six."""
+    paths, root = find_pictures(pictures), pictures if pictures.is_dir() else pictures.parent
+    sessions = {file.stem: open_file(file, 0) for file in files}
+    taken, shown = Counter(path.relative_to(root).with_suffix("") for path in paths), []
+    with tqdm(total=len(paths) * len(files), unit="picture") as bar:
+        for path in paths:
+            name = path.relative_to(root)               # a.jpg and a.png become a.jpg.png and a.png.png
+            name = name.with_suffix(".png") if taken[name.with_suffix("")] == 1 else name.with_name(name.name + ".png")
+            pixels, alpha = read_picture(path)
+            edits = []
+            for stem, session in sessions.items():
+                try:
+                    edits.append(edit_picture(session, pixels))
+                except Exception as error:          # the runtime's exceptions have no common base class
+                    raise common.UserError(f"{path} cannot be edited ({str(error).splitlines()[0]}): make it smaller, "
+                                           "or use a file exported without --dynamic: it scales pictures to its size")
+                image = common.to_pil(edits[-1])
+                if alpha:
+                    image.putalpha(alpha)
+                common.write_png(out / stem / name, image)
+                bar.update()
+            if len(shown) < 6:
+                shown.append([fit(picture) for picture in (pixels, *edits)])
+    grid = common.picture_grid(shown, ["photo", *sessions], [""] * len(shown), cell=240)
+    common.write_png(out / "comparison.png", grid)
+    print(f"{len(paths)} pictures, {len(files)} edits of each: {out}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def export_all(args, began: float) -> list[Path]:
+    """Exports every concept, unless the folder holds this run already. Returns the files."""
+    adapters = find_adapters(args)
+    sources = load_sources(args.generator, adapters)
+    chosen = choose(sources, args.concept)
+    multiple = max(map(multiple_of, chosen.values()))
+    if args.size < 8 or args.size % multiple:
+        raise common.UserError(f"--size {args.size}: this generator takes multiples of {multiple}")
+    pairs_of(args.pairs, "test", next(iter(chosen)), args.size, 1)
+    reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
+    settings = common.settings_of(args, "06_export_onnx", reads=reads)
+    files = [args.out / f"{name}.onnx" for name in chosen]
+    if common.begin_run(args.out, {k: v for k, v in settings.items() if k not in ("apply", "model")}, args.overwrite):
+        return files
+    logging.disable(logging.WARNING)            # the tracer and the quantizer address their developers
+    reference, reference_row = export_reference(args.size, args.threads)
+    graphs, rows, pictures = {}, [], []
+    for name, source in chosen.items():
+        if source.sha256 not in graphs:         # an adapted generator has its base's
+            graphs[source.sha256] = trace(source, args.size, args.io, args.dynamic)
+        row, made = export_concept(name, source, graphs[source.sha256], reference, args)
+        print(f"{row['file']}: {row['KB']:.0f} KB, {row['ms']:.1f} ms, {row['dB to PyTorch']:.0f} dB to PyTorch")
+        rows.append(row)
+        pictures.append(comparison_row(name, len(pictures), sources, made, args))
+    common.write_png(args.out / "comparison.png", common.picture_grid(
+        pictures, ["photo", "teacher", "base", "adapter", "pruned", "ONNX"], list(chosen)))
+    marks = common.marks_of(args, args.pairs, *[path.parent for path in args.generator])
+    common.write_result(args.out, "06_export_onnx", began, marks, {"ONNX files": [*rows, reference_row]})
+    return files
 
 
 def main() -> None:
@@ -264,33 +461,25 @@ def main() -> None:
                         help="an adapter, or a folder for every adapter.safetensors below it; can be repeated "
                         "(default: what stage 4 wrote for the default generators)")
     parser.add_argument("--concept", action="append", help="a concept to export (default: every one); can be repeated")
-    parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote: test photos")
+    parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote: photos to prove, time and calibrate on")
     parser.add_argument("--size", type=int, help="height and width of the photos, a multiple of 8")
+    parser.add_argument("--dynamic", action="store_true",
+                        help="let the file take any height and width, multiples of 8; --size is what it is timed at")
+    parser.add_argument("--precision", choices=list(BARS), help="of the layers; input and output are as --io says")
+    parser.add_argument("--io", choices=["float32", "uint8"], help="uint8: the file takes and gives bytes (N, H, W, 3)")
     parser.add_argument("--threads", type=int, help="ONNX Runtime's threads while it is timed")
+    parser.add_argument("--apply", type=Path, help="a picture, or a folder of pictures of any size and format, to edit")
+    parser.add_argument("--model", type=Path, action="append",
+                        help="apply this exported file instead of exporting; can be repeated")
     args, began = parser.parse(), time.time()
-    if args.size < 8 or args.size % 8:
-        raise common.UserError(f"--size {args.size} must be a multiple of 8")
-
-    adapters = find_adapters(args)
-    sources = load_sources(args.generator, adapters)
-    chosen = choose(sources, args.concept)
-    test_photos(args.pairs, next(iter(chosen)), args.size)
-    reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
-    if common.begin_run(args.out, common.settings_of(args, "06_export_onnx", reads=reads), args.overwrite):
-        return
-    reference, reference_row = export_reference(args.size, args.threads)
-    graphs, rows, pictures = {}, [], []
-    for name, source in chosen.items():
-        if source.sha256 not in graphs:         # an adapted generator has its base's
-            graphs[source.sha256] = trace(source, args.size)
-        row, made = export_concept(name, source, graphs[source.sha256], reference, args)
-        print(f"{args.out / row['file']}: {row['KB']:.0f} KB, {row['ms']:.1f} ms, differs by {row['max difference']:.1g}")
-        rows.append(row)
-        pictures.append(comparison_row(name, len(pictures), sources, made, args))
-    common.write_png(args.out / "comparison.png", common.picture_grid(
-        pictures, ["photo", "teacher", "base", "adapter", "pruned", "ONNX"], list(chosen)))
-    common.write_result(args.out, "06_export_onnx", began, common.marks_of(args, *[path.parent for path in args.generator]),
-                        {"ONNX files": [*rows, reference_row]})
+    if args.model and not args.apply:
+        raise common.UserError("--model needs --apply: the pictures to edit")
+    for path in args.model:
+        if not path.is_file():
+            raise common.UserError(f"--model {path} does not exist")
+    files = args.model or export_all(args, began)
+    if args.apply:
+        apply_files(files, args.apply, args.out / "applied")
 
 
 if __name__ == "__main__":

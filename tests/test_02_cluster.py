@@ -23,7 +23,7 @@ class ColourClip:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """12 photos in 4 colours, 5 concepts of plain colour: three reds, two blues. `navy` has edits of photos 0..4 only."""
+    """12 photos in 4 colours, 5 concepts of plain colour: three reds, two blues. `navy` has edits of photos 0..4."""
     rng = np.random.default_rng(0)
     rows, shades = [], [(250, 10, 10), (10, 250, 10), (10, 10, 250), (150, 150, 150)]
     for folder in ("source", *COLOURS):

@@ -1,5 +1,6 @@
 """Stage 6: the file computes what PyTorch computes, with the adapter merged and the prompt inside, and stands alone."""
 import functools
+import json
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 import common
 
 SIZE = 32
+CONCEPTS = ("sketch", "oil", "night")
 
 
 def new_generator(arch="e2gan", concepts=("sketch", "oil"), seed=0):
@@ -43,15 +45,15 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("world")
     rng, rows = np.random.default_rng(0), {"train": [], "test": []}
     for split in rows:
-        for folder in ("source", "sketch", "oil", "night"):
+        for folder in ("source", *CONCEPTS):
             (root / "pairs" / split / folder).mkdir(parents=True)
             for i in range(4):
                 pixels = np.kron(rng.integers(0, 255, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
                 Image.fromarray(pixels).save(root / "pairs" / split / folder / f"{i:05}.png")
                 rows[split] += [{"file_name": f"{folder}/{i:05}.png", "concept": folder}] if folder != "source" else []
-        common.write_text(root / "pairs" / split / "metadata.jsonl",
-                          "".join(f'{{"file_name": "{r["file_name"]}", "concept": "{r["concept"]}"}}\n' for r in rows[split]))
-    common.write_json(root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in ("sketch", "oil", "night")})
+        lines = "".join(json.dumps(row) + "\n" for row in rows[split])
+        common.write_text(root / "pairs" / split / "metadata.jsonl", lines)
+    common.write_json(root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in CONCEPTS})
     common.save_generator(root / "base/generator.safetensors", new_generator())
     pruned = new_generator(concepts=("sketch",), seed=1)
     common.save_generator(root / "coronet/generator.safetensors", common.slice_generator(
@@ -77,8 +79,14 @@ def export(world, load_stage):
 
 @pytest.fixture(scope="module")
 def exported(world, export):
-    return export("--generator", world / "base/generator.safetensors", "--generator", world / "coronet/generator.safetensors",
-                  "--adapter", world / "lora", out="onnx")
+    return export("--generator", world / "base/generator.safetensors", "--adapter", world / "lora",
+                  "--generator", world / "coronet/generator.safetensors", out="onnx")
+
+
+@pytest.fixture(scope="module")
+def dynamic(world, export):
+    """The base's concepts in the other form: bytes, and any height and width."""
+    return export("--generator", world / "base/generator.safetensors", "--io", "uint8", "--dynamic", out="dynamic")
 
 
 def run_file(path, photo):
@@ -109,9 +117,9 @@ def test_file_stands_alone(world, exported, tmp_path):
     assert not any(tensor.external_data for tensor in model.graph.initializer)
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 18}
     about = {entry.key: entry.value for entry in model.metadata_props}
-    base = common.sha256(world / "base/generator.safetensors")
-    assert about == {"concept": "night", "prompt": "make it night", "size": "32x32", "value range": "-1..1, RGB",
-                     "base sha256": base}
+    assert about == {"concept": "night", "prompt": "make it night", "size": "32x32", "value range": "-1..1, RGB, NCHW",
+                     "precision": "fp32", "multiple": "8", "attention heads": "4",
+                     "base sha256": common.sha256(world / "base/generator.safetensors")}
     shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert shapes == [["batch", 3, SIZE, SIZE]]
     assert not any("prompt" in node.input for node in model.graph.node)       # what it leads to is computed already
@@ -122,7 +130,7 @@ def test_result(exported):
     rows = {row["concept"]: row for row in result["tables"]["ONNX files"]}
     assert {name: row.get("from") for name, row in rows.items()} == {
         "sketch": "pruned", "oil": "base", "night": "base + adapter", "(resnet9, untrained)": None}
-    assert all(rows[name]["max difference"] <= 1e-3 and rows[name]["ms"] > 0 for name in ("sketch", "oil", "night"))
+    assert all(rows[name]["max difference"] <= 1e-3 and rows[name]["ms"] > 0 for name in CONCEPTS)
     assert rows["sketch"]["GMACs"] < rows["oil"]["GMACs"] and rows["sketch"]["KB"] < rows["oil"]["KB"]
     assert common.read_image(exported / "comparison.png").shape[1] > 3 * 160
 
@@ -144,6 +152,78 @@ def test_architectures_without_prompt(world, export, tmp_path, arch):
     assert np.abs(run_file(out / "oil.onnx", photo) - edit(generator, photo, "oil")).max() < 1e-4
 
 
+def test_bytes_of_any_size(world, dynamic):
+    base = common.load_generator(world / "base/generator.safetensors")
+    for shape in ((1, 3, 24, 56), (2, 3, 48, 40)):
+        photo = torch.randint(0, 256, shape, dtype=torch.uint8)
+        made = run_file(dynamic / "oil.onnx", photo.permute(0, 2, 3, 1))
+        wanted = torch.from_numpy(edit(base, common.to_float(photo), "oil"))
+        wanted = common.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
+        assert made.dtype == np.uint8 and np.abs(made.astype(int) - wanted).max() <= 1
+        assert (made == wanted).mean() > 0.99
+
+
+@pytest.mark.parametrize("precision, bar", [("fp16", 45), ("int8", 30)])
+def test_precisions(world, export, exported, precision, bar):
+    out = export("--generator", world / "base/generator.safetensors", "--concept", "oil", "--precision", precision,
+                 out=precision)
+    row = common.read_json(out / "result.json")["tables"]["ONNX files"][0]
+    photo = torch.stack([common.read_image(path) for path in (world / "pairs/test/source").glob("*.png")])
+    photo = common.to_float(photo)
+    full, small = (torch.from_numpy(run_file(folder / "oil.onnx", photo)) for folder in (exported, out))
+    assert common.psnr(full, small).mean() >= bar and row["dB to PyTorch"] >= bar
+    assert (out / "oil.onnx").stat().st_size < 0.75 * (exported / "oil.onnx").stat().st_size
+    kinds = {node.op_type for node in onnx.load(out / "oil.onnx").graph.node}
+    assert ("QuantizeLinear" in kinds) == (precision == "int8")
+    assert row["layers"] == dict(fp16="all fp16", int8="9 of 11 Conv, 8 of 12 MatMul, 0 of 3 ConvTranspose")[precision]
+
+
+def test_a_missed_bar_writes_nothing(world, load_stage, monkeypatch):
+    stage, out = load_stage("06"), world / "missed"
+    monkeypatch.setattr(stage, "BARS", dict(fp32=0, fp16=200, int8=200))
+    monkeypatch.setattr(stage, "export_reference", lambda *_: (None, {}))
+    monkeypatch.setattr("sys.argv", ["06", "--pairs", str(world / "pairs"), "--size", str(SIZE), "--out", str(out),
+                                     "--generator", str(world / "base/generator.safetensors"), "--precision", "int8"])
+    with pytest.raises(common.UserError, match="200 are needed"):
+        stage.main()
+    assert not list(out.glob("*.onnx")) and not (out / "result.json").exists()
+
+
+def picture(path, width, height, mode="RGB", **options):
+    noise = np.random.default_rng(0).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise).resize((width, height)).convert(mode).save(path, **options)
+
+
+def test_apply_pictures_of_any_kind(world, stage, dynamic, exported, tmp_path):
+    """In a folder that holds the files alone, as an app has them."""
+    turned = Image.Exif()
+    turned[0x0112] = 6                                                  # taken with the camera on its side
+    picture(tmp_path / "photos/side.jpg", 50, 30, exif=turned)
+    picture(tmp_path / "photos/deep/clear.png", 45, 21, "RGBA")
+    picture(tmp_path / "photos/deep/side.gif", 17, 40, "P")
+    picture(tmp_path / "photos/tiny.webp", 3, 2)
+    (tmp_path / "photos/readme.txt").write_text("not a picture, and not taken for one")
+    shutil.copy(dynamic / "oil.onnx", tmp_path / "free.onnx")
+    shutil.copy(exported / "oil.onnx", tmp_path / "fixed.onnx")
+    stage("06", "--model", "free.onnx", "--model", "fixed.onnx", "--apply", "photos", "--out", "out", cwd=tmp_path)
+    for name in ("free", "fixed"):
+        made = {path.relative_to(tmp_path / "out/applied" / name).as_posix(): Image.open(path)
+                for path in (tmp_path / "out/applied" / name).rglob("*.png")}
+        assert {path: image.size for path, image in made.items()} == {
+            "side.png": (30, 50), "deep/clear.png": (45, 21), "deep/side.png": (17, 40), "tiny.png": (3, 2)}
+        assert made["deep/clear.png"].mode == "RGBA" and made["side.png"].mode == "RGB"
+    assert Image.open(tmp_path / "out/applied/comparison.png").height > 4 * 240
+
+
+def test_apply_equals_pytorch_on_the_whole_picture(world, load_stage, dynamic):
+    stage, base = load_stage("06"), common.load_generator(world / "base/generator.safetensors")
+    pixels = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    made = stage.edit_picture(stage.open_file(dynamic / "oil.onnx", 1), pixels)
+    wanted = common.run_generator(base, pixels[None], base.concept("oil"))[0]
+    assert (made.int() - wanted.int()).abs().max() <= 1
+
+
 def test_zero_biases_are_not_mixed_up(load_stage):
     """A trace of a network with equal constants serves one with unequal ones."""
     stage, zero, other = load_stage("06"), new_generator(), new_generator(seed=2)
@@ -152,14 +232,14 @@ def test_zero_biases_are_not_mixed_up(load_stage):
             torch.nn.init.zeros_(parameter)
     text = other.tokens[:1]
     photos = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
-    session = stage.open_file(stage.bake(stage.trace(zero, SIZE), other, text, {}).SerializeToString(), 1)
+    session = stage.open_file(stage.bake(stage.trace(zero, SIZE), other, text).SerializeToString(), 1)
     assert (stage.run_onnx(session, photos) - stage.run_torch(other, photos, text)).abs().max() < 1e-4
 
 
 def test_bad_input(world, error_of, load_stage, tmp_path):
     base, lora = world / "base/generator.safetensors", world / "lora"
     flags = ("--pairs", world / "pairs", "--size", SIZE, "--out", tmp_path / "out")
-    assert "multiple of 8" in error_of("06", "--size", 60)
+    assert "multiples of 8" in error_of("06", *flags, "--generator", base, "--size", 60)
     assert "does not exist" in error_of("06", *flags, "--generator", base, "--adapter", tmp_path / "none")
     assert "unknown concept 'fog'" in error_of("06", *flags, "--generator", base, "--adapter", lora, "--concept", "fog")
     other = world / "coronet/generator.safetensors"
@@ -167,5 +247,20 @@ def test_bad_input(world, error_of, load_stage, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(base.read_bytes()[:5000])
     assert "truncated" in error_of("06", *flags, "--generator", tmp_path / "cut.safetensors", "--adapter", lora)
     assert "is no generator of ours" in error_of("06", *flags, "--generator", lora / "night/adapter.safetensors")
-    assert "does not exist" in error_of("06", *flags, "--generator", base, "--adapter", lora, "--pairs", tmp_path / "none")
+    assert "01_distill_pairs.py" in error_of("06", *flags, "--generator", base, "--pairs", tmp_path / "none")
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
+    file, flags = exported / "oil.onnx", ("--out", tmp_path / "out")
+    assert "needs --apply" in error_of("06", "--model", file, *flags)
+    assert "does not exist" in error_of("06", "--model", tmp_path / "none.onnx", "--apply", tmp_path, *flags)
+    assert "does not exist" in error_of("06", "--model", file, "--apply", tmp_path / "none", *flags)
+    assert "holds no pictures" in error_of("06", "--model", file, "--apply", tmp_path, *flags)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert "broken.png is not a picture" in error_of("06", "--model", file, "--apply", tmp_path, *flags)
+    assert "cannot run" in error_of("06", "--model", tmp_path / "broken.png", "--apply", tmp_path, *flags)
+    (tmp_path / "huge").mkdir()
+    Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
+    line = error_of("06", "--model", dynamic / "oil.onnx", "--apply", tmp_path / "huge", *flags)
+    assert "make it smaller" in line and "without --dynamic" in line
