@@ -15,6 +15,7 @@ that --seed fixes. A command with more concepts adds them to the same folder, be
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json --batch 32
 """
 import datetime
+import functools
 import hashlib
 import inspect
 import itertools
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -236,18 +238,22 @@ BOXES = {"train": {"china.jpg": (190, 0, 640, 427), "flower.jpg": (30, 0, 330, 4
          "test": {"china.jpg": (0, 30, 190, 427), "flower.jpg": (330, 70, 530, 427)}}         # half a temple, half a flower
 
 
+@functools.cache
+def sklearn_photo(file: str) -> Image.Image:
+    from sklearn.datasets import load_sample_image
+    return Image.fromarray(load_sample_image(file))
+
+
 def sklearn_crop(name: str, size: int) -> Image.Image:
     """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i": the two splits are cut
     from parts of the pictures that do not overlap."""
-    from sklearn.datasets import load_sample_image
     split, number = name.split()
     file = ("china.jpg", "flower.jpg")[int(number) % 2]
     left, top, right, bottom = BOXES[split][file]
     draw = np.random.default_rng(list(name.encode()))
     side = int(draw.integers(80, min(right - left, bottom - top, 300) + 1))
     x, y = int(draw.integers(left, right - side + 1)), int(draw.integers(top, bottom - side + 1))
-    crop = Image.fromarray(load_sample_image(file)[y:y + side, x:x + side])
-    return crop.resize((size, size), Image.Resampling.LANCZOS)
+    return sklearn_photo(file).crop((x, y, x + side, y + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def list_photos(folder: Path) -> tuple[list[str], str]:
@@ -373,8 +379,8 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 def clip_scores(clip: common.Clip, photos: list[Image.Image], edits: list[Image.Image], prompt: str) -> list[dict]:
     """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and edit; and of the change in
     the picture and the change in text, here from "a photo" to the prompt, since there is no caption of the edit."""
-    pixels = [torch.from_numpy(np.stack(list(map(np.asarray, images)))).permute(0, 3, 1, 2) for images in (photos, edits)]
-    before, after = clip.images(torch.cat(pixels)).chunk(2)         # (B, D) unit vectors
+    before, after = (clip.images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2))
+                     for images in (photos, edits))                 # (B, D) unit vectors
     start, goal = clip.texts(["a photo", prompt])
     similar, directed = (before * after).sum(1), F.cosine_similarity(after - before, (goal - start)[None])
     return [dict(image_similarity=round(a, 4), directional_similarity=round(b, 4))
@@ -384,10 +390,9 @@ def clip_scores(clip: common.Clip, photos: list[Image.Image], edits: list[Image.
 def missing_edits(out: Path, counts: dict[str, int], names: Iterable[str], rank: int, world: int) -> Iterator[tuple]:
     """(concept, split, file name) of each edit that is not there yet and that this process has to make."""
     for name, split in itertools.product(names, SPLITS):
-        for i in range(rank, counts[split], world):
-            file = f"{i:05}.png"
-            if not (out / split / name / file).exists() and not (out / "rejected" / split / name / file).exists():
-                yield name, split, file
+        made = {path.name for folder in (out, out / "rejected") for path in numbered(folder / split / name)}
+        files = (f"{i:05}.png" for i in range(rank, counts[split], world))
+        yield from ((name, split, file) for file in files if file not in made)
 
 
 def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[str, dict], read: Callable, teacher: Callable,
@@ -406,15 +411,15 @@ def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[s
             while batch := list(itertools.islice(group, args.batch)):
                 _, paths, photos, sources, given = zip(*batch)
                 seeds = [seed_of(args.seed, name, photo) for photo in photos]
-                edits = [edit.convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
-                         for edit in teacher(list(given), name, prompt, seeds)]
-                scores = clip_scores(clip, sources, edits, prompt) if clip else [{}] * len(edits)
+                edits = teacher(list(given), name, prompt, seeds)
+                scores = clip_scores(clip, given, edits, prompt) if clip else [{}] * len(edits)
                 rows = [dict(concept=name, prompt=prompt, photo=photo, seed=seed, **score)
                         for photo, seed, score in zip(photos, seeds, scores)]
                 yield from zip(paths, sources, edits, rows)
 
     def write(job):
         path, source, edit, row = job
+        edit = edit.convert("RGB").resize(source.size, Image.Resampling.LANCZOS)
         save(path, edit, {**row, "psnr": psnr(source, edit), **({"unsafe": True} if edit.info.get("unsafe") else {})})
         return path
 
@@ -658,7 +663,9 @@ def main() -> None:
         distributed.barrier()
     counts = {split: sum(1 for _ in numbered(args.out / split / "source")) for split in SPLITS}
     jobs = missing_edits(args.out, counts, concepts, rank, world)
-    with tqdm(total=sum(1 for _ in missing_edits(args.out, counts, concepts, rank, world)), unit="edit", disable=rank > 0) as bar:
+    total = sum(1 for _ in missing_edits(args.out, counts, concepts, rank, world))
+    sys.setswitchinterval(0.0005)           # the teacher must not wait 5 ms whenever a thread is busy encoding
+    with tqdm(total=total, unit="edit", mininterval=0.5, disable=rank > 0) as bar:
         for _ in make_edits(args.out, jobs, concepts, read, teacher, clip, args):
             bar.update()
     if world > 1:
