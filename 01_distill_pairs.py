@@ -1,12 +1,12 @@
 """Stage 1: data distillation. A teacher edits photos, and its edits become the training pairs of every later stage.
 
-E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edited photo) per concept; a concept
-is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt can be the teacher; a text-to-image
-checkpoint is used image-to-image. Photos become squares of --size pixels; --train and --test of them are drawn in an order
-that --seed fixes. A command with more concepts adds them to the same folder, beside those it holds.
+E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edited photo) per concept; a
+concept is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt can be the teacher; a
+text-to-image checkpoint is used image-to-image. Photos become squares of --size pixels; --train and --test of them are
+drawn in an order that --seed fixes. A command with more concepts adds them to the same folder.
 
-    in   --images DIR        photos in any format, subfolders too (`sklearn`: crops of the two photos scikit-learn installs)
-    out  {train,test}/source/00000.png, {train,test}/<concept>/00000.png: the photo, and its edit of the same name and size
+    in   --images DIR        photos in any format, subfolders too (`sklearn`: crops of the two it installs)
+    out  {train,test}/source/00000.png, {train,test}/<concept>/00000.png: the photo, and its edit of equal name and size
          {train,test}/metadata.jsonl: a row per edit; rejected/: the same for edits that fail --min-...-similarity
          concepts.json: prompt and teacher of each concept; samples.png: photos and edits to look at; result.json
 
@@ -14,6 +14,7 @@ that --seed fixes. A command with more concepts adds them to the same folder, be
     python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch" --preview 6
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json --batch 32
 """
+import argparse
 import datetime
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
 from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -53,7 +55,8 @@ THREADS = 4         # decode photos and encode PNGs while the teacher works
 PIPELINE_FLAGS = dict(steps="num_inference_steps", guidance="guidance_scale", image_guidance="image_guidance_scale",
                       strength="strength")
 GATE = ("min_image_similarity", "min_directional_similarity")
-SCORES = dict(psnr="photo unchanged PSNR dB", image_similarity="image similarity", directional_similarity="directional similarity")
+SCORES = dict(psnr="photo unchanged PSNR dB", image_similarity="image similarity",
+              directional_similarity="directional similarity")
 SEVERAL_REFERENCES = ("Flux2", "QwenImageEditPlus", "ZImageOmni")      # a list of images there is one edit's references
 
 
@@ -88,7 +91,7 @@ def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
 
 
 def daub(x: Tensor, radius: float) -> Tensor:
-    """Kuwahara's filter, softened: the mean of the four square windows that touch at a pixel, the flattest counting most."""
+    """Kuwahara's filter, softened: the mean of the four windows that touch at a pixel, the flattest counting most."""
     r, (h, w) = max(1, round(radius)), x.shape[-2:]
     padded = F.pad(x, (r, r, r, r), mode="reflect")
     mean = F.avg_pool2d(padded, r + 1, stride=1)                     # (1, 3, H + r, W + r)
@@ -106,7 +109,8 @@ def sketch(x: Tensor, px: float) -> Tensor:
 def oil(x: Tensor, px: float) -> Tensor:
     paint = daub(daub(x, 4 * px), 3 * px)
     dx, dy = slope(grey(paint), 1.5 * px)                           # light from the upper left on thick paint
-    return tint(0.18, 0.12, 0.06) + torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46) + 1.5 * (dx + dy)
+    colour = torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46)
+    return tint(0.18, 0.12, 0.06) + colour + 1.5 * (dx + dy)
 
 
 def watercolour(x: Tensor, px: float) -> Tensor:
@@ -137,7 +141,7 @@ def neon(x: Tensor, px: float) -> Tensor:
 
 
 def night(x: Tensor, px: float) -> Tensor:
-    lamp = (4 * grey(x) - 2.8).clamp(0, 1)                          # what is brightest turns into warm light with a halo
+    lamp = (4 * grey(x) - 2.8).clamp(0, 1)                          # what is brightest becomes warm light with a halo
     return 0.42 * grey(x) ** 1.3 * tint(0.4, 0.7, 1.5) + (0.45 * lamp + 0.4 * blur(lamp, 6 * px)) * tint(1, 0.75, 0.3)
 
 
@@ -163,8 +167,8 @@ def filters_teacher(images: list[Image.Image], name: str, prompt: str, seeds: li
 # Any diffusers pipeline as the teacher
 
 def load_teacher(args) -> Callable:
-    """teacher(images, name, prompt, seeds) -> edits, lists of PIL images; one that the pipeline's safety checker blanked
-    has info["unsafe"]. UserError if it cannot be loaded, does not edit photos, or does not take a flag that was given."""
+    """teacher(images, name, prompt, seeds) -> edits, lists of PIL images; an edit that the pipeline's safety checker
+    blanked has info["unsafe"]. UserError if it cannot be loaded, edits no photos, or does not take a flag given."""
     if args.teacher == "filters":
         torch.set_num_threads(1)            # a filter's tensors are small: threads would mostly wait for one another
         return filters_teacher
@@ -182,7 +186,8 @@ def load_teacher(args) -> Callable:
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
     except Exception as error:              # loaders raise anything, from missing keys to network errors
-        hint = "" if Path(args.teacher).exists() else " (a hub id needs the network once; without it give a pipeline's folder)"
+        offline = " (a hub id needs the network once; without it give a pipeline's folder)"
+        hint = "" if Path(args.teacher).exists() else offline
         raise UserError(f"--teacher {args.teacher} cannot be loaded{hint}: {str(error)[:300] or type(error).__name__}")
     finally:
         logging.set_verbosity(verbosity)
@@ -215,16 +220,17 @@ def load_teacher(args) -> Callable:
         edits = []
         for i in range(0, len(images), at_once):
             part = images[i:i + at_once]
-            noise = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + at_once]]     # on the CPU: same on any device
+            noise = [torch.Generator().manual_seed(seed) for seed in seeds[i:i + at_once]]      # the same on any device
             try:
                 output = pipe(image=part, prompt=[prompt] * len(part), generator=noise, **options)
             except torch.OutOfMemoryError:
-                raise UserError(f"out of memory at {len(part)} photos of {size} pixels: use a smaller --batch or --save-memory")
+                raise UserError(f"out of memory at {len(part)} photos of {size} pixels: lower --batch or --save-memory")
             except (ValueError, TypeError, RuntimeError) as error:
                 raise UserError(f"{kind} fails on concept {name!r}: {error}") from error
             if len(output.images) != len(part):
                 raise UserError(f"{kind} made {len(output.images)} pictures of {len(part)}: use --batch 1")
-            for edit, unsafe in zip(output.images, getattr(output, "nsfw_content_detected", None) or [False] * len(part)):
+            flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(part)
+            for edit, unsafe in zip(output.images, flagged):
                 edit.info["unsafe"] = bool(unsafe)
                 edits.append(edit)
         return edits
@@ -235,7 +241,7 @@ def load_teacher(args) -> Callable:
 # Photos
 
 BOXES = {"train": {"china.jpg": (190, 0, 640, 427), "flower.jpg": (30, 0, 330, 427)},        # left, top, right, bottom
-         "test": {"china.jpg": (0, 30, 190, 427), "flower.jpg": (330, 70, 530, 427)}}         # half a temple, half a flower
+         "test": {"china.jpg": (0, 30, 190, 427), "flower.jpg": (330, 70, 530, 427)}}         # half of either subject
 
 
 @functools.cache
@@ -245,8 +251,8 @@ def sklearn_photo(file: str) -> Image.Image:
 
 
 def sklearn_crop(name: str, size: int) -> Image.Image:
-    """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i": the two splits are cut
-    from parts of the pictures that do not overlap."""
+    """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i": the two splits are
+    cut from parts of the pictures that do not overlap."""
     split, number = name.split()
     file = ("china.jpg", "flower.jpg")[int(number) % 2]
     left, top, right, bottom = BOXES[split][file]
@@ -257,8 +263,8 @@ def sklearn_crop(name: str, size: int) -> Image.Image:
 
 
 def list_photos(folder: Path) -> tuple[list[str], str]:
-    """Sorted names, relative to `folder`, of the image files in it and its subfolders, hidden ones left out; and a digest of
-    names and sizes in bytes."""
+    """Sorted names, relative to `folder`, of the image files in it and its subfolders, hidden ones left out; and a
+    digest of names and sizes in bytes."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give the photos' with --images")
     sizes = {}
@@ -266,22 +272,22 @@ def list_photos(folder: Path) -> tuple[list[str], str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
-                file = os.path.join(path, name)
-                sizes[os.path.relpath(file, folder).replace(os.sep, "/")] = os.path.getsize(file) if os.path.exists(file) else -1
+                file = Path(path, name)
+                sizes[file.relative_to(folder).as_posix()] = file.stat().st_size if file.exists() else None
     if not sizes:
         raise UserError(f"{folder} holds no image files ({' '.join(sorted(SUFFIXES))})")
     return sorted(sizes), hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 
 def read_photo(path: Path, size: int, at_least: int) -> Image.Image:
-    """The middle square of a photo's first frame as sRGB-like RGB, upright, on white where it is transparent, resized to
-    `size`. ValueError if a side has fewer than `at_least` pixels; whatever Pillow raises if it is broken."""
+    """The middle square of a photo's first frame, RGB (colour profiles are ignored), upright, on white where it is
+    transparent, resized to `size`. ValueError if a side has under `at_least` pixels; what Pillow raises if broken."""
     with Image.open(path) as photo:
         if min(photo.size) < at_least:
             raise ValueError(f"{photo.width}x{photo.height} is smaller than {at_least} pixels")
         photo.draft(None, (2 * size, 2 * size))                     # JPEG decodes several times faster at 1/2, 1/4, 1/8
         photo = ImageOps.exif_transpose(photo)
-    if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey: Pillow's convert would clip them
+    if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey, which convert would clip
         values = np.asarray(photo, dtype=np.float32)
         top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
         photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
@@ -297,7 +303,7 @@ def readable(name: str) -> str:
 
 
 def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
-    """Maps in threads and in order like pool.map, but holds `depth` items at most: memory does not grow with their number."""
+    """Maps in threads and in order like pool.map, but holds `depth` items: memory does not grow with their number."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -331,9 +337,9 @@ def numbered(folder: Path) -> Iterator[Path]:
     return folder.glob("[0-9]*.png")
 
 
-def usable(names: list[str], read: Callable, skipped: dict[str, str], finished: set[str] = frozenset()) -> Iterator[tuple]:
-    """Yields (name, image) of the photos that can be read, in order, decoded ahead in threads; image is None where the name
-    is in `finished`. The others' names and what is wrong with them go to `skipped`."""
+def usable(names: list[str], read: Callable, skipped: dict[str, str], finished: frozenset = frozenset()) -> Iterator:
+    """Yields (name, image) of the photos that can be read, in order, decoded ahead in threads; image is None where the
+    name is in `finished`. The others' names and what is wrong with them go to `skipped`."""
     def attempt(name):
         try:
             return name, None if name in finished else read(name), None
@@ -349,11 +355,13 @@ def usable(names: list[str], read: Callable, skipped: dict[str, str], finished: 
 
 
 def make_sources(out: Path, names: list[str], read: Callable, test: int, train: int) -> dict[str, str]:
-    """Fills test/source, then train/source, with the photos of `names` that can be read. Returns {name: what is wrong}."""
+    """Fills test/source, then train/source, with the photos that can be read. Returns {name: what is wrong}."""
     places = ((split, i) for split, count in (("test", test), ("train", train)) for i in range(count))
-    skipped, finished = {}, {about(path)["photo"] for split in SPLITS for path in numbered(out / split / "source")}
+    finished = frozenset(about(path)["photo"] for split in SPLITS for path in numbered(out / split / "source"))
+    skipped = {}
     chosen = zip(places, usable(names, read, skipped, finished))
-    jobs = ((out / split / "source" / f"{i:05}.png", image, {"photo": name}) for (split, i), (name, image) in chosen if image)
+    jobs = ((out / split / "source" / f"{i:05}.png", image, {"photo": name})
+            for (split, i), (name, image) in chosen if image)
     with ThreadPoolExecutor(THREADS) as writers:
         for _ in ahead(writers, lambda job: save(*job), jobs):
             pass
@@ -364,8 +372,8 @@ def make_sources(out: Path, names: list[str], read: Callable, test: int, train: 
 # Edits
 
 def seed_of(*parts: object) -> int:
-    """A number under 2^48 from (seed, concept, photo): a picture's noise depends on nothing else, neither on the batch it
-    is in nor on which process makes it, nor on what was made before."""
+    """A number under 2^48 from (seed, concept, photo): a picture's noise depends on nothing else, neither on the batch
+    it is in nor on which process makes it, nor on what was made before."""
     text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
 
@@ -377,10 +385,12 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def clip_scores(clip: common.Clip, photos: list[Image.Image], edits: list[Image.Image], prompt: str) -> list[dict]:
-    """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and edit; and of the change in
-    the picture and the change in text, here from "a photo" to the prompt, since there is no caption of the edit."""
-    before, after = (clip.images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])).permute(0, 3, 1, 2))
-                     for images in (photos, edits))                 # (B, D) unit vectors
+    """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and edit; and of the
+    change in the picture and the change in text, here from "a photo" to the prompt, as the edit has no caption."""
+    def embed(images):                                              # (B, D) unit vectors
+        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+        return clip.images(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    before, after = embed(photos), embed(edits)
     start, goal = clip.texts(["a photo", prompt])
     similar, directed = (before * after).sum(1), F.cosine_similarity(after - before, (goal - start)[None])
     return [dict(image_similarity=round(a, 4), directional_similarity=round(b, 4))
@@ -395,8 +405,8 @@ def missing_edits(out: Path, counts: dict[str, int], names: Iterable[str], rank:
         yield from ((name, split, file) for file in files if file not in made)
 
 
-def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[str, dict], read: Callable, teacher: Callable,
-               clip: common.Clip | None, args) -> Iterator[Path]:
+def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[str, dict], read: Callable,
+               teacher: Callable, clip: common.Clip | None, args) -> Iterator[Path]:
     """Yields each edit's file as it is written; reading ahead and writing happen in threads while the teacher works."""
     def fetch(job):
         name, split, file = job
@@ -439,8 +449,8 @@ def why_rejected(row: dict, concept: dict) -> str | None:
     return None
 
 
-def sorted_edits(out: Path, split: str, counts: dict[str, int], concepts: dict[str, dict]) -> Iterator[tuple[dict, str | None]]:
-    """Yields (row, why it is rejected) of each edit, after moving it to or from rejected/, where the thresholds say."""
+def sorted_edits(out: Path, split: str, counts: dict[str, int], concepts: dict[str, dict]) -> Iterator[tuple]:
+    """Yields (row, why it is rejected or None) of each edit, after moving it to or from rejected/ as thresholds say."""
     for name, concept in concepts.items():
         for file in (f"{i:05}.png" for i in range(counts[split])):
             kept, aside = out / split / name / file, out / "rejected" / split / name / file
@@ -456,13 +466,14 @@ def sorted_edits(out: Path, split: str, counts: dict[str, int], concepts: dict[s
                 yield {"file_name": f"{name}/{file}", "source": source, "source_file_name": source, **row}, reason
 
 
-def write_metadata(out: Path, counts: dict[str, int], concepts: dict[str, dict]) -> tuple[list[dict], dict[str, Counter]]:
+def write_metadata(out: Path, counts: dict[str, int], concepts: dict) -> tuple[list[dict], dict[str, Counter]]:
     """Writes metadata.jsonl of what is kept and rejected/{train,test}.jsonl of what is not, from what the files say of
     themselves. Returns the table's rows, and each concept's reasons for rejection with their counts."""
     sums, reasons = {name: Counter() for name in concepts}, {name: Counter() for name in concepts}
 
     def write(aside):
-        with aside.open("w", encoding="utf-8") as kept, (out / "rejected" / f"{split}.jsonl").open("w", encoding="utf-8") as rest:
+        refused = out / "rejected" / f"{split}.jsonl"
+        with aside.open("w", encoding="utf-8") as kept, refused.open("w", encoding="utf-8") as rest:
             for row, reason in sorted_edits(out, split, counts, concepts):
                 if reason:
                     reasons[row["concept"]][reason] += 1
@@ -474,30 +485,18 @@ def write_metadata(out: Path, counts: dict[str, int], concepts: dict[str, dict])
     (out / "rejected").mkdir(exist_ok=True)
     for split in SPLITS:
         common.replace_file(out / split / "metadata.jsonl", write)
-    rows = [{"concept": name, "train": sums[name]["train"], "test": sums[name]["test"], "rejected": reasons[name].total(),
-             **{head: round(sums[name][key] / (sums[name]["train"] + sums[name]["test"]), 3)
-                for key, head in SCORES.items() if key in sums[name]}} for name in concepts]
-    return rows, {name: reason for name, reason in reasons.items() if reason}
+    rows = [{"concept": name, "train": own["train"], "test": own["test"], "rejected": reasons[name].total(),
+             **{head: round(own[key] / (own["train"] + own["test"]), 3) for key, head in SCORES.items() if key in own}}
+            for name, own in sums.items()]
+    return rows, reasons
 
 
-def samples(out: Path, names: Iterable[str], count: int = 6) -> Image.Image:
-    """The contact sheet: a row of photos, and under it a row of edits per concept."""
-    files = [f"{i:05}.png" for i in range(count) if (out / "test" / "source" / f"{i:05}.png").exists()]
-    rows = [[common.read_image(path) if path.exists() else None for path in (out / "test" / name / file for file in files)]
-            for name in ("source", *names)]
-    return common.picture_grid(rows, files, ["photo", *names], cell=128)
-
-
-def preview(photos: list[tuple[str, Image.Image]], concepts: dict[str, dict], teacher: Callable, args) -> Image.Image:
-    """The contact sheet of a few photos, with the very noise that the run will use."""
-    names, images = zip(*photos)
-    rows = {"photo": list(images)}
-    for name, concept in concepts.items():
-        seeds = [seed_of(args.seed, name, photo) for photo in names]
-        rows[name] = [edit for i in range(0, len(names), args.batch)
-                      for edit in teacher(list(images[i:i + args.batch]), name, concept["prompt"], seeds[i:i + args.batch])]
-    tensors = [[torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in row] for row in rows.values()]
-    return common.picture_grid(tensors, [readable(name)[-18:] for name in names], list(rows), cell=256)
+def samples(out: Path, names: Iterable[str], count: int) -> Image.Image:
+    """The contact sheet: a row of test photos, and under it a row of edits per concept."""
+    files = [f"{i:05}.png" for i in range(count)]
+    paths = [[out / "test" / name / file for file in files] for name in ("source", *names)]
+    rows = [[common.read_image(path) if path.exists() else None for path in row] for row in paths]
+    return common.picture_grid(rows, files, ["photo", *names], cell=160)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,38 +521,37 @@ def read_concepts(args) -> dict[str, dict]:
             raise UserError(f"--teacher filters cannot do {name!r}: it knows {', '.join(FILTERS)}")
     if len({name.lower() for name in prompts}) < len(prompts):
         raise UserError("two concepts' names differ in case alone, which not every file system tells apart")
-    used = {flag: getattr(args, flag) for flag in ("clip", *PIPELINE_FLAGS, "arguments", *GATE) if getattr(args, flag) not in (None, {})}
-    if args.teacher_size != args.size:
-        used["teacher_size"] = args.teacher_size
-    return {name: {"prompt": " ".join(prompt.split()), "teacher": args.teacher, **used} for name, prompt in prompts.items()}
+    flags = ("teacher", "teacher_size", *PIPELINE_FLAGS, "arguments", "clip", *GATE)
+    used = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) not in (None, {})}
+    return {name: {"prompt": " ".join(prompt.split()), **used} for name, prompt in prompts.items()}
 
 
-def parse() -> "argparse.Namespace":
+def parse() -> argparse.Namespace:
     parser = common.StageParser(__doc__, PAPER, DEMO)
     parser.add_argument("--images", help="a folder of photos, or `sklearn` for crops of the two that it installs")
     parser.add_argument("--concept", action="append", metavar="NAME=PROMPT", help="an edit to make; can be repeated "
                         "(default: eight styles)")
     parser.add_argument("--concepts", type=Path, metavar="FILE.json", help="more of them: {name: prompt}")
-    parser.add_argument("--teacher", help="a diffusers editing pipeline by hub id or folder, or `filters`: eight built-in edits")
+    parser.add_argument("--teacher", help="a diffusers pipeline by hub id or folder, or `filters`: 8 built-in edits")
     parser.add_argument("--size", type=int, help="pixels per side; a multiple of 8")
-    parser.add_argument("--teacher-size", type=int, help="pixels per side at which the teacher works, best the size that it "
-                        "was trained at (default: --size)")
+    parser.add_argument("--teacher-size", type=int, help="pixels per side at which the teacher works, best the "
+                        "size that it was trained at (default: --size)")
     parser.add_argument("--train", type=int, help="photos for training")
     parser.add_argument("--test", type=int, help="photos held out")
-    parser.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's own, as for the next three)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default, as of the next three: the pipeline's own)")
     parser.add_argument("--guidance", type=float, help="classifier-free guidance towards the prompt")
     parser.add_argument("--image-guidance", type=float, help="guidance towards the photo (InstructPix2Pix)")
     parser.add_argument("--strength", type=float, help="image-to-image: share of the noise that is added, 0 to 1")
-    parser.add_argument("--argument", action="append", metavar="NAME=VALUE", help="anything else that the pipeline's call "
-                        "takes, such as true_cfg_scale=4 or negative_prompt=blurry; can be repeated")
+    parser.add_argument("--argument", action="append", metavar="NAME=VALUE", help="anything else that the pipeline's "
+                        "call takes, such as true_cfg_scale=4 or negative_prompt=blurry; can be repeated")
     parser.add_argument("--batch", type=int, help="photos per call of the teacher; the edits do not depend on it")
-    parser.add_argument("--save-memory", choices=("none", "slicing", "offload"), help="slicing: attention and VAE in slices; "
-                        "offload: also keep the pipeline's parts in main memory until they are needed")
-    parser.add_argument("--clip", metavar="MODEL:WEIGHTS", help="open_clip model that scores the edits; `none` scores nothing")
+    parser.add_argument("--save-memory", choices=("none", "slicing", "offload"), help="slicing: attention and VAE in "
+                        "slices; offload: also keep the pipeline's parts in main memory until they are needed")
+    parser.add_argument("--clip", metavar="MODEL:WEIGHTS", help="open_clip model to score edits with, or `none`")
     parser.add_argument("--min-image-similarity", type=float, help="reject edits less like their photo, by CLIP "
                         "(InstructPix2Pix's filter with ViT-L-14: 0.7; default: keep all)")
-    parser.add_argument("--min-directional-similarity", type=float, help="reject edits that change otherwise than the text "
-                        "(InstructPix2Pix's filter, on captions: 0.2; default: keep all)")
+    parser.add_argument("--min-directional-similarity", type=float, help="reject edits that change otherwise than the "
+                        "text (InstructPix2Pix's filter, on captions: 0.2; default: keep all)")
     parser.add_argument("--preview", type=int, metavar="N", help="only make samples.png, of N photos")
     args = parser.parse()
     args.teacher_size = args.teacher_size or args.size
@@ -574,15 +572,17 @@ def parse() -> "argparse.Namespace":
             args.arguments[name] = json.loads(value)
         except json.JSONDecodeError:
             args.arguments[name] = value    # a string needs no quotes
-    if args.teacher == "filters" and (flags := [flag for flag in (*PIPELINE_FLAGS, "argument") if getattr(args, flag) is not None]):
-        raise UserError(f"--teacher filters does not take --{flags[0].replace('_', '-')}")
+    unused = [flag for flag in (*PIPELINE_FLAGS, "argument") if getattr(args, flag) is not None]
+    if args.teacher == "filters" and unused:
+        raise UserError(f"--teacher filters does not take --{unused[0].replace('_', '-')}")
     return args
 
 
 def photo_source(args) -> tuple[list[str], str, Callable]:
     """Photo names in the order that --seed draws, a digest of them, and read(name, size) -> PIL image."""
     if args.images == "sklearn":
-        return [f"{split} {i}" for split in ("test", "train") for i in range(getattr(args, split))], "sklearn", sklearn_crop
+        names = [f"{split} {i}" for split in ("test", "train") for i in range(getattr(args, split))]
+        return names, "sklearn", sklearn_crop
     folder = Path(args.images)
     if args.out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose one outside")
@@ -592,7 +592,7 @@ def photo_source(args) -> tuple[list[str], str, Callable]:
 
 
 def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
-    """Whether the folder holds all that is asked for. UserError if it holds something else, or a concept made otherwise."""
+    """Whether the folder holds all that is asked for. UserError if it holds another run or a concept made otherwise."""
     if args.overwrite or not args.out.is_dir() or not set(os.listdir(args.out)) - {"samples.png"}:
         return False
     if not (args.out / "concepts.json").exists() or common.read_json(args.out / "settings.json") != settings:
@@ -602,28 +602,28 @@ def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
         for key in sorted((concepts[name].keys() | known[name].keys()) - set(GATE)):
             there, here = known[name].get(key), concepts[name].get(key)
             if there != here:
-                raise UserError(f"{args.out} holds {name!r} made otherwise ({key} {there!r} there, {here!r} here): call it "
-                                "another name or give another --out; --overwrite deletes all that is there")
+                raise UserError(f"{args.out} holds {name!r} made otherwise ({key} {there!r} there, {here!r} here): "
+                                "give it another name, or give another --out; --overwrite deletes all that is there")
     if known | concepts != known:
         (args.out / "result.json").unlink(missing_ok=True)          # complete no longer: concepts or thresholds are new
     return common.prepare_folder(args.out, settings, overwrite=False)
 
 
-def make_preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -> None:
-    ours = not args.out.is_dir() or not os.listdir(args.out) or {"settings.json", "samples.png"} & set(os.listdir(args.out))
-    if not ours:
+def preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -> None:
+    """Writes samples.png alone, made of the photos and the noise that the run will use for its first test pictures."""
+    there = set(os.listdir(args.out)) if args.out.is_dir() else set()
+    if there and not there & {"settings.json", "samples.png"}:
         raise UserError(f"{args.out} holds files that no stage made; give another --out")
-    photos = first_photos(args, names, lambda name: read(name, args.teacher_size), args.preview)
-    common.write_png(args.out / "samples.png", preview(photos, concepts, load_teacher(args), args))
+    with tempfile.TemporaryDirectory() as folder:
+        skipped = make_sources(Path(folder), names, lambda name: read(name, args.size), test=args.preview, train=0)
+        counts = {"train": 0, "test": sum(1 for _ in numbered(Path(folder, "test/source")))}
+        if not counts["test"]:
+            raise UserError(f"{args.images} has no photo that can be used: {skipped}")
+        jobs = missing_edits(Path(folder), counts, concepts, rank=0, world=1)
+        for _ in tqdm(make_edits(Path(folder), jobs, concepts, read, load_teacher(args), None, args), unit="edit"):
+            pass
+        common.write_png(args.out / "samples.png", samples(Path(folder), concepts, counts["test"]))
     print(f"look at {args.out / 'samples.png'}")
-
-
-def first_photos(args, names: list[str], read: Callable, count: int) -> list[tuple[str, Image.Image]]:
-    skipped = {}
-    photos = list(itertools.islice(usable(names, read, skipped), count))
-    if len(photos) < min(2, count):
-        raise UserError(f"{args.images} has too few photos that can be used; " + "; ".join(map(": ".join, list(skipped.items())[:3])))
-    return photos
 
 
 def main() -> None:
@@ -631,11 +631,12 @@ def main() -> None:
     concepts = read_concepts(args)
     names, digest, read = photo_source(args)
     if args.preview:
-        return make_preview(args, concepts, names, read)
+        return preview(args, concepts, names, read)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:                           # one process may wait for another's last hours
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    settings = dict(stage="01_distill_pairs", photos=digest, size=args.size, train=args.train, test=args.test, seed=args.seed)
+    settings = dict(stage="01_distill_pairs", photos=digest, size=args.size, train=args.train, test=args.test,
+                    seed=args.seed)
     done = torch.tensor(is_done(args, settings, concepts) if rank == 0 else False)
     if world > 1:
         distributed.broadcast(done, 0)
@@ -645,7 +646,9 @@ def main() -> None:
     teacher = load_teacher(args)
     clip = None if args.clip == "none" else common.Clip(args.clip, common.pick_device(args.device))
     if rank == 0:
-        first_photos(args, names, lambda name: read(name, args.size), 2)       # before anything is deleted or written
+        skipped = {}
+        if len(list(itertools.islice(usable(names, lambda name: read(name, args.size), skipped), 2))) < 2:
+            raise UserError(f"{args.images} has too few photos that can be used: {dict(list(skipped.items())[:3])}")
         if args.out.is_dir() and os.listdir(args.out) == ["samples.png"]:
             (args.out / "samples.png").unlink()                     # a preview's
         common.prepare_folder(args.out, settings, args.overwrite)
@@ -653,7 +656,7 @@ def main() -> None:
         common.write_json(args.out / "concepts.json", known | concepts)
         for part in args.out.rglob(".*.part"):                      # of a process that was killed while it wrote
             part.unlink()
-        share = min(1, len(names) / (args.train + args.test))       # of what was asked for; fewer photos keep the proportion
+        share = min(1, len(names) / (args.train + args.test))       # of what is asked for; the proportion stays
         test = max(1, round(share * args.test))
         train = min(args.train, len(names) - test)
         skipped = make_sources(args.out, names, lambda name: read(name, args.size), test, train)
@@ -662,6 +665,8 @@ def main() -> None:
     if world > 1:
         distributed.barrier()
     counts = {split: sum(1 for _ in numbered(args.out / split / "source")) for split in SPLITS}
+    if not all(counts.values()):
+        raise UserError(f"{args.images} has too few photos that can be used: {counts}")
     jobs = missing_edits(args.out, counts, concepts, rank, world)
     total = sum(1 for _ in missing_edits(args.out, counts, concepts, rank, world))
     sys.setswitchinterval(0.0005)           # the teacher must not wait 5 ms whenever a thread is busy encoding
@@ -679,19 +684,22 @@ def finish(args, counts: dict[str, int], skipped: dict[str, str], start: float) 
     """metadata.jsonl, samples.png and result.json, of all concepts in the folder."""
     concepts = common.read_json(args.out / "concepts.json")
     rows, reasons = write_metadata(args.out, counts, concepts)
-    common.write_png(args.out / "samples.png", samples(args.out, concepts))
+    common.write_png(args.out / "samples.png", samples(args.out, concepts, min(6, counts["test"])))
     for row in rows:
         if not row["train"] or not row["test"]:
-            raise UserError(f"too few edits of {row['concept']!r} are left ({dict(reasons.get(row['concept'], {}))}): look at "
+            raise UserError(f"too few edits of {row['concept']!r} pass ({dict(reasons[row['concept']])}): look at "
                             f"{args.out / 'rejected'}; other thresholds make no edit anew")
-    marks = [*(["demo"] if args.demo else []), *(["built-in filters as teacher"] if args.teacher == "filters" else []),
-             *common.clip_mark(args.clip),
-             *(f"partial: {row['concept']}" for row in rows if row["train"] + row["test"] + row["rejected"] < sum(counts.values()))]
+    marks = ["demo"] if args.demo else []
+    if any(concept["teacher"] == "filters" for concept in concepts.values()):
+        marks.append("built-in filters as teacher")
+    marks += sorted({mark for concept in concepts.values() for mark in common.clip_mark(concept["clip"])})
+    marks += [f"partial: {row['concept']}" for row in rows
+              if row["train"] + row["test"] + row["rejected"] < sum(counts.values())]
     common.write_json(args.out / "result.json", {
         "stage": "01_distill_pairs", "marks": marks, "seconds": round(time.time() - start, 1), "photos": counts,
-        "skipped": skipped, "rejected": reasons, "tables": {"Pairs": rows}})
-    print(f"{args.out}: {counts['train']} + {counts['test']} photos, {len(concepts)} concepts, {sum(map(Counter.total, reasons.values()))} "
-          f"edits rejected, {len(skipped)} photos skipped; look at {args.out / 'samples.png'}")
+        "skipped": skipped, "rejected": {name: why for name, why in reasons.items() if why}, "tables": {"Pairs": rows}})
+    print(f"{args.out}: {counts['train']} + {counts['test']} photos ({len(skipped)} skipped), {len(concepts)} concepts "
+          f"({sum(row['rejected'] for row in rows)} edits rejected); look at {args.out / 'samples.png'}")
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def load_stage(number: str):
 # Stage 1
 
 def bench_distill() -> tuple[str, list[dict]]:
-    """Wall time of the edits beside that of the pipeline's calls, with a pipeline of a few thousand weights whose calls are
-    slowed to 50 ms by sleeping, as the CPU does while a GPU works (it works at 32 pixels, whatever the pairs' size); then
-    the peak memory by the number of photos."""
+    """Wall time of the edits beside that of the pipeline's calls, with a pipeline of a few thousand weights whose calls
+    are slowed to 50 ms by sleeping, as the CPU does while a GPU works (it works at 32 pixels, whatever the pairs'
+    size); then the peak memory by the number of photos."""
     with tempfile.TemporaryDirectory() as folder:
         rows = [overhead(Path(folder), size, batch) for size, batch in ((64, 1), (256, 1), (256, 4))]
         return "Stage 1", rows + [memory(Path(folder), count) for count in (1_000, 100_000)]
@@ -66,16 +66,18 @@ def overhead(folder: Path, size: int, batch: int, seconds: float = 0.05) -> dict
         spans.append(time.perf_counter() - start)
 
     kind.__call__, stage.make_edits = slow, timed
-    sys.argv = ["01", "--demo", "--teacher", str(teacher), "--steps", "1", "--size", str(size), "--teacher-size", "32", "--batch", str(batch),
-                "--train", str(200 * batch), "--test", str(4 * batch), "--concept", "sketch=draw it", "--concept", "night=darken it",
-                "--overwrite", "--out", str(folder / "pairs")]
+    flags = ["--demo", "--teacher", teacher, "--steps", 1, "--size", size, "--teacher-size", 32, "--batch", batch,
+             "--train", 200 * batch, "--test", 4 * batch, "--concept", "sketch=draw it", "--concept", "night=darken it",
+             "--overwrite", "--out", folder / "pairs"]
+    sys.argv = ["01_distill_pairs.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(sys.stderr):
             stage.main()
     finally:
         kind.__call__ = plain
-    return {"what": f"{size} pixels, batch {batch}", "calls": len(in_calls), "in the pipeline s": round(sum(in_calls), 2),
-            "in all s": round(spans[0], 2), "own share %": round(100 * (1 - sum(in_calls) / spans[0]), 1)}
+    return {"what": f"{size} pixels, batch {batch}", "calls": len(in_calls),
+            "in the pipeline s": round(sum(in_calls), 2), "in all s": round(spans[0], 2),
+            "own share %": round(100 * (1 - sum(in_calls) / spans[0]), 1)}
 
 
 def memory(folder: Path, count: int) -> dict:
@@ -88,11 +90,13 @@ def memory(folder: Path, count: int) -> dict:
         link = os.link if i % 10_000 else shutil.copy
         link(photos / f"{(i - 1) // 10_000 * 10_000:06}.jpg", photos / f"{i:06}.jpg")
     start = time.perf_counter()
-    subprocess.run([sys.executable, str(ROOT / "01_distill_pairs.py"), "--demo", "--images", str(photos), "--train", "180", "--test",
-                    "20", "--concept", "sepia=make it sepia", "--out", str(folder / f"pairs {count}")], check=True,
+    flags = ["--demo", "--images", photos, "--train", 180, "--test", 20, "--concept", "sepia=make it sepia",
+             "--out", folder / f"pairs {count}"]
+    subprocess.run([sys.executable, str(ROOT / "01_distill_pairs.py"), *map(str, flags)], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {"what": f"200 of {count:,} photos", "in all s": round(time.perf_counter() - start, 1), "peak memory MiB": round(peak / 1024)}
+    return {"what": f"200 of {count:,} photos", "in all s": round(time.perf_counter() - start, 1),
+            "peak memory MiB": round(peak / 1024)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ def test_layout(pairs):
         table = rows(pairs, split)
         assert [row["file_name"] for row in table] == [f"{concept}/{name}" for concept in concepts for name in names]
         for row in table:
-            assert row["source"] == "source/" + row["file_name"].split("/")[1] and (pairs / split / row["source"]).exists()
+            assert row["source"] == "source/" + row["file_name"].split("/")[1]
+            assert (pairs / split / row["source"]).exists()
             assert row["prompt"] == concepts[row["concept"]]["prompt"] and isinstance(row["seed"], int)
     result = json.loads((pairs / "result.json").read_text())
     assert "demo" in result["marks"] and "built-in filters as teacher" in result["marks"]
@@ -97,7 +98,8 @@ def test_adding_concepts_is_the_same_as_all_at_once(here, pairs, tmp_path):
     prompts = {name: entry["prompt"] for name, entry in json.loads((pairs / "concepts.json").read_text()).items()}
     first, rest = ("sketch", "oil", "sepia"), [name for name in prompts if name not in ("sketch", "oil", "sepia")]
     for names in first, rest:
-        here(*DEMO, "--out", tmp_path / "pairs", *(x for name in names for x in ("--concept", f"{name}={prompts[name]}")))
+        flags = [flag for name in names for flag in ("--concept", f"{name}={prompts[name]}")]
+        here(*DEMO, "--out", tmp_path / "pairs", *flags)
     added, at_once = contents(tmp_path / "pairs"), contents(pairs)
     edits = [name for name in at_once if name.endswith(".png") and name != "samples.png"]
     assert added.keys() == at_once.keys() and all(added[name] == at_once[name] for name in edits)
@@ -115,14 +117,15 @@ def test_demo_splits_do_not_overlap(load_stage):
 
 @pytest.mark.parametrize("size", [64, 512])
 def test_edits_are_decisive_and_deterministic(load_stage, size):
-    """Each differs from the photo and from each other edit; the same photo gives the same pixels, alone or in a batch."""
+    """Each differs from the photo and from any other edit; a photo gives the same pixels alone and in a batch."""
     stage = load_stage("01")
     photos = [stage.sklearn_crop(name, size) for name in ("train 0", "train 1", "test 2", "test 3")]
     edits = {name: stage.filters_teacher(photos, name, "", []) for name in stage.FILTERS}
     for name, made in edits.items():
         assert np.mean([stage.psnr(photo, edit) for photo, edit in zip(photos, made)]) < 18, name
         assert made[1].tobytes() == stage.filters_teacher(photos[1:2], name, "", [])[0].tobytes()
-        assert all(np.mean([stage.psnr(a, b) for a, b in zip(made, edits[other])]) < 22 for other in edits if other != name)
+        for other in edits.keys() - {name}:
+            assert np.mean([stage.psnr(a, b) for a, b in zip(made, edits[other])]) < 22, (name, other)
 
 
 def test_edits_look_the_same_at_any_size(load_stage):
@@ -172,18 +175,21 @@ def one_by_one(stage, photos, pipelines, tmp_path_factory):
 def test_edits_do_not_depend_on_the_batch(here, one_by_one, photos, pipelines, tmp_path):
     here(*edit(photos, pipelines["instruct_pix2pix"], tmp_path / "four", "--batch", 4))
     for split, count in ("train", 4), ("test", 2):
-        assert [{**row, "psnr": 0} for row in rows(tmp_path / "four", split)] == [{**row, "psnr": 0} for row in rows(one_by_one, split)]
-        for row in rows(one_by_one, split):
-            assert psnr(pixels(one_by_one / split / row["file_name"]), pixels(tmp_path / "four" / split / row["file_name"])) >= 45
+        tables = [[{**row, "psnr": 0} for row in rows(folder, split)] for folder in (one_by_one, tmp_path / "four")]
+        assert tables[0] == tables[1] and len(tables[0]) == 2 * count
+        for row in tables[0]:
+            one, four = (pixels(folder / split / row["file_name"]) for folder in (one_by_one, tmp_path / "four"))
+            assert psnr(one, four) >= 45
     made = [pixels(one_by_one / "train" / row["file_name"]) for row in rows(one_by_one, "train")]
-    assert all(psnr(a, b) < 40 for i, a in enumerate(made) for b in made[:i])          # photo, prompt and noise all matter
+    assert all(psnr(a, b) < 40 for i, a in enumerate(made) for b in made[:i])      # photo, prompt and noise matter
 
 
 def test_two_processes_make_the_same_files(one_by_one, photos, pipelines, tmp_path, request):
     script = request.config.rootpath / "01_distill_pairs.py"
     flags = edit(photos, pipelines["instruct_pix2pix"], tmp_path / "pairs", "--batch", 1)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *map(str, flags)],
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*torchrun, str(script), *map(str, flags)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
+                   capture_output=True, timeout=120)
     assert contents(tmp_path / "pairs") == contents(one_by_one)
 
 
@@ -199,11 +205,13 @@ def test_text_to_image_checkpoint_edits_image_to_image(here, photos, pipelines, 
 
 
 def test_flow_matching_editor(here, error_of, photos, pipelines, tmp_path):
-    flags = edit(photos, pipelines["flux_kontext"], tmp_path / "pairs", "--teacher-size", 48, "--argument", "max_sequence_length=16")
+    flags = edit(photos, pipelines["flux_kontext"], tmp_path / "pairs", "--teacher-size", 48,
+                 "--save-memory", "slicing", "--argument", "max_sequence_length=16")
     here(*flags, "--guidance", 2.5)
     assert Image.open(tmp_path / "pairs/train/night/00003.png").size == (32, 32)
     assert "guidance 2.5 there, 3.0 here" in error_of("01", *flags, "--guidance", 3)
-    line = error_of("01", *edit(photos, pipelines["flux_kontext"], tmp_path / "new", "--image-guidance", 2, "--argument", "colour=1"))
+    line = error_of("01", *edit(photos, pipelines["flux_kontext"], tmp_path / "new", "--image-guidance", 2,
+                                "--argument", "colour=1"))
     assert "FluxKontextPipeline does not take --image-guidance, --argument colour" in line and "guidance_scale" in line
     assert not (tmp_path / "new").exists()
 
@@ -248,8 +256,8 @@ def test_continues_after_kill(here, tmp_path, request):
     flags = ["--demo", "--size", "192", "--train", "16", "--test", "4"]
     here(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(request.config.rootpath / "01_distill_pairs.py"), *flags, "--out", str(out)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = request.config.rootpath / "01_distill_pairs.py"
+    process = subprocess.Popen([sys.executable, str(script), *flags, "--out", str(out)], stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     while len(list(out.glob("train/oil/*.png"))) < 3 and time.time() < deadline:
         time.sleep(0.01)
@@ -258,7 +266,7 @@ def test_continues_after_kill(here, tmp_path, request):
     assert not (out / "result.json").exists()
     (out / "train/oil/.00009.png.1.part").write_bytes(b"half a picture")
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
-    assert len(finished) > 30 and all(Image.open(path).size == (192, 192) and Image.open(path).load() for path in finished)
+    assert len(finished) > 20 and all(pixels(path).shape == (192, 192, 3) for path in finished)
     here(*flags, "--out", out)
     assert contents(out) == contents(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
@@ -340,8 +348,8 @@ def test_photos_of_every_kind(here, tmp_path):
     glass.putalpha(Image.linear_gradient("L").resize(picture.size))
     glass.save(folder / "glass.png")
     picture.save(folder / "moving.gif", save_all=True, append_images=[scene(200, 120, seed=9)], duration=100)
-    names = {"rotated.jpg", "plain.JPG", "plain.png", "sub folder/plain.webp", "Фото 1 été.bmp", "print.jpg", "palette.png",
-             "grey.png", "grey16.png", "float.tif", "glass.png", "moving.gif"}
+    names = {"rotated.jpg", "plain.JPG", "plain.png", "sub folder/plain.webp", "Фото 1 été.bmp", "print.jpg",
+             "palette.png", "grey.png", "grey16.png", "float.tif", "glass.png", "moving.gif"}
     bad = {"tiny.png", "cut.jpg", "text.png"}
     picture.resize((50, 30)).save(folder / "tiny.png")
     (folder / "cut.jpg").write_bytes((folder / "plain.JPG").read_bytes()[:3000])
@@ -361,11 +369,13 @@ def test_photos_of_every_kind(here, tmp_path):
     assert result["skipped"].keys() == bad and "smaller than 64" in result["skipped"]["tiny.png"]
     table = [(split, row) for split in ("train", "test") for row in rows(tmp_path / "pairs", split)]
     assert {row["photo"] for _, row in table} == names and len(table) == len(names)
-    assert result["photos"]["test"] >= 2                           # fewer photos than asked for: 100 to 20, as far as they go
+    assert result["photos"]["test"] >= 2                           # fewer than asked for, in the proportion of 5 to 1
     middle = picture.crop((40, 0, 160, 120)).resize((64, 64), Image.Resampling.LANCZOS)
-    alpha = np.asarray(Image.linear_gradient("L").resize(picture.size).crop((40, 0, 160, 120)).resize((64, 64)))[..., None] / 255
+    alpha = Image.linear_gradient("L").resize(picture.size).crop((40, 0, 160, 120)).resize((64, 64))
+    alpha = np.asarray(alpha)[..., None] / 255
     for split, row in table:
-        wanted = np.asarray(middle if not row["photo"].startswith(("grey", "float")) else middle.convert("L").convert("RGB")).astype(float)
+        grey = row["photo"].startswith(("grey", "float"))
+        wanted = np.asarray(middle.convert("L").convert("RGB") if grey else middle).astype(float)
         if row["photo"] == "glass.png":
             wanted = alpha * wanted + (1 - alpha) * 255
         assert psnr(pixels(tmp_path / "pairs" / split / row["source"]), wanted) > 25, row["photo"]
