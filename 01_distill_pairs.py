@@ -177,8 +177,10 @@ def load_teacher(args) -> Callable:
     device = common.pick_device(args.device)
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16 if common.has_bf16(device) else torch.float16
     logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -188,7 +190,8 @@ def load_teacher(args) -> Callable:
     except Exception as error:              # loaders raise anything, from missing keys to network errors
         offline = " (a hub id needs the network once; without it give a pipeline's folder)"
         hint = "" if Path(args.teacher).exists() else offline
-        raise UserError(f"--teacher {args.teacher} cannot be loaded{hint}: {str(error)[:300] or type(error).__name__}")
+        trouble = str(error).split(". ")[0] or type(error).__name__
+        raise UserError(f"--teacher {args.teacher} cannot be loaded{hint}: {trouble}")
     finally:
         logging.set_verbosity(verbosity)
     kind, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
@@ -203,6 +206,10 @@ def load_teacher(args) -> Callable:
     size = args.teacher_size
     wanted = dict(height=size, width=size, max_area=size ** 2, _auto_resize=False, output_type="pil")
     options = {name: value for name, value in wanted.items() if name in takes} | dict(given.values())
+    if {"strength", "num_inference_steps"} <= takes:
+        steps, strength = (options.get(name, parameters[name].default) for name in ("num_inference_steps", "strength"))
+        if steps and strength and steps * strength < 1:
+            raise UserError(f"{kind}: {steps} steps at strength {strength} leave none; raise --steps or --strength")
     if args.save_memory == "offload" and device.type == "cpu":
         raise UserError("--save-memory offload moves the pipeline's parts to a GPU and back: there is none")
     if args.save_memory == "offload":
@@ -626,6 +633,18 @@ def preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -
     print(f"look at {args.out / 'samples.png'}")
 
 
+def meet(value: bool = False) -> bool:
+    """Process 0's value, once all processes have come here."""
+    flag = torch.tensor(value)
+    if distributed.is_initialized():
+        try:
+            distributed.broadcast(flag, 0)
+            distributed.barrier()
+        except RuntimeError:
+            raise UserError("another process stopped: its message says why")
+    return bool(flag)
+
+
 def main() -> None:
     args, start = parse(), time.time()
     concepts = read_concepts(args)
@@ -637,14 +656,10 @@ def main() -> None:
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
     settings = dict(stage="01_distill_pairs", photos=digest, size=args.size, train=args.train, test=args.test,
                     seed=args.seed)
-    done = torch.tensor(is_done(args, settings, concepts) if rank == 0 else False)
-    if world > 1:
-        distributed.broadcast(done, 0)
-    if done:
+    if meet(rank == 0 and is_done(args, settings, concepts)):
         return
-
-    teacher = load_teacher(args)
     clip = None if args.clip == "none" else common.Clip(args.clip, common.pick_device(args.device))
+    teacher = load_teacher(args)
     if rank == 0:
         skipped = {}
         if len(list(itertools.islice(usable(names, lambda name: read(name, args.size), skipped), 2))) < 2:
@@ -662,8 +677,7 @@ def main() -> None:
         skipped = make_sources(args.out, names, lambda name: read(name, args.size), test, train)
         for name, trouble in skipped.items():
             print(f"skipped {name}: {trouble}")
-    if world > 1:
-        distributed.barrier()
+    meet()
     counts = {split: sum(1 for _ in numbered(args.out / split / "source")) for split in SPLITS}
     if not all(counts.values()):
         raise UserError(f"{args.images} has too few photos that can be used: {counts}")
@@ -673,9 +687,7 @@ def main() -> None:
     with tqdm(total=total, unit="edit", mininterval=0.5, disable=rank > 0) as bar:
         for _ in make_edits(args.out, jobs, concepts, read, teacher, clip, args):
             bar.update()
-    if world > 1:
-        distributed.barrier()
-        distributed.destroy_process_group()
+    meet()
     if rank == 0:
         finish(args, counts, skipped, start)
 

@@ -193,8 +193,9 @@ def test_two_processes_make_the_same_files(one_by_one, photos, pipelines, tmp_pa
     assert contents(tmp_path / "pairs") == contents(one_by_one)
 
 
-def test_text_to_image_checkpoint_edits_image_to_image(here, photos, pipelines, tmp_path):
-    """The photo shapes the edit, less so the stronger the noise."""
+def test_text_to_image_checkpoint_edits_image_to_image(here, error_of, photos, pipelines, tmp_path):
+    line = error_of("01", *edit(photos, pipelines["text_to_image"], tmp_path / "none", "--strength", 0.3))
+    assert "2 steps at strength 0.3 leave none" in line and not (tmp_path / "none").exists()
     far = {}
     for strength in (0.3, 1.0):
         out = tmp_path / str(strength)
