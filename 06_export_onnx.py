@@ -14,6 +14,7 @@ Writes  runs/onnx/<concept>.onnx    input photo (N, 3, H, W) in [-1, 1] or, with
     python 06_export_onnx.py --adapter runs/lora --size 256 --precision int8 --io uint8
     python 06_export_onnx.py --model runs/onnx/sketch.onnx --apply photos       (needs the file alone, no checkpoint)
 """
+import argparse
 import copy
 import logging
 import math
@@ -42,12 +43,12 @@ from tqdm import tqdm
 import common
 
 PAPER = dict(
-    generator=[Path("runs/base/generator.safetensors")], concept=[], model=[],
-    pairs=Path("runs/pairs"), size=256, precision="fp32", io="float32", threads=2, out=Path("runs/onnx"),
+    generator=[Path("runs/base/generator.safetensors")], pairs=Path("runs/pairs"), out=Path("runs/onnx"),
+    size=256, precision="fp32", io="float32", threads=2,
 )
 DEMO = dict(
     generator=[Path("runs/demo/base/generator.safetensors"), Path("runs/demo/coronet/generator.safetensors")],
-    pairs=Path("runs/demo/pairs"), size=64, out=Path("runs/demo/onnx"),
+    pairs=Path("runs/demo/pairs"), out=Path("runs/demo/onnx"), size=64,
 )
 OPSET = 18                      # ONNX Runtime 1.14 (2023) and later, its web and mobile builds included
 BARS = dict(fp32=1e-3, fp16=45.0, int8=30.0)     # fp32: most difference from PyTorch, of a range of 2; others: least dB
@@ -106,10 +107,10 @@ def kind(source: common.Generator) -> str:
     return ("pruned" if pruned else "base") + (" + adapter" if source.adapter else "")
 
 
-def choose(sources: list[common.Generator], wanted: list[str]) -> dict[str, common.Generator]:
+def choose(sources: list[common.Generator], wanted: list[str] | None) -> dict[str, common.Generator]:
     """{concept: the last source that knows it}, for the wanted concepts or all."""
     found = {name: source for source in sources for name in known_to(source)}
-    for name in wanted:
+    for name in wanted or []:
         if name not in found:
             raise common.UserError(f"unknown concept {name!r}; generators and adapters know {', '.join(found)}")
     return {name: found[name] for name in wanted or found}
@@ -231,16 +232,18 @@ def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession
         raise common.UserError(f"ONNX Runtime {onnxruntime.__version__} cannot run {name}: {reason}")
 
 
-def feed(session: onnxruntime.InferenceSession, photos: torch.Tensor) -> dict[str, np.ndarray]:
-    """uint8 photos (N, 3, H, W) as the file takes them."""
-    if session.get_inputs()[0].type == "tensor(uint8)":
-        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy()}
-    return {"photo": common.to_float(photos).numpy()}
+def feed(session: onnxruntime.InferenceSession, photos: torch.Tensor, text: torch.Tensor | None = None) -> dict:
+    """uint8 photos (N, 3, H, W) as the file takes them, and the prompt's features if it is promptable."""
+    takes = {value.name: value.type for value in session.get_inputs()}
+    photos = photos.permute(0, 2, 3, 1).contiguous() if takes["photo"] == "tensor(uint8)" else common.to_float(photos)
+    return {"photo": photos.numpy()} | ({"text": text.numpy()} if "text" in takes else {})
 
 
-def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, batch: int = 8) -> torch.Tensor:
+def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, text: torch.Tensor | None = None,
+             batch: int = 8) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> edits (N, 3, H, W) in [-1, 1]."""
-    made = torch.cat([torch.from_numpy(session.run(None, feed(session, part))[0]) for part in photos.split(batch)])
+    made = torch.cat([torch.from_numpy(session.run(None, feed(session, part, text))[0])
+                      for part in photos.split(batch)])
     return common.to_float(made.permute(0, 3, 1, 2)) if made.dtype == torch.uint8 else made
 
 
@@ -288,7 +291,7 @@ def resize(photos: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def prove(name: str, session, source: common.Generator, text: torch.Tensor | None, photos: torch.Tensor, args) -> dict:
     """The file's distance from PyTorch on some photos, as columns; UserError where it misses the bar."""
-    made, wanted = run_onnx(session, photos), run_torch(source, photos, text)
+    made, wanted = run_onnx(session, photos, text), run_torch(source, photos, text)
     if args.io == "uint8":                      # what bytes can say of it
         wanted = common.to_float(common.to_uint8(wanted))
     difference, quality = (made - wanted).abs().max().item(), common.psnr(made, wanted).mean().item()
@@ -339,6 +342,21 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, referen
             "PSNR dB": None if edits is None else common.psnr(made, common.to_float(edits)).mean().item(),
             "ms": ms, "FPS": 1000 / ms, f"of {REFERENCE}'s time": ms / reference_ms, "threads": args.threads,
             "size px": args.size}, common.to_uint8(made)
+
+
+def export_promptable(source: common.Generator, graph: ir.Model, args) -> None:
+    """Writes promptable.onnx, which takes any prompt's text features (1, T, D) as a second input, `text`, and
+    prompts.safetensors, the features of the prompts that the generator knows. Proved on each of them, in fp32."""
+    proto = bake(graph, source, None)
+    onnx.helper.set_model_props(proto, {"base sha256": source.sha256, "text tower": source.config["clip"]})
+    onnx.checker.check_model(proto, full_check=True)
+    session = open_file(proto.SerializeToString(), args.threads)
+    texts = {name: prompt_of(source, name)[1].contiguous() for name in known_to(source)}
+    for name, text in texts.items():
+        photos = pairs_of(args.pairs, "test", name, args.size, 1)[0]
+        prove(name, session, source, text, photos, argparse.Namespace(**{**vars(args), "precision": "fp32"}))
+    common.write_tensors(args.out / "prompts.safetensors", texts, {"kind": "prompts", "clip": source.config["clip"]})
+    common.replace_file(args.out / "promptable.onnx", lambda aside: aside.write_bytes(proto.SerializeToString()))
 
 
 def export_reference(size: int, threads: int) -> tuple[onnxruntime.InferenceSession, dict]:
@@ -468,12 +486,19 @@ def export_all(args, began: float) -> list[Path]:
         if source.sha256 not in graphs:         # an adapted generator has its base's
             graphs[source.sha256] = trace(source, args.size, args.io, args.dynamic)
         row, made = export_concept(name, source, graphs[source.sha256], reference, timed, args)
-        print(f"{row['file']}: {row['KB']:.0f} KB, {row['ms']:.1f} ms, {row['dB to PyTorch']:.0f} dB to PyTorch")
+        print(f"{row['file']} ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB to PyTorch")
         rows.append(row)
         pictures.append(comparison_row(name, len(pictures), len(chosen), sources, made, args))
+    if args.promptable:
+        source = next((source for source in sources if "text_dim" in source.config), None)
+        if source is None:
+            raise common.UserError("--promptable: none of the generators takes a prompt")
+        export_promptable(source, graphs.get(source.sha256) or trace(source, args.size, args.io, args.dynamic), args)
     common.write_png(args.out / "comparison.png", common.picture_grid(
         pictures, ["photo", "teacher", "base", "adapter", "pruned", "ONNX"], list(chosen)))
     marks = common.marks_of(args, args.pairs, *[path.parent for path in args.generator])
+    ms = statistics.median(reference_ms for _, reference_ms in timed.values())
+    reference_row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
     common.write_result(args.out, "06_export_onnx", began, marks, {"ONNX files": [*rows, reference_row]})
     return files
 
@@ -491,6 +516,8 @@ def main() -> None:
                         help="let the file take any height and width, multiples of 8; --size is what it is timed at")
     parser.add_argument("--precision", choices=list(BARS), help="of the layers; input and output are as --io says")
     parser.add_argument("--io", choices=["float32", "uint8"], help="uint8: the file takes and gives bytes (N, H, W, 3)")
+    parser.add_argument("--promptable", action="store_true",
+                        help="also write the first generator with the prompt's text features as a second input")
     parser.add_argument("--threads", type=int, help="ONNX Runtime's threads while it is timed")
     parser.add_argument("--apply", type=Path, help="a picture, or a folder of pictures of any size and format, to edit")
     parser.add_argument("--model", type=Path, action="append",
@@ -498,7 +525,7 @@ def main() -> None:
     args, began = parser.parse(), time.time()
     if args.model and not args.apply:
         raise common.UserError("--model needs --apply: the pictures to edit")
-    for path in args.model:
+    for path in args.model or []:
         if not path.is_file():
             raise common.UserError(f"--model {path} does not exist")
     files = args.model or export_all(args, began)

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import common
 
@@ -64,9 +65,18 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def export(world, load_stage):
-    """export(*flags, out="name") runs the stage in this process on what `world` holds, and returns its folder."""
-    module = load_stage("06")
+    """export(*flags, out="name") runs the stage in this process on what `world` holds, and returns its folder. Tracing
+    takes seconds, so a generator is traced once with the same options."""
+    module, traced = load_stage("06"), {}
     module.export_reference = functools.cache(module.export_reference)
+    trace = module.trace
+
+    def trace_once(generator, *options):
+        key = getattr(generator, "sha256", None), *options
+        if key not in traced:
+            traced[key] = trace(generator, *options)
+        return traced[key]
+    module.trace = trace_once
 
     def call(*flags, out):
         with pytest.MonkeyPatch.context() as patch:
@@ -86,7 +96,8 @@ def exported(world, export):
 @pytest.fixture(scope="module")
 def dynamic(world, export):
     """The base's concepts in the other form: bytes, and any height and width."""
-    return export("--generator", world / "base/generator.safetensors", "--io", "uint8", "--dynamic", out="dynamic")
+    return export("--generator", world / "base/generator.safetensors", "--io", "uint8", "--dynamic", "--promptable",
+                  out="dynamic")
 
 
 def run_file(path, photo):
@@ -161,6 +172,19 @@ def test_bytes_of_any_size(world, dynamic):
         wanted = common.to_uint8(wanted).permute(0, 2, 3, 1).numpy()
         assert made.dtype == np.uint8 and np.abs(made.astype(int) - wanted).max() <= 1
         assert (made == wanted).mean() > 0.99
+
+
+def test_promptable(world, dynamic):
+    """One file, any prompt: of known ones the features lie beside it, and an unknown one may have any length."""
+    base, session = common.load_generator(world / "base/generator.safetensors"), onnxruntime.InferenceSession(
+        dynamic / "promptable.onnx")
+    photo, texts = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8), load_file(dynamic / "prompts.safetensors")
+    assert texts.keys() == {"sketch", "oil"}
+    for text in (*texts.values(), torch.randn(1, 7, 12)):
+        made = session.run(None, {"photo": photo.permute(0, 2, 3, 1).numpy(), "text": text.numpy()})[0]
+        with torch.no_grad():
+            wanted = common.to_uint8(base.edit(common.to_float(photo), text)).permute(0, 2, 3, 1).numpy()
+        assert np.abs(made.astype(int) - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("precision, bar", [("fp16", 45), ("int8", 30)])
