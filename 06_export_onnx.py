@@ -210,7 +210,8 @@ def quantize(proto: onnx.ModelProto, feeds: list[dict]) -> tuple[onnx.ModelProto
               or node.op_type == "Conv" and dims[1] > 3 and not node.input[1].startswith("generator.out.")]
     reader = SimpleNamespace(get_next=partial(next, iter(feeds), None))
     with tempfile.TemporaryDirectory() as folder:
-        quantize_static(proto, f"{folder}/int8.onnx", reader, quant_format=QuantFormat.QDQ, per_channel=True,
+        onnx.save(proto, f"{folder}/float.onnx")        # a model in memory would be altered
+        quantize_static(f"{folder}/float.onnx", f"{folder}/int8.onnx", reader, quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                         nodes_to_quantize=[node.name for node in chosen])
         made = onnx.load(f"{folder}/int8.onnx")
