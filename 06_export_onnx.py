@@ -524,6 +524,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append",
                         help="apply this exported file instead of exporting; can be repeated")
     args, began = parser.parse(), time.time()
+    if args.threads < 1:
+        raise common.UserError(f"--threads {args.threads} must be 1 or more")
     if args.model and not args.apply:
         raise common.UserError("--model needs --apply: the pictures to edit")
     for path in args.model or []:
