@@ -32,7 +32,7 @@ PAPER = dict(
 LOG_EVERY = 50
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
-    width=32, epochs=30, clip="ViT-S-32:random", save_every=300,
+    width=32, epochs=20, clip="ViT-S-32:random", save_every=360,
     lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
 )
 
@@ -131,10 +131,10 @@ def main() -> None:
     train, test = (common.load_pairs(args.pairs, split, concepts) for split in ("train", "test"))
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
-    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint()), args.overwrite):
-        return
     torch.manual_seed(args.seed)
     generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
+    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint()), args.overwrite):
+        return
     discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
     pace = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:

@@ -28,11 +28,12 @@ PAPER = dict(
     pairs=Path("runs/pairs"), concept=[], generator="runs/base/generator.safetensors", out=Path("runs/coronet"),
     keep=0.25, width=64, clip="ViT-B-32:openai",
     search_epochs=20, epochs=180,   # together pix2pix's 200
-    batch=16, lr=2e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", save_every=1000,
+    batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
-    width=32, clip="ViT-S-32:random", search_epochs=4, epochs=16, lr=1e-3, save_every=300,
+    width=32, clip="ViT-S-32:random", search_epochs=4, epochs=10, lr=1e-3, lr_search=2e-4,
+    save_every=180,
 )
 LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
@@ -42,9 +43,13 @@ class Latents(torch.nn.ParameterDict):
     """One vector per channel group, {group: (channels,)}: what the search shrinks."""
 
     def __init__(self, generator: common.Generator, trained: bool):
-        """N(0, 1) as in the paper; for a trained generator each channel's importance, mean 1 a group."""
+        """N(0, 1) as in the paper. For a trained generator: its channels ranked by importance and spread evenly over two decades,
+        0.01 to 1, so that half of them can fade while the others barely move (a choice of ours)."""
+        def spread(importance):
+            ranks = importance.argsort().argsort()
+            return 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
         importance = common.channel_importance(generator) if trained else {}
-        super().__init__({group: importance[group] if trained else torch.randn(n)
+        super().__init__({group: spread(importance[group]) if trained else torch.randn(n)
                           for group, n in generator.config["widths"].items()})
 
     def with_fixed(self, generator: common.Generator) -> dict[str, torch.Tensor]:
@@ -111,7 +116,7 @@ def write_channels(path: Path, config: dict) -> None:
 
 
 def train(generator, discriminator, optimizers: list, after_step, data: common.Pairs, test: common.Pairs, args, phase: str,
-          steps: int, decay: bool, device, rank: int, world: int) -> dict:
+          steps: int, lr: float, decay: bool, device, rank: int, world: int) -> dict:
     """The loop of both phases: least-squares GAN + L1, as in stage 3. `after_step(step)` returns True to end the phase.
     Returns its pace as columns of the table."""
     opt_g, opt_d = optimizers[:2]
@@ -125,8 +130,8 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     generator.train()
     for step in bar:
-        for optimizer, lr in ((opt_g, args.lr), (opt_d, args.lr_d)):
-            common.set_lr(optimizer, lr, step if decay else 0, steps)
+        common.set_lr(opt_g, lr, step if decay else 0, steps)
+        common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
         torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
         picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
         photo, edit, concept = data.batch(picks[rank::world], flips[rank::world], device)
@@ -181,10 +186,11 @@ def search(generator, discriminator, trained: bool, target: Target, data, test, 
 
     The paper's threshold per step is lambda * lr with a constant lambda. Here it is the smallest amount that keeps the MACs on
     a straight line which reaches the target after nine tenths of the phase (a choice of ours: it meets any target on time)."""
+    lr = args.lr_search if trained else args.lr
     latents = Latents(generator, trained).to(device)
     common.add_hypernetwork(generator, latents.with_fixed(generator), trained)
     generator.latents = latents                                 # saved, and averaged over processes, with the generator
-    opt_g = common.adam([p for name, p in generator.named_parameters() if not name.startswith("latents.")], args.lr)
+    opt_g = common.adam([p for name, p in generator.named_parameters() if not name.startswith("latents.")], lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     opt_z = torch.optim.SGD(latents.parameters(), args.lr_z, momentum=0.9)
     steps = args.search_epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
@@ -197,8 +203,8 @@ def search(generator, discriminator, trained: bool, target: Target, data, test, 
         soft_threshold(latents, target.threshold(on_cpu, line, MOST))
         return target.share(target.widths({g: z.detach().cpu() for g, z in latents.items()}, 0.0)) <= args.keep
 
-    pace = train(generator, discriminator, [opt_g, opt_d, opt_z], shrink, data, test, args, "search", steps, False,
-                 device, rank, world)
+    pace = train(generator, discriminator, [opt_g, opt_d, opt_z], shrink, data, test, args, "search", steps, lr,
+                 False, device, rank, world)
     kept = target.kept({g: z.detach().cpu() for g, z in latents.items()}, args.keep)
     common.remove_parametrizations(generator)
     del generator.latents
@@ -211,7 +217,6 @@ def source_generator(args, device: torch.device) -> tuple[common.Generator, bool
         return common.load_generator(Path(args.generator), device), True
     known = common.read_concepts(args.pairs)
     pairs = common.load_pairs(args.pairs, "test", args.concept or list(known))
-    torch.manual_seed(args.seed)
     return common.new_generator(args.generator, args.width, pairs.size, pairs.concepts, args.clip, device), False
 
 
@@ -227,7 +232,9 @@ def main() -> None:
     parser.add_argument("--search-epochs", type=int, help="passes over all pairs while pruning")
     parser.add_argument("--epochs", type=int, help="passes over all pairs after it; the learning rates fall to 0 in the second half")
     parser.add_argument("--batch", type=int, help="pairs a step, all processes together")
-    parser.add_argument("--lr", type=float, help="the generator's and the hypernetworks' learning rate")
+    parser.add_argument("--lr", type=float, help="the generator's learning rate while converging")
+    parser.add_argument("--lr-search", type=float, help="the hypernetworks' learning rate when the generator is trained already: "
+                                                        "a weight is a sum of nine terms, and all of them move")
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--lr-z", type=float, help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
@@ -238,8 +245,11 @@ def main() -> None:
     began = time.time()
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
+    torch.manual_seed(args.seed)
     generator, trained = source_generator(args, device)
     names = args.concept or [concept["name"] for concept in generator.config["concepts"]]
+    for name in names:
+        generator.concept(name)         # an unknown one ends here
     data, test = (common.load_pairs(args.pairs, split, names) for split in ("train", "test"))
     target = Target(generator, args.keep)
     settings = common.settings_of(args, "05_prune_coronet", data=data.fingerprint(), source=getattr(generator, "sha256", ""))
@@ -259,13 +269,14 @@ def main() -> None:
             write_channels(args.out / "channels.png", small.config)
     if world > 1:
         torch.distributed.barrier()
+    common.load_state(args.out / "search.safetensors", d=discriminator)     # goes on with what it learned, also when continued
     small = common.load_generator(sliced, device)
     after_slice = common.evaluate(small, test)
     small.requires_grad_(True)
     optimizers = [common.adam(small.parameters(), args.lr), common.adam(discriminator.parameters(), args.lr_d)]
     steps = args.epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
-    pace |= train(small, discriminator, optimizers, lambda step: False, data, test, args, "converge", steps, True,
-                  device, rank, world)
+    pace |= train(small, discriminator, optimizers, lambda step: False, data, test, args, "converge", steps, args.lr,
+                  True, device, rank, world)
     if rank > 0:
         return
     common.save_generator(args.out / "generator.safetensors", small)

@@ -688,26 +688,28 @@ def all_widths(config: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints: one safetensors file each
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """A safetensors file whose metadata values are stored as JSON."""
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> None:
+    """A safetensors file whose metadata has one key, "about": a JSON object. (Several keys are written in random order, and
+    the same run would not give the same bytes.)"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    packed = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
-    replace_file(path, lambda aside: save_file(tensors, aside, packed))
+    metadata = {"about": json.dumps(about, ensure_ascii=False)}
+    replace_file(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a file that write_tensors wrote with metadata["kind"] == kind; UserError for anything else."""
+    """Tensors and about of a file that write_tensors wrote with about["kind"] == kind; UserError for anything else."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
     try:
         with safe_open(path, "pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path} is truncated or no checkpoint of ours: {error}")
-    if metadata.get("kind") != kind:
-        raise UserError(f"{path} is no {kind} of ours" + (f" but a {metadata['kind']}" if "kind" in metadata else ""))
-    return tensors, metadata
+    there = about.get("kind") if isinstance(about, dict) else None
+    if there != kind:
+        raise UserError(f"{path} is no {kind} of ours" + (f" but a {there}" if there else ""))
+    return tensors, about
 
 
 def save_generator(path: Path, generator: Generator) -> None:
@@ -716,13 +718,13 @@ def save_generator(path: Path, generator: Generator) -> None:
 
 def load_generator(path: Path, device: torch.device = torch.device("cpu")) -> Generator:
     """The generator in a file, any architecture, full or pruned, in eval mode; .sha256 is the file's hash."""
-    tensors, metadata = read_tensors(path, "generator")
+    tensors, about = read_tensors(path, "generator")
     try:
-        missing = {"width", "size", "widths", "full", "concepts"} - metadata["config"].keys()
+        missing = {"width", "size", "widths", "full", "concepts"} - about["config"].keys()
         if missing:
             raise KeyError(f"config lacks {', '.join(sorted(missing))}")
         with torch.device("meta"):      # no memory until the shapes are known to match the tensors that the file holds
-            generator = build_generator(metadata["config"])
+            generator = build_generator(about["config"])
         generator.load_state_dict(tensors, assign=True)
     except UserError as error:
         raise UserError(f"{path}: {error}")
@@ -748,7 +750,7 @@ def load_state(path: Path, **parts) -> int:
     """Puts a saved state back into the same modules and optimizers; returns the steps done, 0 without a file."""
     if not path.exists():
         return 0
-    tensors, metadata = read_tensors(path, "state")
+    tensors, about = read_tensors(path, "state")
     for part, value in parts.items():
         state = {key.removeprefix(f"{part}/"): x for key, x in tensors.items() if key.startswith(f"{part}/")}
         if isinstance(value, torch.optim.Optimizer):
@@ -758,7 +760,7 @@ def load_state(path: Path, **parts) -> int:
                 entries.setdefault(int(index), {})[name] = x
             state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
         value.load_state_dict(state)
-    return metadata["step"]
+    return about["step"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -826,15 +828,15 @@ def save_adapter(path: Path, generator: Generator, concept: str, base_sha256: st
 
 def load_adapter(generator: Generator, path: Path) -> int:
     """Puts an adapter on the base that it was trained for; returns the index of its concept, which the generator now knows."""
-    tensors, metadata = read_tensors(path, "adapter")
-    if metadata.get("base") != generator.sha256:
-        raise UserError(f"{path} belongs to another base (SHA-256 {str(metadata.get('base'))[:12]}..., this one is "
+    tensors, about = read_tensors(path, "adapter")
+    if about.get("base") != generator.sha256:
+        raise UserError(f"{path} belongs to another base (SHA-256 {str(about.get('base'))[:12]}..., this one is "
                         f"{generator.sha256[:12]}...); give --generator the base it was trained on")
     try:
-        add_lora(generator, metadata["ranks"], metadata["alpha"])
+        add_lora(generator, about["ranks"], about["alpha"])
         for name, lora in lora_layers(generator).items():
             lora.load_state_dict({key: tensors[f"{name}.{key}"].float() for key in ("lora_A", "lora_B")})
-        return add_concept(generator, metadata["name"], metadata["prompt"], tensors.get("tokens"))
+        return add_concept(generator, about["name"], about["prompt"], tensors.get("tokens"))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the generator: {str(error).splitlines()[0]}")
 
@@ -843,6 +845,8 @@ def add_concept(generator: Generator, name: str, prompt: str, tokens: torch.Tens
     """Teaches the generator a concept's prompt: tokens (T, D), its text features. A concept of that name is replaced."""
     concepts = [c for c in generator.config["concepts"] if c["name"] != name] + [{"name": name, "prompt": prompt}]
     if "text_dim" in generator.config:
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != generator.config["text_dim"]:
+            raise UserError(f"the prompt's text features do not fit the generator, which takes {generator.config['text_dim']} a token")
         kept = [generator.tokens[i][generator.mask[i]] for i, c in enumerate(generator.config["concepts"]) if c["name"] != name]
         set_tokens(generator, [*kept, tokens.to(generator.tokens)])
     generator.config = {**generator.config, "concepts": concepts}
@@ -875,10 +879,10 @@ class Hypernetwork(nn.Module):
 
         Z[o,i] = z_out[o] z_in[i] + b0[o,i];  E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e];  W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
-    b2 is the weight that the layer owned before (parametrize calls it `original`). From scratch (`trained=False`) it is set
-    to 0 and w1, w2 start as in DHP. From a trained weight V (`trained=True`, a choice of ours) b2 is 0 too, w1[..., 0] = 1 and
-    w2[..., 0] = V / (z_out z_in), the other w2 0: the layer starts out computing V, and a latent that shrinks fades its channel
-    out, so the gradient of the latent is the channel's first-order importance.
+    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. From scratch w1 and w2 start as in
+    DHP. From a trained weight V (`trained=True`, a choice of ours) w1[..., 0] = 1 / (z_out z_in) and w2[..., 0] = V, the other w2
+    0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
+    channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
     """
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool, size: int = 8):
@@ -895,8 +899,9 @@ class Hypernetwork(nn.Module):
             self.w1 = nn.Parameter(torch.empty(o, i, size, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
             self.w2 = nn.Parameter(torch.zeros(o, i, k, size, device=weight.device))
             if trained:
-                self.w1[..., 0] = 1
-                self.w2[..., 0] = weight / (self.z_out()[:, None] * self.z_in())[..., None]
+                self.w1[..., 0] = 1 / (self.z_out()[:, None] * self.z_in())
+                self.w2[..., 0] = weight
+                self.b0.requires_grad_(False)
             else:
                 bound = (3 / (size * i * k)) ** 0.5                             # hyperfan-in: Var W = 1 / fan_in
                 self.w2.uniform_(-bound, bound)
@@ -969,7 +974,7 @@ class Clip:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                logging.disable(logging.WARNING)        # "no pretrained weights loaded": asked for by name, and marked
+                logging.disable(logging.ERROR)          # its words on random weights, and beside its exceptions
                 self.model = open_clip.create_model(model, None if weights == "random" else weights).to(device).eval()
         except Exception as error:          # open_clip raises whatever its downloader does
             raise UserError(f"--clip {spec} cannot be loaded ({str(error).splitlines()[0]}). open_clip downloads weights once; "

@@ -1,11 +1,14 @@
 """How tests run a stage: as a user does, in a process of its own, or in this process where start-up time would dominate."""
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -52,3 +55,26 @@ def error_of(load_stage, monkeypatch, capsys):
         assert lines and lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines), lines
         return lines[-1]
     return call
+
+
+@pytest.fixture(scope="session")
+def write_pairs():
+    """write_pairs(folder, {concept: edit}, train=12, test=4, size=32) writes a pairs folder as stage 1 does: smooth random
+    photos, and `edit` (H, W, 3 floats in 0..1) of each."""
+    def write(folder, edits, train=12, test=4, size=32):
+        import common
+        rng = np.random.default_rng(0)
+        for split, n in (("train", train), ("test", test)):
+            rows = []
+            for i in range(n):
+                coarse = Image.fromarray(rng.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+                photo = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
+                for name, edit in {"source": lambda x: x, **edits}.items():
+                    pixels = (np.clip(edit(photo), 0, 1) * 255).round().astype(np.uint8)
+                    common.write_png(folder / split / name / f"{i:05}.png", Image.fromarray(pixels))
+                    if name != "source":
+                        rows.append({"file_name": f"{name}/{i:05}.png", "source": f"source/{i:05}.png", "concept": name})
+            common.write_text(folder / split / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        common.write_json(folder / "concepts.json", {name: {"prompt": f"make it {name}"} for name in edits})
+        return folder
+    return write

@@ -163,7 +163,7 @@ def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
     with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
         assert set(file.keys()) == {"down1.conv.lora_A", "down1.conv.lora_B", "blocks.tb.feed1.lora_A",
                                     "blocks.tb.feed1.lora_B", "tokens"}
-        assert json.loads(file.metadata()["ranks"]) == {"down1.conv": 2, "blocks.tb.feed1": 1}
+        assert json.loads(file.metadata()["about"])["ranks"] == {"down1.conv": 2, "blocks.tb.feed1": 1}
 
     common.save_generator(tmp_path / "other.safetensors", make(seed=1))
     with pytest.raises(common.UserError, match="another base"):

@@ -1,0 +1,183 @@
+"""Stages 3 to 5 on pairs that take seconds: they learn, keep their promises about size, continue after SIGKILL in the same bytes,
+and train the same on two processes as on one."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from conftest import script
+
+EDITS = {"inverted": lambda x: 1 - x, "dark": lambda x: 0.25 * x, "warm": lambda x: x @ np.array(
+    [[1.0, 0.5, 0.2], [0.3, 0.6, 0.1], [0.2, 0.1, 0.1]])}
+BASE = ["--arch", "e2gan", "--width", 8, "--clip", "ViT-S-32:random", "--batch", 8, "--lr", "2e-3", "--seed", 1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, stage, write_pairs):
+    """Pairs of three concepts; clusters that make `warm` the new one; a base trained on the others."""
+    root = tmp_path_factory.mktemp("world")
+    write_pairs(root / "pairs", EDITS)
+    common.write_json(root / "clusters/concepts.json", {"base": ["inverted", "dark"], "new": ["warm"]})
+    common.write_text(root / "clusters/samples/warm.txt", "".join(f"{i:05}.png\n" for i in range(0, 12, 2)))
+    stage("03", "--pairs", root / "pairs", "--clusters", root / "clusters", "--out", root / "base", *BASE, "--epochs", 40)
+    return root
+
+
+def files(world):
+    return ["--pairs", world / "pairs", "--clusters", world / "clusters"]
+
+
+def table(folder, title):
+    return common.read_json(folder / "result.json")["tables"][title]
+
+
+def kill_midway_and_continue(stage, number, flags, out, state):
+    """Starts a stage, kills it with SIGKILL once it has saved `state`, and lets the same command finish."""
+    process = subprocess.Popen([sys.executable, script(number), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (out / state).exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    assert process.poll() is None, "ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (out / state).exists() and not (out / "result.json").exists()
+    stage(number, *flags)
+
+
+def assert_same_files(one, two, *names):
+    for name in names:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_base_learns_its_concepts(world):
+    for row in table(world / "base", "Base concepts, held-out photos"):
+        assert row["PSNR dB"] > row["photo unchanged dB"] + 3, row
+    assert (world / "base/samples").is_dir() and not list(world.rglob("*.part"))
+
+
+def test_base_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
+    flags = [*files(world), *BASE, "--epochs", 12, "--save-every", 10]
+    stage("03", *flags, "--out", tmp_path / "whole")
+    kill_midway_and_continue(stage, "03", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed", "state.safetensors")
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", "generator.safetensors", "state.safetensors", "log.jsonl")
+    again = stage("03", *flags, "--out", tmp_path / "whole")
+    assert "done already" in again.stdout
+
+
+def test_two_processes_train_as_one(world, stage, tmp_path):
+    # few and short steps: Adam turns the rounding of sums in another order into differences that grow
+    flags = [*files(world), *BASE, "--epochs", 1, "--lr", "2e-4", "--precision", "fp32", "--device", "cpu"]
+    stage("03", *flags, "--out", tmp_path / "one")
+    port = 20000 + os.getpid() % 20000
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script("03")),
+                    *map(str, flags), "--out", str(tmp_path / "two")], check=True, capture_output=True, timeout=300,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-5)
+    # outputs, not weights: a bias that instance norm erases has a gradient of pure rounding, which Adam magnifies
+    photos = common.load_pairs(world / "pairs", "test", ["dark"]).photos
+    one, two = (common.load_generator(tmp_path / name / "generator.safetensors") for name in ("one", "two"))
+    with torch.no_grad():
+        a, b = (network(common.to_float(photos), torch.ones(len(photos), dtype=torch.long)) for network in (one, two))
+    assert (a - b).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("arch", ["resnet9", "unet256"])
+def test_other_architectures_train_on_one_concept(world, stage, tmp_path, error_of, arch):
+    flags = ["--pairs", world / "pairs", "--arch", arch, "--width", 8, "--epochs", 1, "--out", tmp_path / arch]
+    assert "takes no prompt" in error_of("03", *flags, "--concept", "dark", "--concept", "warm")
+    stage("03", *flags, "--concept", "dark")
+    assert common.load_generator(tmp_path / arch / "generator.safetensors").config["arch"] == arch
+
+
+@pytest.fixture(scope="module")
+def adapter(world, stage):
+    """The folder of an adapter for `warm`, with the base's bytes checked to be untouched."""
+    before = common.sha256(world / "base/generator.safetensors")
+    stage("04", *files(world), "--base", world / "base/generator.safetensors", "--out", world / "lora", "--epochs", 60, "--batch", 6,
+          "--lr", "3e-3", "--rank", "2")
+    assert common.sha256(world / "base/generator.safetensors") == before
+    return world / "lora/warm"
+
+
+def test_adapter_learns_the_new_concept(world, adapter):
+    [row] = table(adapter, "New concepts, held-out photos")
+    assert row["concept"] == "warm" and row["photos"] == 6
+    assert row["PSNR dB"] > row["before dB"] + 3 and row["PSNR dB"] > row["photo unchanged dB"]
+    generator = common.load_generator(world / "base/generator.safetensors")
+    whole = common.count_parameters(generator)
+    index = common.load_adapter(generator, adapter / "adapter.safetensors")
+    assert row["trained weights"] == sum(lora.lora_A.numel() + lora.lora_B.numel() for lora in common.lora_layers(generator).values())
+    assert {common.layer_group(name) for name in common.lora_layers(generator)} == {
+        "stem", "down1", "down2", "tb", "up1", "up2", "out"}
+    assert row["trained %"] == pytest.approx(100 * row["trained weights"] / whole)
+    test = common.load_pairs(world / "pairs", "test", ["warm"])
+    made = common.to_float(common.run_generator(generator, test.photos, index))
+    assert common.psnr(made, common.to_float(test.edits[0])).mean().item() == pytest.approx(row["PSNR dB"], abs=0.1)     # fp16 file
+
+
+@pytest.mark.parametrize("mode, trained", [("full", 100), ("scratch", 100)])
+def test_other_modes_write_a_generator_of_one_concept(world, stage, tmp_path, mode, trained):
+    stage("04", *files(world), "--base", world / "base/generator.safetensors", "--mode", mode, "--epochs", 2, "--samples", "all",
+          "--out", tmp_path)
+    [row] = table(tmp_path / "warm", "New concepts, held-out photos")
+    assert row["trained %"] == trained and row["photos"] == 12
+    generator = common.load_generator(tmp_path / "warm/generator.safetensors")
+    assert [concept["name"] for concept in generator.config["concepts"]] == ["warm"]
+
+
+def test_adapter_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
+    flags = [*files(world), "--base", world / "base/generator.safetensors", "--epochs", 80, "--batch", 6, "--save-every", 10]
+    stage("04", *flags, "--out", tmp_path / "whole")
+    kill_midway_and_continue(stage, "04", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed/warm", "state.safetensors")
+    assert_same_files(tmp_path / "whole/warm", tmp_path / "killed/warm", "adapter.safetensors", "log.jsonl")
+
+
+def prune(world, out, *flags):
+    return ["--pairs", world / "pairs", "--clip", "ViT-S-32:random", "--batch", 8, "--out", out, *flags]
+
+
+def test_pruning_meets_its_target_and_keeps_what_was_learned(world, stage, tmp_path):
+    stage("05", *prune(world, tmp_path / "out", "--generator", world / "base/generator.safetensors", "--keep", "0.4", "--lr", "1e-3",
+                       "--search-epochs", 6, "--epochs", 20))
+    small = common.load_generator(tmp_path / "out/generator.safetensors")
+    full = common.load_generator(world / "base/generator.safetensors")
+    share = common.count_macs(small, 32) / common.count_macs(full, 32)
+    assert 0.35 < share <= 0.4
+    assert small.config["full"] == full.config["widths"] and small.config["concepts"] == full.config["concepts"]
+    for row in table(tmp_path / "out", "Pruned generator, held-out photos"):
+        assert row["PSNR dB"] > row["photo unchanged dB"] + 2, row
+    assert (tmp_path / "out/channels.png").exists()
+
+
+@pytest.mark.parametrize("arch", list(common.ARCHITECTURES))
+def test_pruning_from_scratch_meets_its_target(world, stage, tmp_path, arch):
+    stage("05", *prune(world, tmp_path / "out", "--generator", arch, "--width", 8, "--concept", "dark", "--keep", "0.3",
+                       "--search-epochs", 8, "--epochs", 1))
+    [row] = table(tmp_path / "out", "Pruning")
+    assert 25 < row["MACs %"] <= 30
+
+
+@pytest.mark.parametrize("state", ["search.safetensors", "converge.safetensors"])
+def test_pruning_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path, state):
+    flags = ["--generator", world / "base/generator.safetensors", "--keep", "0.5", "--search-epochs", 10, "--epochs", 12, "--save-every", 5]
+    stage("05", *prune(world, tmp_path / "whole", *flags))
+    kill_midway_and_continue(stage, "05", prune(world, tmp_path / "killed", *flags), tmp_path / "killed", state)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", "sliced.safetensors", "generator.safetensors", "search.jsonl",
+                      "converge.jsonl")
+
+
+def test_impossible_keep_says_what_is_possible(world, error_of, tmp_path):
+    line = error_of("05", *prune(world, tmp_path / "out", "--generator", world / "base/generator.safetensors", "--keep", "0.001"))
+    smallest = float(re.search(r"not under ([\d.]+)", line).group(1))
+    assert 0.001 < smallest < 0.3 and not (tmp_path / "out").exists()
