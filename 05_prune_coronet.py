@@ -32,8 +32,8 @@ PAPER = dict(
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
-    width=32, clip="ViT-S-32:random", search_epochs=4, epochs=10, lr=1e-3, lr_search=2e-4,
-    save_every=180,
+    width=32, clip="ViT-S-32:random", search_epochs=3, epochs=8, lr=1e-3, lr_search=2e-4,
+    save_every=144,
 )
 LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
