@@ -1,7 +1,7 @@
-"""Trains the base generator: one small text-conditioned GAN that learns several edits at once (E2GAN, sections 3.1 and 3.2).
+"""Trains the base generator: one small text-conditioned GAN that learns several edits at once.
 
-The generator sees a photo and the CLIP features of a prompt, the PatchGAN discriminator photo, edit and prompt. Least-squares
-GAN + 100 * L1 on pairs that stage 1 distilled, with Adam and pix2pix's schedule. Every step is a function of (seed, step)
+E2GAN (arXiv 2401.06127), section 3. The generator sees a photo and the CLIP features of a prompt, the PatchGAN
+discriminator photo, edit and prompt. Least-squares GAN + 100 * L1, Adam and pix2pix's schedule, on stage 1's pairs. Every step is a function of (seed, step)
 alone, so a run that was killed continues and ends in the same bytes as one that was not.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)

@@ -1,6 +1,6 @@
-"""Teaches a trained base a new concept with a low-rank adapter on its crucial layers (E2GAN, sections 3.3 and 3.4).
+"""Teaches a trained base a new concept with a low-rank adapter on its crucial layers.
 
-The base stays as it is; each adapted weight becomes W + (alpha/r) B A. The paper's crucial layers are the down- and
+E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes W + (alpha/r) B A. The paper's crucial layers are the down- and
 upsampling layers and the transformer block; its ranks 1, 4, 1, 8 (first and second downsampling, transformer block,
 upsamplings). We add the first and the last layer at ranks 4 and 3. `--mode full` trains all of the base's weights and
 `--mode scratch` a new network, in the same loop.

@@ -1,6 +1,6 @@
-"""Prunes a generator while it trains, to the share of its MACs that you ask for (CoroNetGAN, section 3).
+"""Prunes a generator while it trains, to the share of its MACs that you ask for.
 
-Searching: small hypernetworks make every weight from latent vectors, one element a channel; after each step the latents are
+CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from latent vectors, one element a channel; after each step the latents are
 soft-thresholded, so channels fade until the target is met. Then the generated weights are sliced to the surviving
 channels: a dense, smaller generator, no hypernetwork left. Converging: that one trains on as usual.
 

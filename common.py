@@ -499,7 +499,7 @@ class Generator(nn.Module):
 
 class ResnetGenerator(Generator):
     """`resnet9`: pix2pix's generator with 9 residual blocks (11.378 M parameters at width 64). `e2gan`: 3 residual blocks and
-    a transformer block before the last (E2GAN, section 3.2).
+    a transformer block before the last (E2GAN).
 
     Instance norm hides how bright a photo is, which an edit such as `night` must know. So e2gan (a choice of ours) has no
     norm after the stem, and its last layer sees the photo beside the features: 20.8 dB instead of 17.0 dB on average over
@@ -765,7 +765,7 @@ def load_state(path: Path, **parts) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA: W + strength * (alpha / rank) * B A as a parametrization (E2GAN, section 3.3)
+# LoRA: W + strength * (alpha / rank) * B A as a parametrization (E2GAN)
 
 class LoRA(nn.Module):
     """B (out, rank) starts at 0, so the adapted layer starts unchanged; A (rank, in * k * k) as the weight's leading right
@@ -871,7 +871,7 @@ def set_tokens(generator: Generator, tokens: Sequence[torch.Tensor]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Hypernetwork: a weight made from the latents of the channels that it joins (CoroNetGAN, section 3; DHP)
+# Hypernetwork: a weight made from the latents of the channels that it joins (CoroNetGAN; DHP)
 
 class Hypernetwork(nn.Module):
     """The parametrization that makes a layer's weight from the latents of its channel groups, for output channel o, input
