@@ -1,8 +1,8 @@
 """Trains the base generator: one small text-conditioned GAN that learns several edits at once.
 
 E2GAN (arXiv 2401.06127), section 3. The generator sees a photo and the CLIP features of a prompt, the PatchGAN
-discriminator photo, edit and prompt. Least-squares GAN + 100 * L1, Adam and pix2pix's schedule, on stage 1's pairs. Every step is a function of (seed, step)
-alone, so a run that was killed continues and ends in the same bytes as one that was not.
+discriminator photo, edit and prompt. Least-squares GAN + 100 * L1, Adam and pix2pix's schedule, on stage 1's pairs. Every
+step is a function of (seed, step) alone, so a run that was killed continues and ends in the same bytes as one that was not.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the model, with the prompts' text features: using it needs no CLIP
@@ -48,7 +48,8 @@ def chosen_concepts(args) -> list[str]:
     return base
 
 
-def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs, args, device, rank: int, world: int) -> dict:
+def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs, args, device, rank: int,
+               world: int) -> dict:
     """The loop. Returns its pace as columns of the table."""
     opt_g = common.adam(generator.parameters(), args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
@@ -105,7 +106,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
             common.save_state(args.out / "state.safetensors", step + 1, **state)
             generator.train()
     seconds = time.time() - began
-    return {"steps": steps, "batch": args.batch, "training s": None if start else seconds,     # a resumed run knows only its part
+    return {"steps": steps, "batch": args.batch,
+            "training s": None if start else seconds,           # a resumed run knows only its part
             "images/s": (steps - start) * args.batch / seconds if steps > start else None}
 
 

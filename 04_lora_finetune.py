@@ -1,9 +1,9 @@
 """Teaches a trained base a new concept with a low-rank adapter on its crucial layers.
 
-E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes W + (alpha/r) B A. The paper's crucial layers are the down- and
-upsampling layers and the transformer block; its ranks 1, 4, 1, 8 (first and second downsampling, transformer block,
-upsamplings). We add the first and the last layer at ranks 4 and 3. `--mode full` trains all of the base's weights and
-`--mode scratch` a new network, in the same loop.
+E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes W + (alpha/r) B A. The paper's
+crucial layers are the down- and upsampling layers and the transformer block; its ranks 1, 4, 1, 8 (first and second
+downsampling, transformer block, upsamplings). We add the first and the last layer at ranks 4 and 3. `--mode full` trains
+all of the base's weights and `--mode scratch` a new network, in the same loop.
 
 Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen training photos)
 Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B (fp16), the prompt's text features, the base's SHA-256
@@ -27,12 +27,14 @@ PAPER = dict(
     concept=[], samples="clusters", out=Path("runs/lora"),
     mode="lora", layers="crucial", rank="paper",
     alpha=16.0,                     # rank r is scaled by alpha / r
-    epochs=200, batch=16, lr={"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}, lr_d=2e-4, l1=100.0, precision="auto", save_every=1000,
+    epochs=200, batch=16, lr={"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}, lr_d=2e-4, l1=100.0,
+    precision="auto", save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
     out=Path("runs/demo/lora"), epochs=50, save_every=150,
-    rank="4", lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},     # short runs want long steps, width 32 leaves room for rank
+    rank="4",
+    lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
 # The paper's crucial layers are the samplings and the transformer block. The two ends are ours: they alone see how bright the
 # photo is, and adapting the last gained 0.9 dB (sepia) and 1.1 dB (watercolour) in a trial of the demo.
@@ -76,7 +78,8 @@ def chosen_ranks(generator: common.Generator, layers: str, rank: str) -> dict[st
     if rank != "paper" and not (rank.isdigit() and int(rank) > 0):
         raise common.UserError(f"--rank {rank}: give a number from 1 on, or `paper`")
     ranks = {g: PAPER_RANKS.get(g, 1) if rank == "paper" else int(rank) for g in wanted}
-    highest = {name: min(m.bias.numel(), m.weight.numel() // m.bias.numel()) for name, m in modules.items()}   # of out x in*k*k
+    # no rank above that of the weight as out x in*k*k
+    highest = {name: min(m.bias.numel(), m.weight.numel() // m.bias.numel()) for name, m in modules.items()}
     return {name: min(ranks[common.layer_group(name)], highest[name]) for name in modules if common.layer_group(name) in ranks}
 
 
@@ -156,7 +159,8 @@ def finetune(generator, train: common.Pairs, test: common.Pairs, args, out: Path
             common.save_state(out / "state.safetensors", step + 1, **state)
             generator.train()
     seconds = time.time() - began
-    return {"steps": steps, "batch": args.batch, "training s": None if start else seconds,     # a resumed run knows only its part
+    return {"steps": steps, "batch": args.batch,
+            "training s": None if start else seconds,           # a resumed run knows only its part
             "images/s": (steps - start) * args.batch / seconds if steps > start else None}
 
 

@@ -4,7 +4,8 @@ CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make ev
 soft-thresholded, so channels fade until the target is met. Then the generated weights are sliced to the surviving
 channels: a dense, smaller generator, no hypernetwork left. Converging: that one trains on as usual.
 
-`--generator FILE` prunes a trained base and keeps what it learned; `--generator e2gan` (or resnet9, unet256) starts from scratch.
+`--generator FILE` prunes a trained base and keeps what it learned; `--generator e2gan` (or resnet9, unet256) starts from
+scratch.
 
 Reads   runs/pairs, runs/base/generator.safetensors
 Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune adapters on it, export it
@@ -126,7 +127,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     start = common.load_state(args.out / f"{phase}.safetensors", **state)
     log = common.read_log(args.out / f"{phase}.jsonl", start)
     sums = torch.zeros(3, device=device)
-    began, done = time.time(), start
+    began, done = time.time(), log[-1]["step"] if log else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     generator.train()
     for step in bar:
@@ -173,7 +174,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", common.progress_picture(generator, test))
             common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-            common.save_state(args.out / f"{phase}.safetensors", done, **state)
+            common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
             generator.train()
         if ended:
             break
@@ -223,7 +224,7 @@ def source_generator(args, device: torch.device) -> tuple[common.Generator, bool
 def main() -> None:
     parser = common.StageParser(__doc__, PAPER, DEMO)
     parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote")
-    parser.add_argument("--concept", action="append", help="train on this concept only; can be repeated; default: the generator's")
+    parser.add_argument("--concept", action="append", help="train on this concept; can be repeated (default: the generator's)")
     parser.add_argument("--generator", help="a trained generator's file, or an architecture to train from scratch: "
                                             + ", ".join(common.ARCHITECTURES))
     parser.add_argument("--keep", type=float, help="share of the MACs to keep")
@@ -283,8 +284,10 @@ def main() -> None:
     row = {"generator": args.generator, "keep": args.keep, "size px": size,
            "GMACs before": full["GMACs"], "GMACs": common.count_macs(small, size) / 1e9,
            "MACs %": 100 * common.count_macs(small, size) / 1e9 / full["GMACs"],
-           "parameters M before": full["parameters M"], "parameters M": common.count_parameters(small) / 1e6, "batch": args.batch, **pace}
-    rows = [{"concept": a["concept"], "before dB": b["PSNR dB"] if trained else None, "sliced dB": s["PSNR dB"], "PSNR dB": a["PSNR dB"],
+           "parameters M before": full["parameters M"], "parameters M": common.count_parameters(small) / 1e6,
+           "batch": args.batch, **pace}
+    rows = [{"concept": a["concept"], "before dB": b["PSNR dB"] if trained else None, "sliced dB": s["PSNR dB"],
+             "PSNR dB": a["PSNR dB"],
              "photo unchanged dB": a["photo unchanged dB"], "L1 (0-255)": a["L1 (0-255)"]}
             for b, s, a in zip(before, after_slice, common.evaluate(small, test))]
     channels = [{"group": g, "before": n, "after": small.config["widths"][g]} for g, n in small.config["full"].items()]

@@ -577,7 +577,8 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         if arch == "e2gan":
             shape["heads"] = 4
             widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
-    return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts, **shape, **text}
+    return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts,
+            **shape, **text}
 
 
 def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device) -> Generator:
@@ -877,7 +878,9 @@ class Hypernetwork(nn.Module):
     """The parametrization that makes a layer's weight from the latents of its channel groups, for output channel o, input
     channel i, kernel position k and embedding e:
 
-        Z[o,i] = z_out[o] z_in[i] + b0[o,i];  E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e];  W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
+        Z[o,i] = z_out[o] z_in[i] + b0[o,i]
+        E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e]
+        W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
     b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. From scratch w1 and w2 start as in
     DHP. From a trained weight V (`trained=True`, a choice of ours) w1[..., 0] = 1 / (z_out z_in) and w2[..., 0] = V, the other w2
