@@ -137,7 +137,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
         photo, edit, concept = data.batch(picks[rank::world], flips[rank::world], device)
         concept = concepts[concept]
-        text = common.mean_token(generator, concept)
+        text = common.text_of(generator, concept)
 
         with common.autocast(device, args.precision):
             fake = generator(photo, concept)

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -404,9 +405,14 @@ class ConvNorm(nn.Module):
         else:
             self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, padding=kernel // 2, padding_mode=padding_mode)
 
-    def forward(self, x):
+    def forward(self, x, film=None, skip=None):
+        """film (B, 2C): what to scale by (less 1) and to add after the norm; skip (B, C, H, W): features to add before the ReLU."""
         x = self.conv(x)
         x = F.instance_norm(x) if self.norm else x
+        if film is not None:
+            scale, shift = film[..., None, None].chunk(2, 1)
+            x = x * (1 + scale) + shift
+        x = x if skip is None else x + skip
         return F.relu(x) if self.relu else x
 
 
@@ -499,35 +505,46 @@ class Generator(nn.Module):
 
 class ResnetGenerator(Generator):
     """`resnet9`: pix2pix's generator with 9 residual blocks (11.378 M parameters at width 64). `e2gan`: 3 residual blocks and
-    a transformer block before the last (E2GAN).
+    a transformer block before the last (E2GAN), and what the paper leaves open, chosen by measuring:
 
-    Instance norm hides how bright a photo is, which an edit such as `night` must know. So e2gan (a choice of ours) has no
-    norm after the stem, and its last layer sees the photo beside the features. Either helped, both together most."""
+    Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
+    layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
+    are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
+    prompt. And fine lines pass round the quarter-size trunk: the features of the stem and of the first downsampling are added
+    to those of the same size on the way up, where FiLM decides by concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
-        widths, full = config["widths"], config["full"]
+        widths, full, self.ours = config["widths"], config["full"], config["arch"] == "e2gan"
         widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
-        self.keeps_level = config["arch"] == "e2gan"
-        self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.keeps_level, padding_mode="reflect")
+        up1, up2 = ("down1", "stem") if self.ours else ("up1", "up2")       # what is added together is one group
+        self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.ours, padding_mode="reflect")
         self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
         self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
-        padding = "zeros" if self.keeps_level else "reflect"       # pix2pix reflects; zeros train 1.2 times faster
+        padding = "zeros" if self.ours else "reflect"              # pix2pix reflects; zeros train 1.2 times faster
         self.blocks = nn.ModuleDict()
         for name in config["blocks"]:
             self.blocks[name] = (TransformerBlock(widths, full, config["heads"]) if name == "tb"
                                  else ResidualBlock(widths, "trunk", name, padding))
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
-        self.up2 = ConvNorm(widths, "up1", "up2", up=True)
-        self.out = layer(nn.Conv2d, widths, ("up2", "rgb") if self.keeps_level else "up2", "rgb", 7, padding=3,
-                         padding_mode="reflect")
+        self.up1 = ConvNorm(widths, "trunk", up1, up=True)
+        self.up2 = ConvNorm(widths, up1, up2, up=True)
+        if self.ours:
+            self.film1 = layer(nn.Linear, widths, "text", (up1, up1))
+            self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
+        self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
-        x = self.down2(self.down1(self.stem(photo)))                                              # (B, C, H/4, W/4)
+        stem = self.stem(photo)                                                                   # (B, C, H, W)
+        half = self.down1(stem)                                                                   # (B, 2C, H/2, W/2)
+        x = self.down2(half)                                                                      # (B, 4C, H/4, W/4)
         for block in self.blocks.values():
             x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
-        x = self.up2(self.up1(x))
-        return torch.tanh(self.out(torch.cat([x, photo], 1) if self.keeps_level else x))
+        if not self.ours:
+            return torch.tanh(self.out(self.up2(self.up1(x))))
+        text = mean_token(tokens, mask)
+        x = self.up1(x, self.film1(text), half)
+        x = self.up2(x, self.film2(text), stem)
+        return torch.tanh(self.out(torch.cat([x, photo], 1)))
 
 
 class UNetGenerator(Generator):
@@ -571,9 +588,11 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         shape = {"depth": depth}
     else:
         shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
-        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width, "up2": width}
+        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
-        if arch == "e2gan":
+        if arch == "resnet9":
+            widths |= {"up1": 2 * width, "up2": width}
+        else:
             shape["heads"] = 4
             widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
     return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts,
@@ -627,12 +646,14 @@ class Discriminator(nn.Module):
         return score
 
 
-def mean_token(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
-    """What the discriminator sees of the prompts: (B, D), or None for a generator without text."""
-    if "text_dim" not in generator.config:
-        return None
-    mask = generator.mask[concept][..., None]
-    return (generator.tokens[concept] * mask).sum(1) / mask.sum(1)
+def mean_token(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """tokens (B, T, D), mask (B, T) True where a token counts, None for all -> (B, D)"""
+    return tokens.mean(1) if mask is None else (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def text_of(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
+    """What the discriminator sees of the prompts of concept (B,): (B, D), or None for a generator without text."""
+    return mean_token(generator.tokens[concept], generator.mask[concept]) if "text_dim" in generator.config else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1037,10 +1058,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 has matrix units there; without them it is slower than fp32."""
+    """Whether bf16 has units of its own there; without them it is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str = "auto"):
@@ -1065,6 +1086,13 @@ def average(tensors: Sequence[torch.Tensor], world: int) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def data_parallel(network: nn.Module, device: torch.device, world: int) -> nn.Module:
+    """The network under DDP, whose backward pass averages the gradients over the processes; itself where there is one."""
+    if world == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
 def average_gradients(network: nn.Module, world: int) -> None:
     average([p.grad for p in network.parameters() if p.grad is not None], world)
 
@@ -1081,6 +1109,26 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
     """pix2pix's schedule: constant for the first half of the steps, then linear to 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+
+
+def health(loss_g, loss_d, l1, fake, edit, score) -> torch.Tensor:
+    """(6,) what a step leaves for its log and for check_health, on the device, which need not be waited for: the losses, how
+    much edits and fakes (B, 3, H, W) differ within the batch, and scores within the batch and the picture."""
+    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
+    return torch.stack([loss_g, loss_d, l1, *spreads]).detach()
+
+
+def check_health(means: torch.Tensor, step: int, out: Path) -> dict:
+    """health's mean over the steps since the last check -> the log's row. UserError, before anything is saved, if a loss is not
+    finite or a network has collapsed: fakes that differ less than 2 % as much as the edits, or a score that never changes."""
+    loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
+    reason = ("a loss is not finite" if not all(map(math.isfinite, (loss_g, loss_d))) else
+              "the generator makes the same picture of every photo" if edits > 1 / 255 and fakes < 0.02 * edits else
+              "the discriminator gives everything the same score" if scores < 1e-4 else "")
+    if reason:
+        raise UserError(f"training collapsed shortly before step {step}: {reason}. {out} keeps the last good checkpoint, if there "
+                        "was one; lower --lr or --lr-d and start again with --overwrite or another --out")
+    return {"step": step, "G": loss_g, "D": loss_d, "L1": l1}
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
