@@ -288,6 +288,7 @@ class Pairs:
         self.counts = [len(rows) for rows in self.rows]
         self.starts = np.cumsum([len(self.names), *self.counts]).tolist()           # each concept's first place, and the end
         self.photo_of = torch.cat([torch.arange(len(self.names)), *self.rows])      # (places,): the photo's place
+        self.fingerprint = self.check()
 
     @property
     def photos(self) -> torch.Tensor:
@@ -310,9 +311,8 @@ class Pairs:
         count = 3 * self.size ** 2
         return torch.from_numpy(np.fromfile(self.raw, np.uint8, count, offset=place * count)).view(3, self.size, self.size)
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of names, prompts, and each PNG's ends and length; two runs on different data have different settings. The ends
+    def check(self) -> str:
+        """A hash of names, prompts, and each PNG's ends and length: two runs on different data have different settings. The ends
         hold the size and zlib's checksum of all pixels, so a PNG of other pixels shows without being decoded; damage in the
         middle of a file does not. UserError where a picture is cut short or of another size."""
         def ends(place: int) -> bytes:
@@ -389,10 +389,10 @@ class Pairs:
             if rank == 0:
                 part.unlink(missing_ok=True)
 
-    def batches(self, batch: int, steps: range, seed: int, rank: int, world: int, device: torch.device,
-                early: int = 2) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def batches(self, batch: int, steps: range, seed: int, rank: int, world: int,
+                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
-        and concept (B / world,) long. Pictures that are not in memory are read by threads, `early` steps ahead: PIL, zlib and
+        and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
         file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
         if min(batch, max(self.counts) * len(self.counts)) % world:
             raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
@@ -415,10 +415,10 @@ class Pairs:
             return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
 
         with ThreadPoolExecutor() as pool:
-            waiting = deque(map(ask, steps[:early]))
+            waiting = deque(map(ask, steps[:2]))
             for step in steps:
-                if step + early in steps:
-                    waiting.append(ask(step + early))
+                if step + 2 in steps:
+                    waiting.append(ask(step + 2))
                 concept, flips, pixels, reading = waiting.popleft()
                 for _ in reading:           # wait for the threads; what one of them raised is raised here
                     pass

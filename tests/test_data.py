@@ -122,7 +122,7 @@ def test_a_picture_cut_short_is_found_before_the_run_begins(folder, tmp_path):
     path = tmp_path / "pairs/train/source/00006.png"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(common.UserError, match="source/00006.png is not a picture"):
-        find(tmp_path / "pairs").fingerprint
+        find(tmp_path / "pairs")
 
 
 def hold_and_compare(rank, world, folder, out, wanted):
