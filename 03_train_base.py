@@ -29,7 +29,7 @@ PAPER = dict(
     epochs=200,                     # pix2pix's 100 constant + 100 decaying
     batch=16, lr=2e-4, lr_d=2e-4,
     l1=100.0,
-    clip="ViT-B-32:openai", precision="auto",
+    clip="ViT-B-32:openai", precision="auto", cache_gb=8.0,
     save_every=1000, eval_every=5,
 )
 LOG_EVERY = 50
@@ -56,8 +56,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
     """The loop. Returns its pace as columns of the table."""
     opt_g = common.adam(generator.parameters(), args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
-    counts = [len(edits) for edits in train.edits]
-    per_epoch = common.steps_per_epoch(counts, args.batch)
+    per_epoch = common.steps_per_epoch(train.counts, args.batch)
     steps = args.epochs * per_epoch
     state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
     start = common.load_state(args.out / "state.safetensors", **state)
@@ -70,12 +69,10 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
     sums, summed, aside, began = torch.zeros(6, device=device), 0, 0.0, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=rank > 0)
     generator.train()
-    for step in bar:
+    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
-        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
-        photo, edit, concept = train.batch(picks[rank::world], flips[rank::world], device)
         text = common.text_of(generator, concept)
 
         with common.autocast(device, args.precision):
@@ -157,6 +154,7 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")
     parser.add_argument("--eval-every", type=int, help="epochs between evaluations on the held-out photos, with progress pictures")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or so to start, then faster")
@@ -164,14 +162,15 @@ def main() -> None:
 
     began = time.time()
     concepts = chosen_concepts(args)
-    train, test = (common.load_pairs(args.pairs, split, concepts) for split in ("train", "test"))
+    train, test = common.find_pairs(args.pairs, "train", concepts), common.load_pairs(args.pairs, "test", concepts)
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
     generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
-    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint()), args.overwrite):
+    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint), args.overwrite):
         return
     discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
+    train.hold(args.cache_gb, args.out, device, rank, world)
     pace = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:
         size = {"arch": args.arch, "width": args.width, "size px": train.size,

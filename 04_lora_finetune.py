@@ -28,7 +28,7 @@ PAPER = dict(
     mode="lora", layers="crucial", rank="paper",
     alpha=16.0,                     # rank r is scaled by alpha / r
     epochs=200, batch=16, lr={"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}, lr_d=2e-4, l1=100.0,
-    precision="auto", save_every=1000,
+    precision="auto", cache_gb=8.0, save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
@@ -108,8 +108,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs, args, out: Path
     discriminator = common.Discriminator(generator.config["width"]).to(device)      # one concept: it needs no prompt
     opt_g = common.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
-    counts = [len(train.edits[0])]
-    steps = args.epochs * common.steps_per_epoch(counts, args.batch)
+    steps = args.epochs * common.steps_per_epoch(train.counts, args.batch)
     state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
     start = common.load_state(out / "state.safetensors", **state)
     log = common.read_log(out / "log.jsonl", start)
@@ -117,12 +116,10 @@ def finetune(generator, train: common.Pairs, test: common.Pairs, args, out: Path
     began = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=train.concepts[0]["name"], disable=rank > 0)
     generator.train()
-    for step in bar:
+    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
         torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
-        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
-        photo, edit, concept = train.batch(picks[rank::world], flips[rank::world], device)
         concept = concept + concept_index                       # its place among the generator's concepts
 
         with common.autocast(device, args.precision):
@@ -177,15 +174,16 @@ def save(args, generator: common.Generator, concept: dict, out: Path) -> Path:
 def learn(args, name: str, device: torch.device, rank: int, world: int) -> None:
     """One concept, from its pairs to its result.json in <out>/<concept>."""
     began, out = time.time(), args.out / name
-    train = common.load_pairs(args.pairs, "train", [name], chosen_samples(args, name))
+    train = common.find_pairs(args.pairs, "train", [name], chosen_samples(args, name))
     test = common.load_pairs(args.pairs, "test", [name])
     generator = prepare(args, train.concepts[0], device)
     whole = sum(module.weight.numel() + module.bias.numel() for _, module in common.named_layers(generator))
-    settings = common.settings_of(args, "04_lora_finetune", concept=name, data=train.fingerprint(), base_sha256=generator.sha256)
+    settings = common.settings_of(args, "04_lora_finetune", concept=name, data=train.fingerprint, base_sha256=generator.sha256)
     if common.begin_run(out, settings, args.overwrite):
         return
     before = common.evaluate(generator, test)[0]
     trained = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+    train.hold(args.cache_gb, out, device, rank, world)
     pace = finetune(generator, train, test, args, out, device, rank, world)
     if rank == 0:
         file = save(args, generator, train.concepts[0], out)
@@ -193,7 +191,7 @@ def learn(args, name: str, device: torch.device, rank: int, world: int) -> None:
         row = {"concept": name, "mode": args.mode, "PSNR dB": after["PSNR dB"], "before dB": before["PSNR dB"],
                "photo unchanged dB": after["photo unchanged dB"], "L1 (0-255)": after["L1 (0-255)"],
                "trained weights": trained, "trained %": 100 * trained / whole,
-               "file KB": file.stat().st_size / 1000, "photos": len(train.photos), **pace}
+               "file KB": file.stat().st_size / 1000, "photos": len(train.names), **pace}
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent),
                             {"New concepts, held-out photos": [row]})
 
@@ -215,6 +213,7 @@ def main() -> None:
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
     args.lr = args.lr[args.mode] if isinstance(args.lr, dict) else args.lr

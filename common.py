@@ -6,8 +6,10 @@ Images in memory are float tensors (B, 3, H, W) with values in [-1, 1], or uint8
 batch. Networks are ordinary torch modules. A checkpoint is one safetensors file whose metadata says how to rebuild it.
 """
 import argparse
+import bisect
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -17,11 +19,13 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn, Sequence
+from typing import Callable, Iterable, Iterator, NoReturn, Sequence
 
 import numpy as np
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and what the stage adds. Paths are left out: a stage adds
     a hash of what it reads, so a run may be moved, and notices that its input changed."""
     flags = {key: value for key, value in vars(args).items()
-             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo")}
+             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo", "cache_gb")}
     return {"stage": stage, **flags, **more}
 
 
@@ -180,6 +185,8 @@ def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tabl
     `python common.py` prints. marks: what a reader of the numbers must know, such as "demo"."""
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
+    for raw in out.glob("pixels-*"):        # Pairs.hold made it; no step is left that would read it
+        raw.unlink()
     write_json(out / "result.json", {"stage": stage, "marks": list(dict.fromkeys(marks)),
                                      "seconds": round(time.time() - began, 1), **more, "tables": tables})
 
@@ -255,33 +262,171 @@ def picture_grid(rows: Sequence[Sequence[torch.Tensor | None]], columns: Sequenc
     return sheet
 
 
+def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
+    """Maps in threads and in order like pool.map, but holds `depth` items: memory does not grow with their number."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 @dataclasses.dataclass
 class Pairs:
-    """One split of a pairs folder, decoded once. `edits[c][i]` is concept c's edit of the photo `photos[rows[c][i]]`."""
-    concepts: list[dict]            # [{"name": "sketch", "prompt": "..."}, ...]
-    names: list[str]                # file names of the photos
-    photos: torch.Tensor            # (N, 3, S, S) uint8
-    edits: list[torch.Tensor]       # per concept (n_c, 3, S, S) uint8
-    rows: list[torch.Tensor]        # per concept (n_c,) long
+    """One split of a pairs folder. Every picture has a place: first come the photos, then concept by concept its edits, so that
+    one index gathers both halves of a batch. Pictures are PNGs until `decode` or `hold` gives them a faster home."""
+    folder: Path                            # <pairs>/train or <pairs>/test
+    concepts: list[dict]                    # [{"name": "sketch", "prompt": "..."}, ...]
+    names: list[str]                        # file names of the photos, and of their edits
+    rows: list[torch.Tensor]                # per concept (n_c,) long: which photo each of its edits shows
+    size: int                               # S
+    pixels: torch.Tensor | None = None      # (places, 3, S, S) uint8, where they are held in memory
+    raw: Path | None = None                 # a file of the same bytes, where they are held on disk
+
+    def __post_init__(self):
+        self.counts = [len(rows) for rows in self.rows]
+        self.starts = np.cumsum([len(self.names), *self.counts]).tolist()           # each concept's first place, and the end
+        self.photo_of = torch.cat([torch.arange(len(self.names)), *self.rows])      # (places,): the photo's place
+        self.fingerprint = self.check()
 
     @property
-    def size(self) -> int:
-        return self.photos.shape[-1]
+    def photos(self) -> torch.Tensor:
+        """(N, 3, S, S) uint8, of decoded pairs."""
+        return self.pixels[:len(self.names)]
 
-    def batch(self, picks: torch.Tensor, flips: torch.Tensor, device: torch.device):
-        """picks (B, 2) long [concept, i], flips (B,) bool -> photo, edit (B, 3, S, S) in [-1, 1], concept (B,), on the device."""
-        photo = torch.stack([self.photos[self.rows[c][i]] for c, i in picks.tolist()])
-        edit = torch.stack([self.edits[c][i] for c, i in picks.tolist()])
-        flip = flips.view(-1, 1, 1, 1)
-        photo, edit = torch.where(flip, photo.flip(-1), photo), torch.where(flip, edit.flip(-1), edit)
-        return to_float(photo.to(device)), to_float(edit.to(device)), picks[:, 0].to(device)
+    @property
+    def edits(self) -> Sequence[torch.Tensor]:
+        """Per concept (n_c, 3, S, S) uint8, of decoded pairs: edits[c][i] is made of photos[rows[c][i]]."""
+        return self.pixels[len(self.names):].split(self.counts)
 
-    def fingerprint(self) -> str:
-        """A hash of all pixels and names; two runs on different data have different settings."""
+    def path(self, place: int) -> Path:
+        concept = bisect.bisect(self.starts, place) - 1
+        return self.folder / ("source" if concept < 0 else self.concepts[concept]["name"]) / self.names[self.photo_of[place]]
+
+    def read(self, place: int) -> torch.Tensor:
+        """uint8 (3, S, S) from disk. Read, not mapped: pages of a mapping count as the process's memory. UserError if broken."""
+        if self.raw is None:
+            return read_image(self.path(place), self.size)
+        count = 3 * self.size ** 2
+        return torch.from_numpy(np.fromfile(self.raw, np.uint8, count, offset=place * count)).view(3, self.size, self.size)
+
+    def check(self) -> str:
+        """A hash of names, prompts, and each PNG's ends and length: two runs on different data have different settings. The ends
+        hold the size and zlib's checksum of all pixels, so a PNG of other pixels shows without being decoded; damage in the
+        middle of a file does not. UserError where a picture is cut short or of another size."""
+        def ends(place: int) -> bytes:
+            with open(self.path(place), "rb") as file:
+                head, length = file.read(24), file.seek(0, os.SEEK_END)
+                file.seek(max(0, length - 20))
+                tail = file.read()                      # Adler-32 of the pixels, CRC-32 of their last chunk, end chunk
+            if head[16:] != 2 * self.size.to_bytes(4, "big") or tail[-8:] != b"IEND\xaeB`\x82":
+                read_image(self.path(place), self.size)             # says what is wrong, if anything is
+            return head + tail + length.to_bytes(8, "big")
         digest = hashlib.sha256(json.dumps([self.names, self.concepts]).encode())
-        for part in [self.photos, *self.edits]:
-            digest.update(part.numpy())
+        with ThreadPoolExecutor() as pool:
+            for part in ahead(pool, ends, range(self.starts[-1])):
+                digest.update(part)
         return digest.hexdigest()[:16]
+
+    def decode(self, keep: Callable[[int, torch.Tensor], None], places: range) -> None:
+        """Calls keep(place, uint8 (3, S, S)) for each place, from threads."""
+        with ThreadPoolExecutor() as pool:
+            done = ahead(pool, lambda place: keep(place, read_image(self.path(place), self.size)), places)
+            for _ in tqdm(done, "decoding", len(places), leave=False, delay=2, disable=places.start > 0):
+                pass
+
+    def hold(self, cache_gb: float, folder: Path, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        """Decodes every picture once, into the first of these that has room: the device's memory (`cache_gb` for each process,
+        and no more than half of what is free), a file in `folder`, which all processes read, and which a continued run finds
+        there. Where neither has room, `batches` decodes PNGs. The batches are the same bytes in each case."""
+        places, picture = self.starts[-1], 3 * self.size ** 2
+        raw = folder / f"pixels-{self.fingerprint}.u8"
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available / world
+        in_memory = places * picture <= min(cache_gb * 1e9, free / 2)
+        there = raw.exists() and raw.stat().st_size == places * picture
+        on_disk = there or places * picture + 2e9 < shutil.disk_usage(folder).free      # 2 GB stay free for checkpoints
+        verdict = torch.tensor([not in_memory, not on_disk, not there], dtype=torch.uint8, device=device)
+        if world > 1:
+            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)       # what some process lacks, all lack
+        in_memory, on_disk, there = (verdict == 0).tolist()
+        bounds = [places * r // world for r in range(world + 1)]                        # each process decodes its part
+        if in_memory:
+            self.pixels = torch.empty(places, 3, self.size, self.size, dtype=torch.uint8, device=device)
+            self.decode(self.pixels.__setitem__, range(*bounds[rank:rank + 2]))
+            for r in range(world if world > 1 else 0):
+                torch.distributed.broadcast(self.pixels[bounds[r]:bounds[r + 1]], r)
+            return
+        if rank == 0:
+            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: " + (
+                f"held in {raw} until the run is complete" if on_disk else f"with too little room in {folder}, decoded batch by batch"))
+        if on_disk and not there:
+            self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
+        self.raw = raw if on_disk else None
+
+    def write_raw(self, raw: Path, places: range, rank: int, world: int) -> None:
+        """All processes fill one file, which gets its name once it is whole."""
+        part, picture = raw.with_suffix(".part"), 3 * self.size ** 2
+
+        def keep(place: int, pixels: torch.Tensor) -> None:
+            with open(part, "r+b") as file:
+                file.seek(place * picture)
+                file.write(pixels.numpy())
+        barrier = torch.distributed.barrier if world > 1 else lambda: None
+        try:
+            if rank == 0:
+                with open(part, "wb") as file:
+                    file.truncate(self.starts[-1] * picture)
+            barrier()
+            self.decode(keep, places)
+            with open(part, "r+b") as file:
+                os.fsync(file.fileno())
+            barrier()
+            if rank == 0:
+                os.replace(part, raw)
+            barrier()
+        finally:
+            if rank == 0:
+                part.unlink(missing_ok=True)
+
+    def batches(self, batch: int, steps: range, seed: int, rank: int, world: int,
+                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
+        and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
+        file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
+        if min(batch, max(self.counts) * len(self.counts)) % world:
+            raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
+        cuda = device.type == "cuda"
+
+        def ask(step: int):
+            picks, flips = (part[rank::world] for part in draw_picks(self.counts, batch, step, seed))
+            concept = picks[:, 0].clone()
+            edits = torch.tensor(self.starts)[concept] + picks[:, 1]
+            places = torch.cat([self.photo_of[edits], edits])                                     # (2B,)
+            if self.pixels is not None:
+                return concept, flips, places, ()
+            pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8, pin_memory=cuda)
+            return concept, flips, pixels, pool.map(functools.partial(fill, pixels), range(len(places)), places.tolist())
+
+        def fill(pixels: torch.Tensor, i: int, place: int) -> None:
+            pixels[i] = self.read(place)
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:         # only a copy from pinned memory lets the program run on
+            return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
+
+        with ThreadPoolExecutor() as pool:
+            waiting = deque(map(ask, steps[:2]))
+            for step in steps:
+                if step + 2 in steps:
+                    waiting.append(ask(step + 2))
+                concept, flips, pixels, reading = waiting.popleft()
+                for _ in reading:           # wait for the threads; what one of them raised is raised here
+                    pass
+                pixels = send(pixels) if self.pixels is None else self.pixels[send(pixels)]
+                flips = send(flips).repeat(2).view(-1, 1, 1, 1)
+                photo, edit = to_float(torch.where(flips, pixels.flip(-1), pixels)).chunk(2)
+                yield photo, edit, send(concept)
 
 
 def read_concepts(pairs: Path) -> dict[str, dict]:
@@ -321,8 +466,8 @@ def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
     return listed
 
 
-def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
-    """Decodes the pairs of some concepts in threads; `samples` restricts them to these photo file names."""
+def find_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
+    """The pairs of some concepts, not decoded yet; `samples` restricts them to these photo file names."""
     known = read_concepts(pairs)
     for name in names:
         if name not in known:
@@ -339,27 +484,35 @@ def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[
     size = read_image(pairs / split / "source" / photo_names[0]).shape[-1]
     if size % 8:
         raise UserError(f"{pairs} holds {size}x{size} pictures; the networks need a multiple of 8")
-    with ThreadPoolExecutor() as pool:
-        def load(folder, wanted):
-            return torch.stack(list(pool.map(lambda name: read_image(folder / name, size), wanted)))
-        return Pairs(concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names], names=photo_names,
-                     photos=load(pairs / split / "source", photo_names),
-                     edits=[load(pairs / split / name, files[name]) for name in names],
-                     rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names])
+    return Pairs(folder=pairs / split, concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names],
+                 names=photo_names, rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names], size=size)
+
+
+def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
+    """The same, decoded into the process's memory."""
+    found = find_pairs(pairs, split, names, samples)
+    found.pixels = torch.empty(found.starts[-1], 3, found.size, found.size, dtype=torch.uint8)
+    found.decode(found.pixels.__setitem__, range(found.starts[-1]))
+    return found
 
 
 def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step alone, so that a resumed
-    run needs no generator state. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
+    run needs no generator state."""
+    epoch, place = divmod(step, steps_per_epoch(counts, batch))
+    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch, seed))
+
+
+@functools.lru_cache(maxsize=1)             # once an epoch: with 600,000 pairs it takes as long as some steps
+def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
     every concept in a new order, and a concept with fewer pairs than the largest starts over within the epoch."""
     longest = max(counts)
-    per_epoch = steps_per_epoch(counts, batch)
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     orders = [torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-longest // n))])[:longest] for n in counts]
     flips = torch.rand(longest * len(counts), generator=rng) < 0.5
     picks = torch.stack([torch.arange(len(counts)).repeat(longest), torch.stack(orders, 1).flatten()], 1)
-    start = step % per_epoch * batch
-    return picks[start:start + batch], flips[start:start + batch]
+    return picks, flips
 
 
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
