@@ -27,12 +27,12 @@ PAPER = dict(
     epochs=200,                     # pix2pix's 100 constant + 100 decaying
     batch=16, lr=2e-4, lr_d=2e-4,
     l1=100.0,
-    clip="ViT-B-32:openai", precision="auto", save_every=1000,
+    clip="ViT-B-32:openai", precision="auto", fid="auto", save_every=1000,
 )
 LOG_EVERY = 50
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
-    width=32, epochs=16, clip="ViT-S-32:random", save_every=288,
+    width=32, epochs=16, clip="ViT-S-32:random", fid="off", save_every=288,
     lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
 )
 
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                               "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints and progress pictures")
     args = parser.parse()
 
@@ -143,8 +145,9 @@ def main() -> None:
         size = {"arch": args.arch, "width": args.width, "size px": train.size,
                 "parameters M": common.count_parameters(generator) / 1e6,
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
+        teacher = args.pairs / "test" if args.fid == "auto" else None
         common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
-            "Base generator": [size], "Base concepts, held-out photos": common.evaluate(generator, test)})
+            "Base generator": [size], "Base concepts, held-out photos": common.evaluate(generator, test, teacher)})
 
 
 if __name__ == "__main__":
