@@ -29,13 +29,14 @@ PAPER = dict(
     epochs=200,                     # pix2pix's 100 constant + 100 decaying
     batch=16, lr=2e-4, lr_d=2e-4,
     l1=100.0,
-    clip="ViT-B-32:openai", precision="auto", cache_gb=8.0,
+    clip="ViT-B-32:openai", precision="auto", cache_gb=8.0, fid="auto",
     save_every=1000, eval_every=5,
 )
 LOG_EVERY = 50
+MEASURES = "PSNR dB", "L1 (0-255)", "FID"      # on the held-out photos, while it trains
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
-    width=32, epochs=16, clip="ViT-S-32:random", save_every=288, eval_every=8,
+    width=32, epochs=16, clip="ViT-S-32:random", fid="off", save_every=288, eval_every=8,
     lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
 )
 
@@ -108,7 +109,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         if save and rank == 0:
             paused = time.time()
             if judge:
-                log.append({"step": done, "held-out": common.evaluate(generator, test)})
+                rows = common.evaluate(generator, test, args.fid == "auto")
+                log.append({"step": done, **{key: {row["concept"]: row[key] for row in rows} for key in MEASURES if key in rows[0]}})
                 if best_so_far(log):
                     common.save_generator(args.out / "best.safetensors", generator)
                 common.write_png(args.out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test))
@@ -126,7 +128,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
 
 def best_so_far(log: list[dict]) -> bool:
     """Whether the last evaluation's mean PSNR is the highest of all."""
-    means = [statistics.mean(row["PSNR dB"] for row in entry["held-out"]) for entry in log if "held-out" in entry]
+    means = [statistics.mean(entry["PSNR dB"].values()) for entry in log if "PSNR dB" in entry]
     return means[-1] == max(means)
 
 
@@ -155,6 +157,8 @@ def main() -> None:
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")
     parser.add_argument("--eval-every", type=int, help="epochs between evaluations on the held-out photos, with progress pictures")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or so to start, then faster")
@@ -176,7 +180,7 @@ def main() -> None:
         size = {"arch": args.arch, "width": args.width, "size px": train.size,
                 "parameters M": common.count_parameters(generator) / 1e6,
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
-        rows = common.evaluate(generator, test)
+        rows = common.evaluate(generator, test, args.fid == "auto")
         add_wrong_prompts(rows, generator, test)
         common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
             "Base generator": [size], "Base concepts, held-out photos": rows})

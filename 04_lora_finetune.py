@@ -7,7 +7,7 @@ all of the base's weights and `--mode scratch` a new network, in the same loop.
 
 Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen training photos)
 Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B (fp16), the prompt's text features, the base's SHA-256
-        (full, scratch: generator.safetensors)      state.safetensors, log.jsonl, samples/*.png, result.json
+        (full, scratch: generator.safetensors)      state.safetensors, log.jsonl, curve.png, samples/*.png, result.json
 
     python 04_lora_finetune.py --demo
     python 04_lora_finetune.py --concept cartoon        (default: every new concept of stage 2)
@@ -28,11 +28,11 @@ PAPER = dict(
     mode="lora", layers="crucial", rank="paper",
     alpha=16.0,                     # rank r is scaled by alpha / r
     epochs=200, batch=16, lr={"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}, lr_d=2e-4, l1=100.0,
-    precision="auto", cache_gb=8.0, save_every=1000,
+    precision="auto", cache_gb=8.0, fid="auto", save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
-    out=Path("runs/demo/lora"), epochs=50, save_every=150,
+    out=Path("runs/demo/lora"), epochs=50, fid="off", save_every=150,
     rank="4",
     lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
@@ -153,6 +153,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs, args, out: Path
         if save and rank == 0:
             common.write_png(out / "samples" / f"{step + 1:07d}.png", common.progress_picture(generator, test, per_concept=6))
             common.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.write_curve(out / "curve.png", log)
             common.save_state(out / "state.safetensors", step + 1, **state)
             generator.train()
     seconds = time.time() - began
@@ -187,9 +188,8 @@ def learn(args, name: str, device: torch.device, rank: int, world: int) -> None:
     pace = finetune(generator, train, test, args, out, device, rank, world)
     if rank == 0:
         file = save(args, generator, train.concepts[0], out)
-        after = common.evaluate(generator, test)[0]
-        row = {"concept": name, "mode": args.mode, "PSNR dB": after["PSNR dB"], "before dB": before["PSNR dB"],
-               "photo unchanged dB": after["photo unchanged dB"], "L1 (0-255)": after["L1 (0-255)"],
+        after = common.evaluate(generator, test, args.fid == "auto")[0]
+        row = {"concept": name, "mode": args.mode, **after, "before dB": before["PSNR dB"],
                "trained weights": trained, "trained %": 100 * trained / whole,
                "file KB": file.stat().st_size / 1000, "photos": len(train.names), **pace}
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent),
@@ -214,6 +214,8 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
     args.lr = args.lr[args.mode] if isinstance(args.lr, dict) else args.lr

@@ -10,7 +10,8 @@ scratch.
 Reads   runs/pairs, runs/base/generator.safetensors
 Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune adapters on it, export it
         runs/coronet/sliced.safetensors         what the search left, before converging
-        search.safetensors, state.safetensors   to continue      log.jsonl, channels.png, samples/*.png, result.json
+        search.safetensors, converge.safetensors    to continue
+        search.jsonl, converge.jsonl, search.png, converge.png, channels.png, samples/*.png, result.json
 
     python 05_prune_coronet.py --demo
     python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
@@ -29,12 +30,13 @@ PAPER = dict(
     pairs=Path("runs/pairs"), concept=[], generator="runs/base/generator.safetensors", out=Path("runs/coronet"),
     keep=0.25, width=64, clip="ViT-B-32:openai",
     search_epochs=20, epochs=180,   # together pix2pix's 200
-    batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", cache_gb=8.0, save_every=1000,
+    batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", cache_gb=8.0, fid="auto",
+    save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
     width=32, clip="ViT-S-32:random", search_epochs=3, epochs=8, lr=1e-3, lr_search=2e-4,
-    save_every=144,
+    fid="off", save_every=144,
 )
 LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
@@ -171,6 +173,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", common.progress_picture(generator, test))
             common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.write_curve(args.out / f"{phase}.png", log)
             common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
             generator.train()
         if ended:
@@ -238,6 +241,8 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
 
@@ -256,7 +261,8 @@ def main() -> None:
         return
 
     data.hold(args.cache_gb, args.out, device, rank, world)
-    before = common.evaluate(generator, test)
+    with_fid = args.fid == "auto" and rank == 0
+    before = common.evaluate(generator, test, with_fid and trained)
     size = generator.config["size"]
     full = {"parameters M": common.count_parameters(generator) / 1e6, "GMACs": common.count_macs(generator, size) / 1e9}
     discriminator = common.Discriminator(generator.config["width"], generator.config.get("text_dim", 0)).to(device)
@@ -286,9 +292,8 @@ def main() -> None:
            "parameters M before": full["parameters M"], "parameters M": common.count_parameters(small) / 1e6,
            "batch": args.batch, **pace}
     rows = [{"concept": a["concept"], "before dB": b["PSNR dB"] if trained else None, "sliced dB": s["PSNR dB"],
-             "PSNR dB": a["PSNR dB"],
-             "photo unchanged dB": a["photo unchanged dB"], "L1 (0-255)": a["L1 (0-255)"]}
-            for b, s, a in zip(before, after_slice, common.evaluate(small, test))]
+             **({"FID before": b["FID"]} if "FID" in b else {}), **a}
+            for b, s, a in zip(before, after_slice, common.evaluate(small, test, with_fid))]
     channels = [{"group": g, "before": n, "after": small.config["widths"][g]} for g, n in small.config["full"].items()]
     common.write_result(args.out, "05_prune_coronet", began, common.marks_of(args, args.pairs), {
         "Pruning": [row], "Pruned generator, held-out photos": rows, "Channels": channels})

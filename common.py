@@ -7,19 +7,24 @@ batch. Networks are ordinary torch modules. A checkpoint is one safetensors file
 """
 import argparse
 import bisect
+import contextlib
 import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
-from collections import deque
+import zipfile
+from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NoReturn, Sequence
@@ -176,7 +181,7 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and what the stage adds. Paths are left out: a stage adds
     a hash of what it reads, so a run may be moved, and notices that its input changed."""
     flags = {key: value for key, value in vars(args).items()
-             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo", "cache_gb")}
+             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo", "cache_gb", "fid")}
     return {"stage": stage, **flags, **more}
 
 
@@ -1301,18 +1306,98 @@ def run_generator(generator: Generator, photos: torch.Tensor, concept: int, prec
     return torch.cat(edits)
 
 
-def evaluate(generator: Generator, pairs: Pairs) -> list[dict]:
-    """A row per concept of `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its photos,
-    and the PSNR of the photo left as it is. The generator is left in eval mode."""
+FID_DIMS = 2048         # pytorch-fid's default: Inception's last pooling layer
+
+
+def evaluate(generator: Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
+    """A row per concept of decoded `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its
+    photos, the PSNR of the photo left as it is and, if asked for, the FID to the teacher's edits. The generator is left in
+    eval mode."""
     generator.eval()
     rows = []
     for c, concept in enumerate(pairs.concepts):
         photos, truth = pairs.photos[pairs.rows[c]], to_float(pairs.edits[c])
-        made = to_float(run_generator(generator, photos, generator.concept(concept["name"])))
+        edits = run_generator(generator, photos, generator.concept(concept["name"]))
+        made = to_float(edits)
         rows.append({"concept": concept["name"], "PSNR dB": psnr(made, truth).mean().item(),
+                     **({"FID": fid(edits, pairs.folder / concept["name"], next(generator.parameters()).device)} if with_fid else {}),
                      "photo unchanged dB": psnr(to_float(photos), truth).mean().item(),
                      "L1 (0-255)": (made - truth).abs().mean().item() * 127.5})
     return rows
+
+
+def fid(edits: torch.Tensor, teacher: Path, device: torch.device) -> float | None:
+    """Frechet Inception distance of uint8 edits (N, 3, H, W) to the pictures in a folder: what `python -m pytorch_fid` prints for
+    a folder of those PNGs and this one. It falls as N grows, so compare only values of equal N. None where Inception's
+    weights cannot be had, or for a single picture, which has no covariance."""
+    network = inception(device)
+    if network is None or len(edits) < 2:
+        return None
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):    # a DataLoader draws a seed
+        for i, edit in enumerate(edits):
+            write_png(Path(folder) / f"{i:05}.png", to_pil(edit))
+        return frechet_distance(*inception_statistics(Path(folder), network, device), *teacher_statistics(teacher, network, device))
+
+
+@functools.cache
+def inception(device: torch.device) -> nn.Module | None:
+    """pytorch-fid's network, once a process, its weights from torch hub's cache or downloaded there by the library. None, and
+    one line that says how to get them, where that fails: FID is left blank then."""
+    from pytorch_fid import inception as library
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)                        # a network that drops packets should not hold up a run
+    try:
+        with torch.random.fork_rng(devices=[]):         # its layers draw their initial weights
+            network = library.InceptionV3([library.InceptionV3.BLOCK_INDEX_BY_DIM[FID_DIMS]])
+    except Exception as error:                          # whatever urllib and torch.load raise
+        print(f"FID is left blank: Inception's weights cannot be loaded ({' '.join(str(error).split())[:200]}); "
+              f"put {library.FID_WEIGHTS_URL} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
+        return None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return network.to(device).eval()
+
+
+def inception_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (2048,) and covariance (2048, 2048) of Inception's features of a folder's pictures."""
+    from pytorch_fid.fid_score import compute_statistics_of_path
+    count = sum(1 for _ in folder.glob("*.png"))
+    with contextlib.redirect_stderr(io.StringIO()):     # a progress bar for every folder
+        return compute_statistics_of_path(str(folder), network, min(50, count), FID_DIMS, device, num_workers=0)
+
+
+def teacher_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """inception_statistics, kept for the folder <pairs>/test/<concept> in <pairs>/fid/<concept>.npz (which pytorch-fid takes
+    in place of a folder), with a hash of the pictures and the network."""
+    digest = hashlib.sha256(network.blocks[0][0].conv.weight.cpu().numpy())
+    for path in sorted(folder.glob("*.png")):
+        digest.update(path.name.encode() + path.read_bytes())
+    cache = folder.parents[1] / "fid" / f"{folder.name}.npz"
+    try:
+        if cache.exists():
+            with np.load(cache) as kept:
+                if str(kept["key"]) == digest.hexdigest():
+                    return kept["mu"], kept["sigma"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{cache} is broken ({error}); delete it, it is made anew")
+    mu, sigma = inception_statistics(folder, network, device)
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:                 # given a name, np.savez would append .npz to it
+            np.savez(file, mu=mu, sigma=sigma, key=digest.hexdigest())
+    replace_file(cache, write)
+    return mu, sigma
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), S2 positive semidefinite like S1 = R R': S1 S2 has the eigenvalues of the symmetric
+    R' S2 R. pytorch-fid takes the root of S1 S2 as a general matrix: the same to six digits, for 25 seconds instead of 2, and
+    an exception at times, as covariances of fewer than 2048 pictures are singular."""
+    values, vectors = np.linalg.eigh(sigma1)
+    kept = values > 1e-12 * values[-1]
+    root = vectors[:, kept] * np.sqrt(values[kept])                                               # (2048, rank)
+    mixed = np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(mixed).sum())
 
 
 def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
@@ -1324,6 +1409,27 @@ def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -
         rows += [list(row) for row in zip(photos, pairs.edits[c], made)]
         labels += [concept["name"]] * len(photos)
     return picture_grid(rows, ["photo", "teacher", "model"], labels)
+
+
+def write_curve(path: Path, rows: Sequence[dict]) -> None:
+    """Draws a log over its steps: one panel for the losses, and one for each measure per concept, as in the rows
+    {"step": 50, "G": 9.1, "D": 0.2, "L1": 0.08} and {"step": 288, "PSNR dB": {"sketch": 16.2, "night": 24.9}}."""
+    from matplotlib.figure import Figure
+    panels: dict[str, dict[str, list[tuple]]] = {}                          # title -> line -> [(step, value)]
+    for row in rows:
+        for key, value in row.items():
+            title, lines = (key, value) if isinstance(value, dict) else ("loss", {key: value})
+            for line, number in lines.items():
+                if line != "step" and number is not None:
+                    panels.setdefault(title, {}).setdefault(line, []).append((row["step"], number))
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for line, points in lines.items():
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=line)
+        axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1343,23 +1449,57 @@ def cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
+    """The rows [(run, rows), ...] of runs that differ in their seed alone: numbers that vary as mean ± sample standard deviation.
+    A row's partners stand at its place in the other runs and hold the same words."""
+    partners: dict[tuple, list[tuple[str, dict]]] = {}
+    for run, rows in runs:
+        for place, row in enumerate(rows):
+            words = ((column, str(value)) for column, value in row.items() if not isinstance(value, (int, float, type(None))))
+            partners.setdefault((place, *words), []).append((run, row))
+    merged = []
+    for found in partners.values():
+        seeds = f" (mean ± sd, {len(found)} seeds)" if len(found) > 1 else ""
+        row = {"run": ", ".join(run for run, _ in found) + seeds}
+        for column in dict.fromkeys(column for _, part in found for column in part):
+            values = [part[column] for _, part in found if part.get(column) is not None]
+            row[column] = values[0] if values else None
+            if len(set(map(str, values))) > 1:
+                row[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
+            if values and len(values) < len(found):
+                row[column] = f"{cell(row[column])} (n = {len(values)})"
+        merged.append(row)
+    return merged
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints the tables of every result.json below a folder as Markdown.")
+    parser = argparse.ArgumentParser(description="Prints the tables of every result.json below a folder as Markdown, stage by stage; "
+                                                 "runs that differ in their seed alone share their rows.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
-    runs = parser.parse_args().runs
-    results = {path: read_json(path) for path in sorted(runs.rglob("result.json"))}
-    if not results:
-        raise UserError(f"no result.json below {runs}")
-    tables: dict[str, list[dict]] = {}
-    for path, result in sorted(results.items(), key=lambda item: item[1].get("stage", "")):
-        for title, rows in result.get("tables", {}).items():
-            tables.setdefault(title, []).extend({"run": path.parent.relative_to(runs).as_posix(), **row} for row in rows)
-    print("\n".join(markdown(title, rows) for title, rows in tables.items()))
-    marks: dict[str, list[str]] = {}
-    for path, result in results.items():
-        for mark in result.get("marks", []):
-            marks.setdefault(mark, []).append(path.parent.relative_to(runs).as_posix())
-    print("\n".join(f"- {mark}: {', '.join(folders)}" for mark, folders in marks.items()))
+    folder = parser.parse_args().runs
+    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed -> [(run, rows)]
+    notes: dict[str, int] = {}              # mark -> the number under which it stands below the tables
+    copies: Counter = Counter()             # a run that was copied is no second seed
+    for path in sorted(folder.rglob("result.json")):
+        result, settings = read_json(path), path.with_name("settings.json")
+        settings = read_json(settings) if settings.exists() else {"run": str(path)}
+        twin = copies[json.dumps(settings, sort_keys=True)]
+        copies[json.dumps(settings, sort_keys=True)] += 1
+        try:
+            marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
+            run = path.parent.relative_to(folder).as_posix() + (f" {marks}" if marks else "")
+            for title, rows in result["tables"].items():
+                alike = json.dumps({**settings, "seed": None, "copy": twin}, sort_keys=True)
+                tables.setdefault((result["stage"], title), {}).setdefault(alike, []).append((run, [dict(row) for row in rows]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is no stage's result: {error!r}")
+    unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
+    if not tables and not unfinished:
+        raise UserError(f"no result.json below {folder}")
+    for (stage, title), groups in sorted(tables.items(), key=lambda item: item[0][0]):
+        print(markdown(f"{stage}.py: {title}", [row for runs in groups.values() for row in merge_seeds(runs)]))
+    print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
+                     *(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}" for path in unfinished)]))
 
 
 if __name__ == "__main__":
