@@ -668,14 +668,14 @@ class ResnetGenerator(Generator):
     Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
     layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
     are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
-    prompt. And fine lines pass round the quarter-size trunk: the features of the stem and of the first downsampling are added
-    to those of the same size on the way up, where FiLM decides by concept which of them get through the ReLU."""
+    prompt. And fine lines pass round the quarter-size trunk: the stem's features are added to those of the same size on the way
+    up, where FiLM decides by concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
         widths, full, self.ours = config["widths"], config["full"], config["arch"] == "e2gan"
         widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
-        up1, up2 = ("down1", "stem") if self.ours else ("up1", "up2")       # what is added together is one group
+        up2 = "stem" if self.ours else "up2"                       # what is added together is one group
         self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.ours, padding_mode="reflect")
         self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
         self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
@@ -684,23 +684,22 @@ class ResnetGenerator(Generator):
         for name in config["blocks"]:
             self.blocks[name] = (TransformerBlock(widths, full, config["heads"]) if name == "tb"
                                  else ResidualBlock(widths, "trunk", name, padding))
-        self.up1 = ConvNorm(widths, "trunk", up1, up=True)
-        self.up2 = ConvNorm(widths, up1, up2, up=True)
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
+        self.up2 = ConvNorm(widths, "up1", up2, up=True)
         if self.ours:
-            self.film1 = layer(nn.Linear, widths, "text", (up1, up1))
+            self.film1 = layer(nn.Linear, widths, "text", ("up1", "up1"))
             self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
         self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
         stem = self.stem(photo)                                                                   # (B, C, H, W)
-        half = self.down1(stem)                                                                   # (B, 2C, H/2, W/2)
-        x = self.down2(half)                                                                      # (B, 4C, H/4, W/4)
+        x = self.down2(self.down1(stem))                                                          # (B, 4C, H/4, W/4)
         for block in self.blocks.values():
             x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
         if not self.ours:
             return torch.tanh(self.out(self.up2(self.up1(x))))
         text = mean_token(tokens, mask)
-        x = self.up1(x, self.film1(text), half)
+        x = self.up1(x, self.film1(text))                                                         # (B, 2C, H/2, W/2)
         x = self.up2(x, self.film2(text), stem)
         return torch.tanh(self.out(torch.cat([x, photo], 1)))
 
@@ -746,10 +745,10 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         shape = {"depth": depth}
     else:
         shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
-        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width}
+        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
         if arch == "resnet9":
-            widths |= {"up1": 2 * width, "up2": width}
+            widths |= {"up2": width}
         else:
             shape["heads"] = 4
             widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
