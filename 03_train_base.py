@@ -102,9 +102,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             common.average([sums], world)
-            row = common.check_health(sums / summed, done, args.out)
-            log.append(row)
-            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("G", "D", "L1")})
+            log.append(common.check_health(sums / summed, done, args.out))
+            bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
             paused = time.time()
