@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
-    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
     args.lr = args.lr[args.mode] if isinstance(args.lr, dict) else args.lr
