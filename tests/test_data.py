@@ -1,4 +1,4 @@
-"""Training pairs: wherever pictures are held (memory, a raw file, PNGs), batches are the same bytes; broken or changed files show."""
+"""Training pairs: wherever pictures are held (memory, a raw file, PNGs), batches are the same bytes; broken files show."""
 import shutil
 
 import pytest
