@@ -364,8 +364,9 @@ class Pairs:
                 torch.distributed.broadcast(self.pixels[bounds[r]:bounds[r + 1]], r)
             return
         if rank == 0:
-            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: " + (
-                f"held in {raw} until the run is complete" if on_disk else f"with too little room in {folder}, decoded batch by batch"))
+            how = (f"held in {raw} until the run is complete" if on_disk
+                   else f"there is too little room in {folder} too, so PNGs are decoded in each step")
+            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: {how}")
         if on_disk and not there:
             self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
         self.raw = raw if on_disk else None
