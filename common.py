@@ -401,7 +401,7 @@ class Pairs:
         """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
         and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
         file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
-        if min(batch, max(self.counts) * len(self.counts)) % world:
+        if batch % world:
             raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
         cuda = device.type == "cuda"
 
@@ -506,14 +506,13 @@ def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple
     """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step alone, so that a resumed
     run needs no generator state."""
     epoch, place = divmod(step, steps_per_epoch(counts, batch))
-    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch, seed))
+    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed))
 
 
 @functools.lru_cache(maxsize=1)             # once an epoch: with 600,000 pairs it takes as long as some steps
-def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def epoch_order(counts: tuple[int, ...], longest: int, epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
-    every concept in a new order, and a concept with fewer pairs than the largest starts over within the epoch."""
-    longest = max(counts)
+    every concept in a new order, and a concept with fewer pairs than `longest` starts over within the epoch."""
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     orders = [torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-longest // n))])[:longest] for n in counts]
     flips = torch.rand(longest * len(counts), generator=rng) < 0.5
@@ -521,8 +520,13 @@ def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.T
     return picks, flips
 
 
+def epoch_length(counts: Sequence[int], batch: int) -> int:
+    """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
+    return max(*counts, -(-batch // len(counts)))
+
+
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
-    return max(1, max(counts) * len(counts) // batch)
+    return epoch_length(counts, batch) * len(counts) // batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
