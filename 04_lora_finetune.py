@@ -199,6 +199,9 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
         if error < (1 - args.rank_threshold) * best:
             crucial, best = [*crucial, row["layers"]], error
         row["crucial"] = "yes" if row["layers"] in crucial else "no"
+    if not crucial:
+        raise common.UserError(f"no layer group lowers the held-out error by more than {args.rank_threshold}: "
+                               f"give more --probe-steps than {args.probe_steps}, or a lower --rank-threshold")
     if rank == 0:
         bar_chart(out / "gain.png", rows)
         common.write_json(args.out / "crucial.json", {
@@ -413,7 +416,7 @@ def main() -> None:
         raise common.UserError(f"--rank {args.rank}: give a number from 1 on, `paper` or `auto`")
     concepts, base = chosen_concepts(args), common.load_generator(args.base)
     groups = group_sizes(base)
-    if args.layers == "search":
+    if args.layers == "search" and args.mode == "lora":
         search_layers(args, concepts, groups, base.sha256, device, rank, world)
     chosen = chosen_groups(args, groups, base.sha256)
     for name in concepts:
