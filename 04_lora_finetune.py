@@ -136,8 +136,8 @@ def chosen_groups(args, groups: dict, base_sha256: str) -> list[str]:
     if not path.exists():
         return [group for group in CRUCIAL if group in groups]
     found = common.read_json(path)
-    if not isinstance(found.get("groups"), list) or not set(found["groups"]) <= set(groups):
-        raise common.UserError(f"{path} names layer groups that this generator lacks; it has {', '.join(groups)}")
+    if not found.get("groups") or any(group not in list(groups) for group in found["groups"]):
+        raise common.UserError(f"{path} names no layer groups of this generator, which has {', '.join(groups)}; delete it")
     print(f"crucial layers from {path}: {', '.join(found['groups'])}"
           + (" (found on another base)" if found.get("base") != base_sha256 else ""))
     return found["groups"]
@@ -182,7 +182,8 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
     """Writes crucial.json, by the rule in the docstring, and layer-search/ with the chart and the table."""
     began, out = time.time(), args.out / "layer-search"
     data = [common.load_pairs(args.pairs, "train", [name], chosen_samples(args, name)).fingerprint() for name in concepts]
-    settings = common.settings_of(args, "04_lora_finetune", rank=1, concept=concepts, data=data, base_sha256=base_sha256)
+    settings = common.settings_of(args, "04_lora_finetune", rank=1, steps=args.probe_steps, epochs=0, concept=concepts, data=data,
+                                  base_sha256=base_sha256)
     if common.begin_run(out, settings, args.overwrite):
         return
     probes = Probes(args, concepts, out / "probes.json", device, rank, world)
@@ -208,6 +209,8 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
             "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in crucial]})
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
             "Crucial layers, held-out error relative to the base's": [{**row, "seed": args.seed} for row in rows]})
+    if world > 1:
+        torch.distributed.barrier()         # the others read crucial.json next
 
 
 def bar_chart(path: Path, rows: list[dict]) -> None:
@@ -418,7 +421,7 @@ def main() -> None:
     groups = group_sizes(base)
     if args.layers == "search" and args.mode == "lora":
         search_layers(args, concepts, groups, base.sha256, device, rank, world)
-    chosen = chosen_groups(args, groups, base.sha256)
+    chosen = chosen_groups(args, groups, base.sha256) if args.mode == "lora" else []
     for name in concepts:
         learn(args, name, groups, chosen, device, rank, world)
 
