@@ -27,8 +27,8 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter, deque
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
@@ -309,17 +309,6 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode(errors="replace")
 
 
-def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
-    """Maps in threads and in order like pool.map, but holds `depth` items: memory does not grow with their number."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
 def save(path: Path, image: Image.Image, about: dict) -> None:
     """Writes a PNG that carries its own row of metadata: what is finished, and how it was made, is known from the files
     alone, whichever process made them, and whenever one was stopped."""
@@ -354,7 +343,7 @@ def usable(names: list[str], read: Callable, skipped: dict[str, str], finished: 
             return name, None, str(error) or type(error).__name__
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, image, trouble in ahead(pool, attempt, names):
+        for name, image, trouble in common.ahead(pool, attempt, names):
             if trouble:
                 skipped[readable(name)] = trouble
             else:
@@ -370,7 +359,7 @@ def make_sources(out: Path, names: list[str], read: Callable, test: int, train: 
     jobs = ((out / split / "source" / f"{i:05}.png", image, {"photo": name})
             for (split, i), (name, image) in chosen if image)
     with ThreadPoolExecutor(THREADS) as writers:
-        for _ in ahead(writers, lambda job: save(*job), jobs):
+        for _ in common.ahead(writers, lambda job: save(*job), jobs):
             pass
     return skipped
 
@@ -422,7 +411,7 @@ def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[s
         return name, out / split / name / file, told["photo"], source, given
 
     def edited(readers):
-        jobs_ready = ahead(readers, fetch, jobs, max(32, 2 * args.batch))
+        jobs_ready = common.ahead(readers, fetch, jobs, max(32, 2 * args.batch))
         for name, group in itertools.groupby(jobs_ready, key=lambda job: job[0]):
             prompt = concepts[name]["prompt"]
             while batch := list(itertools.islice(group, args.batch)):
@@ -441,7 +430,7 @@ def make_edits(out: Path, jobs: Iterable[tuple[str, str, str]], concepts: dict[s
         return path
 
     with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        yield from ahead(writers, write, edited(readers))
+        yield from common.ahead(writers, write, edited(readers))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,16 @@ discriminator photo, edit and prompt. Least-squares GAN + 100 * L1, Adam and pix
 step is a function of (seed, step) alone, so a run that was killed continues and ends in the same bytes as one that was not.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
-Writes  runs/base/generator.safetensors     the model, with the prompts' text features: using it needs no CLIP
-        runs/base/state.safetensors         to continue      log.jsonl, samples/*.png, result.json
+Writes  runs/base/generator.safetensors     the last model, with the prompts' text features: using it needs no CLIP
+        runs/base/best.safetensors          the one with the highest mean PSNR on the held-out photos
+        runs/base/state.safetensors         to continue      log.jsonl, curve.png, samples/*.png, result.json
 
     python 03_train_base.py --demo
     python 03_train_base.py --pairs runs/pairs --clusters runs/clusters
     torchrun --nproc_per_node=8 03_train_base.py --batch 128        (the batch of all processes together)
 """
 import json
+import statistics
 import time
 from pathlib import Path
 
@@ -27,12 +29,14 @@ PAPER = dict(
     epochs=200,                     # pix2pix's 100 constant + 100 decaying
     batch=16, lr=2e-4, lr_d=2e-4,
     l1=100.0,
-    clip="ViT-B-32:openai", precision="auto", save_every=1000,
+    clip="ViT-B-32:openai", precision="auto", cache_gb=8.0, fid="auto",
+    save_every=1000, eval_every=5,
 )
 LOG_EVERY = 50
+MEASURES = "PSNR dB", "L1 (0-255)", "FID"      # on the held-out photos, while it trains
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
-    width=32, epochs=16, clip="ViT-S-32:random", save_every=288,
+    width=32, epochs=16, clip="ViT-S-32:random", fid="off", save_every=288, eval_every=8,
     lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
 )
 
@@ -53,31 +57,32 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
     """The loop. Returns its pace as columns of the table."""
     opt_g = common.adam(generator.parameters(), args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
-    counts = [len(edits) for edits in train.edits]
-    steps = args.epochs * common.steps_per_epoch(counts, args.batch)
+    per_epoch = common.steps_per_epoch(train.counts, args.batch)
+    steps = args.epochs * per_epoch
     state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
     start = common.load_state(args.out / "state.safetensors", **state)
     log = common.read_log(args.out / "log.jsonl", start)
-    sums = torch.zeros(3, device=device)
-    began = time.time()
+    if args.compile:
+        generator.compile()
+        discriminator.compile()
+    # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
+    ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
+    sums, summed, aside, began = torch.zeros(6, device=device), 0, 0.0, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=rank > 0)
     generator.train()
-    for step in bar:
+    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
-        torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
-        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
-        photo, edit, concept = train.batch(picks[rank::world], flips[rank::world], device)
-        text = common.mean_token(generator, concept)
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
+        text = common.text_of(generator, concept)
 
         with common.autocast(device, args.precision):
-            fake = generator(photo, concept)
+            fake = ddp_g(photo, concept)
             twice = photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()]), None if text is None else text.repeat(2, 1)
-            score_real, score_fake = discriminator(*twice).float().chunk(2)
+            score_real, score_fake = ddp_d(*twice).float().chunk(2)
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
         opt_d.zero_grad()
         loss_d.backward()
-        common.average_gradients(discriminator, world)
         opt_d.step()
 
         discriminator.requires_grad_(False)
@@ -87,28 +92,54 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         loss_g = (score - 1).square().mean() + args.l1 * l1
         opt_g.zero_grad()
         loss_g.backward()
-        common.average_gradients(generator, world)
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += torch.stack([loss_g.detach(), loss_d.detach(), l1.detach()])
-        save = (step + 1) % args.save_every == 0 or step + 1 == steps
-        if save or (step + 1) % LOG_EVERY == 0:
+        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        summed += 1
+        done = step + 1
+        judge = done == steps or done % (args.eval_every * per_epoch) == 0
+        save = judge or done % args.save_every == 0
+        if save or done % LOG_EVERY == 0:
             common.average([sums], world)
-            means = (sums / (step + 1 - (log[-1]["step"] if log else 0))).tolist()
-            log.append({"step": step + 1, **dict(zip(("G", "D", "L1"), means))})
-            bar.set_postfix(G=f"{means[0]:.3f}", D=f"{means[1]:.3f}", L1=f"{means[2]:.4f}")
-            sums.zero_()
+            row = common.check_health(sums / summed, done, args.out)
+            log.append(row)
+            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("G", "D", "L1")})
+            sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
+            paused = time.time()
+            if judge:
+                rows = common.evaluate(generator, test, args.fid == "auto")
+                log.append({"step": done, **{key: {row["concept"]: row[key] for row in rows} for key in MEASURES if key in rows[0]}})
+                if best_so_far(log):
+                    common.save_generator(args.out / "best.safetensors", generator)
+                common.write_png(args.out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test))
             common.save_generator(args.out / "generator.safetensors", generator)
-            common.write_png(args.out / "samples" / f"{step + 1:07d}.png", common.progress_picture(generator, test))
             common.write_text(args.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-            common.save_state(args.out / "state.safetensors", step + 1, **state)
+            common.write_curve(args.out / "curve.png", log)
+            common.save_state(args.out / "state.safetensors", done, **state)
             generator.train()
-    seconds = time.time() - began
+            aside += time.time() - paused
+    seconds = time.time() - began - aside
     return {"steps": steps, "batch": args.batch,
             "training s": None if start else seconds,           # a resumed run knows only its part
             "images/s": (steps - start) * args.batch / seconds if steps > start else None}
+
+
+def best_so_far(log: list[dict]) -> bool:
+    """Whether the last evaluation's mean PSNR is the highest of all."""
+    means = [statistics.mean(entry["PSNR dB"].values()) for entry in log if "PSNR dB" in entry]
+    return means[-1] == max(means)
+
+
+def add_wrong_prompts(rows: list[dict], generator, test: common.Pairs) -> None:
+    """Adds to the rows of common.evaluate the highest PSNR that another concept's prompt reaches: the prompt matters where
+    this is lower."""
+    for c, row in enumerate(rows if len(rows) > 1 and "text_dim" in generator.config else []):
+        photos, truth = test.photos[test.rows[c]], common.to_float(test.edits[c])
+        others = [generator.concept(concept["name"]) for concept in test.concepts if concept["name"] != row["concept"]]
+        row["best wrong prompt dB"] = max(
+            common.psnr(common.to_float(common.run_generator(generator, photos, other)), truth).mean().item() for other in others)
 
 
 def main() -> None:
@@ -125,26 +156,34 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints and progress pictures")
+    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints")
+    parser.add_argument("--eval-every", type=int, help="epochs between evaluations on the held-out photos, with progress pictures")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or so to start, then faster")
     args = parser.parse()
 
     began = time.time()
     concepts = chosen_concepts(args)
-    train, test = (common.load_pairs(args.pairs, split, concepts) for split in ("train", "test"))
+    train, test = common.find_pairs(args.pairs, "train", concepts), common.load_pairs(args.pairs, "test", concepts)
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
     generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
-    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint()), args.overwrite):
+    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint), args.overwrite):
         return
     discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
+    train.hold(args.cache_gb, args.out, device, rank, world)
     pace = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:
         size = {"arch": args.arch, "width": args.width, "size px": train.size,
                 "parameters M": common.count_parameters(generator) / 1e6,
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
+        rows = common.evaluate(generator, test, args.fid == "auto")
+        add_wrong_prompts(rows, generator, test)
         common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
-            "Base generator": [size], "Base concepts, held-out photos": common.evaluate(generator, test)})
+            "Base generator": [size], "Base concepts, held-out photos": rows})
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes W + (alpha/r) B A. The paper's
 crucial layers are the down- and upsampling layers and the transformer block; its ranks 1, 4, 1, 8 (first and second
-downsampling, transformer block, upsamplings). We add the first and the last layer at ranks 4 and 3. `--mode full` trains
-all of the base's weights and `--mode scratch` a new network, in the same loop.
+downsampling, transformer block, upsamplings). We add the first and the last layer at ranks 4 and 3, and what the prompt
+scales and shifts the upsamplings with at rank 1, which reaches every scale and shift, as an adapter has one prompt.
+`--mode full` trains all of the base's weights and `--mode scratch` a new network, in the same loop.
 
 Two searches choose otherwise, by short trainings (probes). `--layers search` adapts each layer group alone, at rank 1,
 ranks them by the fall of the held-out error per trained weight, and takes them in that order: a group is crucial if adding
@@ -15,7 +16,7 @@ continues, and finds the same.
 
 Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen training photos)
 Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B (fp16), the prompt's text features, the base's SHA-256
-        (full, scratch: generator.safetensors)      state.safetensors, log.jsonl, samples/*.png, result.json, probes.json
+        (full, scratch: generator.safetensors)      state.safetensors, log.jsonl, curve.png, samples/*.png, result.json
         runs/lora/crucial.json, layer-search/       what --layers search found; its bar chart, table and probes
 
     python 04_lora_finetune.py --demo
@@ -43,20 +44,20 @@ PAPER = dict(
     alpha=16.0,                     # rank r is scaled by alpha / r
     rank_threshold=0.01, probe_steps=500,
     epochs=200, steps=0, batch=16, lr={"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}, lr_d=2e-4, l1=100.0,
-    precision="auto", save_every=1000,
+    precision="auto", cache_gb=8.0, fid="auto", save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
-    out=Path("runs/demo/lora"), epochs=50, save_every=150,
+    out=Path("runs/demo/lora"), epochs=50, fid="off", save_every=150,
     rank="4", probe_steps=40,
     lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
 # The paper's crucial layers are the samplings and the transformer block. The two ends are ours: they alone see how bright the
 # photo is, and a tint such as sepia is learned worse without them (compare --layers down1,down2,tb,up1,up2).
-CRUCIAL = ("stem", "down1", "down2", "tb", "up1", "up2", "out")
+CRUCIAL = ("stem", "down1", "down2", "tb", "up1", "up2", "film1", "film2", "out")
 RANK_LIMIT = 16                     # no search goes beyond it
 VALIDATION = 100                    # photos that probes are judged on, at most
-PAPER_RANKS = {"stem": 4, "down1": 1, "down2": 4, "tb": 1, "up1": 8, "up2": 8, "out": 3}
+PAPER_RANKS = {"stem": 4, "down1": 1, "down2": 4, "tb": 1, "up1": 8, "up2": 8, "film1": 1, "film2": 1, "out": 3}
 LOG_EVERY = 50
 
 
@@ -70,13 +71,12 @@ def chosen_concepts(args) -> list[str]:
     return new
 
 
-def chosen_samples(args, concept: str) -> list[str]:
-    """The training photos to use: stage 2's choice unless --samples says otherwise."""
-    all_names = common.edit_names(args.pairs, "train", concept)
+def chosen_samples(args, concept: str) -> list[str] | None:
+    """The training photos to use, None for all: stage 2's choice unless --samples says otherwise."""
     if args.samples == "all":
-        return all_names
+        return None
     if args.samples.startswith("random:"):
-        count = args.samples.removeprefix("random:")
+        all_names, count = common.edit_names(args.pairs, "train", concept), args.samples.removeprefix("random:")
         if not count.isdigit() or not 0 < int(count) <= len(all_names):
             raise common.UserError(f"--samples {args.samples}: give a number from 1 to {len(all_names)}, as many as {concept} has")
         order = torch.randperm(len(all_names), generator=torch.Generator().manual_seed(args.seed))
@@ -84,16 +84,24 @@ def chosen_samples(args, concept: str) -> list[str]:
     path = args.clusters / "samples" / f"{concept}.txt" if args.samples == "clusters" else Path(args.samples)
     if args.samples == "clusters" and not path.exists():
         print(f"stage 2 chose no photos for {concept} ({path} does not exist): using all of them")
-        return all_names
+        return None
     if not path.is_file():
         raise common.UserError(f"--samples {path} does not exist; it should list file names, one a line")
     return [name for name in path.read_text(encoding="utf-8").split("\n") if name.strip()]
 
 
+def data_of(args, train: common.Pairs) -> str:
+    """What settings say of the data. Random photos follow from the seed and all photos, so runs of several seeds are alike."""
+    if args.samples.startswith("random:"):
+        train = common.find_pairs(args.pairs, "train", [train.concepts[0]["name"]])
+    return train.fingerprint
+
+
 def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
     """(photos that probes train on, photos that judge them), as the docstring says."""
-    chosen = chosen_samples(args, concept)
-    outside = sorted(set(common.edit_names(args.pairs, "train", concept)) - set(chosen))
+    all_names = common.edit_names(args.pairs, "train", concept)
+    chosen = chosen_samples(args, concept) or all_names
+    outside = sorted(set(all_names) - set(chosen))
     if outside:
         return chosen, outside[::math.ceil(len(outside) / VALIDATION)]
     if len(chosen) < 2:
@@ -181,7 +189,7 @@ class Probes:
 def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str, device, rank: int, world: int) -> None:
     """Writes crucial.json, by the rule in the docstring, and layer-search/ with the chart and the table."""
     began, out = time.time(), args.out / "layer-search"
-    data = [common.load_pairs(args.pairs, "train", [name], chosen_samples(args, name)).fingerprint() for name in concepts]
+    data = [data_of(args, common.find_pairs(args.pairs, "train", [name], chosen_samples(args, name))) for name in concepts]
     settings = common.settings_of(args, "04_lora_finetune", rank=1, steps=args.probe_steps, epochs=0, concept=concepts, data=data,
                                   base_sha256=base_sha256)
     if common.begin_run(out, settings, args.overwrite):
@@ -208,7 +216,7 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
         common.write_json(args.out / "crucial.json", {
             "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in crucial]})
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
-            "Crucial layers, held-out error relative to the base's": [{**row, "seed": args.seed} for row in rows]})
+            "Crucial layers, held-out error relative to the base's": rows})
     if world > 1:
         torch.distributed.barrier()         # the others read crucial.json next
 
@@ -286,8 +294,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
     discriminator = common.Discriminator(generator.config["width"]).to(device)      # one concept: it needs no prompt
     opt_g = common.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
-    counts = [len(train.edits[0])]
-    steps = args.steps or args.epochs * common.steps_per_epoch(counts, args.batch)
+    steps = args.steps or args.epochs * common.steps_per_epoch(train.counts, args.batch)
     state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
     start = common.load_state(out / "state.safetensors", **state) if out else 0
     log = common.read_log(out / "log.jsonl", start) if out else []
@@ -295,12 +302,10 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
     began = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=train.concepts[0]["name"], disable=rank > 0)
     generator.train()
-    for step in bar:
+    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
         torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
-        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
-        photo, edit, concept = train.batch(picks[rank::world], flips[rank::world], device)
         concept = concept + concept_index                       # its place among the generator's concepts
 
         with common.autocast(device, args.precision):
@@ -334,6 +339,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
         if save and out and rank == 0:
             common.write_png(out / "samples" / f"{step + 1:07d}.png", common.progress_picture(generator, test, per_concept=6))
             common.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.write_curve(out / "curve.png", log)
             common.save_state(out / "state.safetensors", step + 1, **state)
             generator.train()
     seconds = time.time() - began
@@ -355,12 +361,12 @@ def save(args, generator: common.Generator, concept: dict, out: Path) -> Path:
 def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.device, rank: int, world: int) -> None:
     """One concept, from its pairs to its result.json in <out>/<concept>."""
     began, out = time.time(), args.out / name
-    train = common.load_pairs(args.pairs, "train", [name], chosen_samples(args, name))
+    train = common.find_pairs(args.pairs, "train", [name], chosen_samples(args, name))
     test = common.load_pairs(args.pairs, "test", [name])
     ranks = {group: PAPER_RANKS.get(group, 1) if args.rank == "paper" else 1 if args.rank == "auto" else int(args.rank)
              for group in chosen}
     generator = prepare(args, train.concepts[0], ranks, device)
-    settings = common.settings_of(args, "04_lora_finetune", layers=",".join(chosen), concept=name, data=train.fingerprint(),
+    settings = common.settings_of(args, "04_lora_finetune", layers=",".join(chosen), concept=name, data=data_of(args, train),
                                   base_sha256=generator.sha256)
     if common.begin_run(out, settings, args.overwrite):
         return
@@ -369,21 +375,19 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
         probes = Probes(args, [name], out / "probes.json", device, rank, world)
         ranks, path, cost = search_ranks(probes, groups, chosen, args.rank_threshold)
         tables = {"Rank search, held-out error relative to the base's": [{"concept": name, **row} for row in path],
-                  "Rank search, found": [{"concept": name, **cost, "seed": args.seed}]}
+                  "Rank search, found": [{"concept": name, **cost}]}
         generator = prepare(args, train.concepts[0], ranks, device)
     before = common.evaluate(generator, test)[0]
     trained = sum(p.numel() for p in generator.parameters() if p.requires_grad)
-    whole = sum(out * fan_in + out for layers in groups.values() for out, fan_in in layers.values())       # with the biases
+    whole = sum(fan_out * (fan_in + 1) for layers in groups.values() for fan_out, fan_in in layers.values())   # with biases
+    train.hold(args.cache_gb, out, device, rank, world)
     pace = finetune(generator, train, test, args, out, device, rank, world)
     if rank == 0:
         file = save(args, generator, train.concepts[0], out)
-        after = common.evaluate(generator, test)[0]
-        row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None,
-               "PSNR dB": after["PSNR dB"], "before dB": before["PSNR dB"],
-               "photo unchanged dB": after["photo unchanged dB"], "L1 (0-255)": after["L1 (0-255)"],
-               "trained weights": trained, "trained %": 100 * trained / whole,
-               "file KB": file.stat().st_size / 1000, "samples": args.samples, "photos": len(train.photos),
-               "seed": args.seed, **pace}
+        after = common.evaluate(generator, test, args.fid == "auto")[0]
+        row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None, **after,
+               "before dB": before["PSNR dB"], "trained weights": trained, "trained %": 100 * trained / whole,
+               "file KB": file.stat().st_size / 1000, "samples": args.samples, "photos": len(train.names), **pace}
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent),
                             {"New concepts, held-out photos": [row], **tables})
 
@@ -410,6 +414,9 @@ def main() -> None:
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
     args.lr = args.lr[args.mode] if isinstance(args.lr, dict) else args.lr

@@ -10,7 +10,8 @@ scratch.
 Reads   runs/pairs, runs/base/generator.safetensors
 Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune adapters on it, export it
         runs/coronet/sliced.safetensors         what the search left, before converging
-        search.safetensors, state.safetensors   to continue      log.jsonl, channels.png, samples/*.png, result.json
+        search.safetensors, converge.safetensors    to continue
+        search.jsonl, converge.jsonl, search.png, converge.png, channels.png, samples/*.png, result.json
 
     python 05_prune_coronet.py --demo
     python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
@@ -29,12 +30,13 @@ PAPER = dict(
     pairs=Path("runs/pairs"), concept=[], generator="runs/base/generator.safetensors", out=Path("runs/coronet"),
     keep=0.25, width=64, clip="ViT-B-32:openai",
     search_epochs=20, epochs=180,   # together pix2pix's 200
-    batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", save_every=1000,
+    batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, precision="auto", cache_gb=8.0, fid="auto",
+    save_every=1000,
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
     width=32, clip="ViT-S-32:random", search_epochs=3, epochs=8, lr=1e-3, lr_search=2e-4,
-    save_every=144,
+    fid="off", save_every=144,
 )
 LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
@@ -121,7 +123,6 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     """The loop of both phases: least-squares GAN + L1, as in stage 3. `after_step(step)` returns True to end the phase.
     Returns its pace as columns of the table."""
     opt_g, opt_d = optimizers[:2]
-    counts = [len(edits) for edits in data.edits]
     concepts = torch.tensor([generator.concept(concept["name"]) for concept in data.concepts], device=device)
     state = dict(g=generator, d=discriminator, **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)})
     start = common.load_state(args.out / f"{phase}.safetensors", **state)
@@ -130,14 +131,12 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     began, done = time.time(), log[-1]["step"] if log else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     generator.train()
-    for step in bar:
+    for step, (photo, edit, concept) in zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, lr, step if decay else 0, steps)
         common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
         torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
-        picks, flips = common.draw_picks(counts, args.batch, step, args.seed)
-        photo, edit, concept = data.batch(picks[rank::world], flips[rank::world], device)
         concept = concepts[concept]
-        text = common.mean_token(generator, concept)
+        text = common.text_of(generator, concept)
 
         with common.autocast(device, args.precision):
             fake = generator(photo, concept)
@@ -174,6 +173,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", common.progress_picture(generator, test))
             common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.write_curve(args.out / f"{phase}.png", log)
             common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
             generator.train()
         if ended:
@@ -194,7 +194,7 @@ def search(generator, discriminator, trained: bool, target: Target, data, test, 
     opt_g = common.adam([p for name, p in generator.named_parameters() if not name.startswith("latents.")], lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     opt_z = torch.optim.SGD(latents.parameters(), args.lr_z, momentum=0.9)
-    steps = args.search_epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
+    steps = args.search_epochs * common.steps_per_epoch(data.counts, args.batch)
 
     def shrink(step: int) -> bool:
         torch.nn.utils.clip_grad_norm_(latents.parameters(), 1.0)
@@ -217,7 +217,7 @@ def source_generator(args, device: torch.device) -> tuple[common.Generator, bool
     if args.generator not in common.ARCHITECTURES:
         return common.load_generator(Path(args.generator), device), True
     known = common.read_concepts(args.pairs)
-    pairs = common.load_pairs(args.pairs, "test", args.concept or list(known))
+    pairs = common.find_pairs(args.pairs, "test", args.concept or list(known))
     return common.new_generator(args.generator, args.width, pairs.size, pairs.concepts, args.clip, device), False
 
 
@@ -240,6 +240,9 @@ def main() -> None:
     parser.add_argument("--lr-z", type=float, help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
+    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
+                                                                "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
 
@@ -251,13 +254,15 @@ def main() -> None:
     names = args.concept or [concept["name"] for concept in generator.config["concepts"]]
     for name in names:
         generator.concept(name)         # an unknown one ends here
-    data, test = (common.load_pairs(args.pairs, split, names) for split in ("train", "test"))
+    data, test = common.find_pairs(args.pairs, "train", names), common.load_pairs(args.pairs, "test", names)
     target = Target(generator, args.keep)
-    settings = common.settings_of(args, "05_prune_coronet", data=data.fingerprint(), source=getattr(generator, "sha256", ""))
+    settings = common.settings_of(args, "05_prune_coronet", data=data.fingerprint, source=getattr(generator, "sha256", ""))
     if common.begin_run(args.out, settings, args.overwrite):
         return
 
-    before = common.evaluate(generator, test)
+    data.hold(args.cache_gb, args.out, device, rank, world)
+    with_fid = args.fid == "auto" and rank == 0
+    before = common.evaluate(generator, test, with_fid and trained)
     size = generator.config["size"]
     full = {"parameters M": common.count_parameters(generator) / 1e6, "GMACs": common.count_macs(generator, size) / 1e9}
     discriminator = common.Discriminator(generator.config["width"], generator.config.get("text_dim", 0)).to(device)
@@ -275,7 +280,7 @@ def main() -> None:
     after_slice = common.evaluate(small, test)
     small.requires_grad_(True)
     optimizers = [common.adam(small.parameters(), args.lr), common.adam(discriminator.parameters(), args.lr_d)]
-    steps = args.epochs * common.steps_per_epoch([len(edits) for edits in data.edits], args.batch)
+    steps = args.epochs * common.steps_per_epoch(data.counts, args.batch)
     pace |= train(small, discriminator, optimizers, lambda step: False, data, test, args, "converge", steps, args.lr,
                   True, device, rank, world)
     if rank > 0:
@@ -287,9 +292,8 @@ def main() -> None:
            "parameters M before": full["parameters M"], "parameters M": common.count_parameters(small) / 1e6,
            "batch": args.batch, **pace}
     rows = [{"concept": a["concept"], "before dB": b["PSNR dB"] if trained else None, "sliced dB": s["PSNR dB"],
-             "PSNR dB": a["PSNR dB"],
-             "photo unchanged dB": a["photo unchanged dB"], "L1 (0-255)": a["L1 (0-255)"]}
-            for b, s, a in zip(before, after_slice, common.evaluate(small, test))]
+             **({"FID before": b["FID"]} if "FID" in b else {}), **a}
+            for b, s, a in zip(before, after_slice, common.evaluate(small, test, with_fid))]
     channels = [{"group": g, "before": n, "after": small.config["widths"][g]} for g, n in small.config["full"].items()]
     common.write_result(args.out, "05_prune_coronet", began, common.marks_of(args, args.pairs), {
         "Pruning": [row], "Pruned generator, held-out photos": rows, "Channels": channels})

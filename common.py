@@ -6,21 +6,31 @@ Images in memory are float tensors (B, 3, H, W) with values in [-1, 1], or uint8
 batch. Networks are ordinary torch modules. A checkpoint is one safetensors file whose metadata says how to rebuild it.
 """
 import argparse
+import bisect
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
+from collections import Counter, deque
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterator, NoReturn, Sequence
+from typing import Callable, Iterable, Iterator, NoReturn, Sequence
 
 import numpy as np
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -29,6 +39,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,7 +181,7 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and what the stage adds. Paths are left out: a stage adds
     a hash of what it reads, so a run may be moved, and notices that its input changed."""
     flags = {key: value for key, value in vars(args).items()
-             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo")}
+             if not isinstance(value, Path) and key not in ("device", "overwrite", "demo", "cache_gb", "fid")}
     return {"stage": stage, **flags, **more}
 
 
@@ -179,6 +190,8 @@ def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tabl
     `python common.py` prints. marks: what a reader of the numbers must know, such as "demo"."""
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
+    for raw in out.glob("pixels-*"):        # Pairs.hold made it; no step is left that would read it
+        raw.unlink()
     write_json(out / "result.json", {"stage": stage, "marks": list(dict.fromkeys(marks)),
                                      "seconds": round(time.time() - began, 1), **more, "tables": tables})
 
@@ -254,33 +267,171 @@ def picture_grid(rows: Sequence[Sequence[torch.Tensor | None]], columns: Sequenc
     return sheet
 
 
+def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
+    """Maps in threads and in order like pool.map, but holds `depth` items: memory does not grow with their number."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 @dataclasses.dataclass
 class Pairs:
-    """One split of a pairs folder, decoded once. `edits[c][i]` is concept c's edit of the photo `photos[rows[c][i]]`."""
-    concepts: list[dict]            # [{"name": "sketch", "prompt": "..."}, ...]
-    names: list[str]                # file names of the photos
-    photos: torch.Tensor            # (N, 3, S, S) uint8
-    edits: list[torch.Tensor]       # per concept (n_c, 3, S, S) uint8
-    rows: list[torch.Tensor]        # per concept (n_c,) long
+    """One split of a pairs folder. Every picture has a place: first come the photos, then concept by concept its edits, so that
+    one index gathers both halves of a batch. Pictures are PNGs until `decode` or `hold` gives them a faster home."""
+    folder: Path                            # <pairs>/train or <pairs>/test
+    concepts: list[dict]                    # [{"name": "sketch", "prompt": "..."}, ...]
+    names: list[str]                        # file names of the photos, and of their edits
+    rows: list[torch.Tensor]                # per concept (n_c,) long: which photo each of its edits shows
+    size: int                               # S
+    pixels: torch.Tensor | None = None      # (places, 3, S, S) uint8, where they are held in memory
+    raw: Path | None = None                 # a file of the same bytes, where they are held on disk
+
+    def __post_init__(self):
+        self.counts = [len(rows) for rows in self.rows]
+        self.starts = np.cumsum([len(self.names), *self.counts]).tolist()           # each concept's first place, and the end
+        self.photo_of = torch.cat([torch.arange(len(self.names)), *self.rows])      # (places,): the photo's place
+        self.fingerprint = self.check()
 
     @property
-    def size(self) -> int:
-        return self.photos.shape[-1]
+    def photos(self) -> torch.Tensor:
+        """(N, 3, S, S) uint8, of decoded pairs."""
+        return self.pixels[:len(self.names)]
 
-    def batch(self, picks: torch.Tensor, flips: torch.Tensor, device: torch.device):
-        """picks (B, 2) long [concept, i], flips (B,) bool -> photo, edit (B, 3, S, S) in [-1, 1], concept (B,), on the device."""
-        photo = torch.stack([self.photos[self.rows[c][i]] for c, i in picks.tolist()])
-        edit = torch.stack([self.edits[c][i] for c, i in picks.tolist()])
-        flip = flips.view(-1, 1, 1, 1)
-        photo, edit = torch.where(flip, photo.flip(-1), photo), torch.where(flip, edit.flip(-1), edit)
-        return to_float(photo.to(device)), to_float(edit.to(device)), picks[:, 0].to(device)
+    @property
+    def edits(self) -> Sequence[torch.Tensor]:
+        """Per concept (n_c, 3, S, S) uint8, of decoded pairs: edits[c][i] is made of photos[rows[c][i]]."""
+        return self.pixels[len(self.names):].split(self.counts)
 
-    def fingerprint(self) -> str:
-        """A hash of all pixels and names; two runs on different data have different settings."""
+    def path(self, place: int) -> Path:
+        concept = bisect.bisect(self.starts, place) - 1
+        return self.folder / ("source" if concept < 0 else self.concepts[concept]["name"]) / self.names[self.photo_of[place]]
+
+    def read(self, place: int) -> torch.Tensor:
+        """uint8 (3, S, S) from disk. Read, not mapped: pages of a mapping count as the process's memory. UserError if broken."""
+        if self.raw is None:
+            return read_image(self.path(place), self.size)
+        count = 3 * self.size ** 2
+        return torch.from_numpy(np.fromfile(self.raw, np.uint8, count, offset=place * count)).view(3, self.size, self.size)
+
+    def check(self) -> str:
+        """A hash of names, prompts, and each PNG's ends and length: two runs on different data have different settings. The ends
+        hold the size and zlib's checksum of all pixels, so a PNG of other pixels shows without being decoded; damage in the
+        middle of a file does not. UserError where a picture is cut short or of another size."""
+        def ends(place: int) -> bytes:
+            with open(self.path(place), "rb") as file:
+                head, length = file.read(24), file.seek(0, os.SEEK_END)
+                file.seek(max(0, length - 20))
+                tail = file.read()                      # Adler-32 of the pixels, CRC-32 of their last chunk, end chunk
+            if head[16:] != 2 * self.size.to_bytes(4, "big") or tail[-8:] != b"IEND\xaeB`\x82":
+                read_image(self.path(place), self.size)             # says what is wrong, if anything is
+            return head + tail + length.to_bytes(8, "big")
         digest = hashlib.sha256(json.dumps([self.names, self.concepts]).encode())
-        for part in [self.photos, *self.edits]:
-            digest.update(part.numpy())
+        with ThreadPoolExecutor() as pool:
+            for part in ahead(pool, ends, range(self.starts[-1])):
+                digest.update(part)
         return digest.hexdigest()[:16]
+
+    def decode(self, keep: Callable[[int, torch.Tensor], None], places: range) -> None:
+        """Calls keep(place, uint8 (3, S, S)) for each place, from threads."""
+        with ThreadPoolExecutor() as pool:
+            done = ahead(pool, lambda place: keep(place, read_image(self.path(place), self.size)), places)
+            for _ in tqdm(done, "decoding", len(places), leave=False, delay=2, disable=places.start > 0):
+                pass
+
+    def hold(self, cache_gb: float, folder: Path, device: torch.device, rank: int = 0, world: int = 1) -> None:
+        """Decodes every picture once, into the first of these that has room: the device's memory (`cache_gb` for each process,
+        and no more than half of what is free), a file in `folder`, which all processes read, and which a continued run finds
+        there. Where neither has room, `batches` decodes PNGs. The batches are the same bytes in each case."""
+        places, picture = self.starts[-1], 3 * self.size ** 2
+        raw = folder / f"pixels-{self.fingerprint}.u8"
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available / world
+        in_memory = places * picture <= min(cache_gb * 1e9, free / 2)
+        there = raw.exists() and raw.stat().st_size == places * picture
+        on_disk = there or places * picture + 2e9 < shutil.disk_usage(folder).free      # 2 GB stay free for checkpoints
+        verdict = torch.tensor([not in_memory, not on_disk, not there], dtype=torch.uint8, device=device)
+        if world > 1:
+            torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MAX)       # what some process lacks, all lack
+        in_memory, on_disk, there = (verdict == 0).tolist()
+        bounds = [places * r // world for r in range(world + 1)]                        # each process decodes its part
+        if in_memory:
+            self.pixels = torch.empty(places, 3, self.size, self.size, dtype=torch.uint8, device=device)
+            self.decode(self.pixels.__setitem__, range(*bounds[rank:rank + 2]))
+            for r in range(world if world > 1 else 0):
+                torch.distributed.broadcast(self.pixels[bounds[r]:bounds[r + 1]], r)
+            return
+        if rank == 0:
+            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: " + (
+                f"held in {raw} until the run is complete" if on_disk else f"with too little room in {folder}, decoded batch by batch"))
+        if on_disk and not there:
+            self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
+        self.raw = raw if on_disk else None
+
+    def write_raw(self, raw: Path, places: range, rank: int, world: int) -> None:
+        """All processes fill one file, which gets its name once it is whole."""
+        part, picture = raw.with_suffix(".part"), 3 * self.size ** 2
+
+        def keep(place: int, pixels: torch.Tensor) -> None:
+            with open(part, "r+b") as file:
+                file.seek(place * picture)
+                file.write(pixels.numpy())
+        barrier = torch.distributed.barrier if world > 1 else lambda: None
+        try:
+            if rank == 0:
+                with open(part, "wb") as file:
+                    file.truncate(self.starts[-1] * picture)
+            barrier()
+            self.decode(keep, places)
+            with open(part, "r+b") as file:
+                os.fsync(file.fileno())
+            barrier()
+            if rank == 0:
+                os.replace(part, raw)
+            barrier()
+        finally:
+            if rank == 0:
+                part.unlink(missing_ok=True)
+
+    def batches(self, batch: int, steps: range, seed: int, rank: int, world: int,
+                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
+        and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
+        file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
+        if min(batch, max(self.counts) * len(self.counts)) % world:
+            raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
+        cuda = device.type == "cuda"
+
+        def ask(step: int):
+            picks, flips = (part[rank::world] for part in draw_picks(self.counts, batch, step, seed))
+            concept = picks[:, 0].clone()
+            edits = torch.tensor(self.starts)[concept] + picks[:, 1]
+            places = torch.cat([self.photo_of[edits], edits])                                     # (2B,)
+            if self.pixels is not None:
+                return concept, flips, places, ()
+            pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8, pin_memory=cuda)
+            return concept, flips, pixels, pool.map(functools.partial(fill, pixels), range(len(places)), places.tolist())
+
+        def fill(pixels: torch.Tensor, i: int, place: int) -> None:
+            pixels[i] = self.read(place)
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:         # only a copy from pinned memory lets the program run on
+            return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
+
+        with ThreadPoolExecutor() as pool:
+            waiting = deque(map(ask, steps[:2]))
+            for step in steps:
+                if step + 2 in steps:
+                    waiting.append(ask(step + 2))
+                concept, flips, pixels, reading = waiting.popleft()
+                for _ in reading:           # wait for the threads; what one of them raised is raised here
+                    pass
+                pixels = send(pixels) if self.pixels is None else self.pixels[send(pixels)]
+                flips = send(flips).repeat(2).view(-1, 1, 1, 1)
+                photo, edit = to_float(torch.where(flips, pixels.flip(-1), pixels)).chunk(2)
+                yield photo, edit, send(concept)
 
 
 def read_concepts(pairs: Path) -> dict[str, dict]:
@@ -320,8 +471,8 @@ def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
     return listed
 
 
-def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
-    """Decodes the pairs of some concepts in threads; `samples` restricts them to these photo file names."""
+def find_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
+    """The pairs of some concepts, not decoded yet; `samples` restricts them to these photo file names."""
     known = read_concepts(pairs)
     for name in names:
         if name not in known:
@@ -338,27 +489,35 @@ def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[
     size = read_image(pairs / split / "source" / photo_names[0]).shape[-1]
     if size % 8:
         raise UserError(f"{pairs} holds {size}x{size} pictures; the networks need a multiple of 8")
-    with ThreadPoolExecutor() as pool:
-        def load(folder, wanted):
-            return torch.stack(list(pool.map(lambda name: read_image(folder / name, size), wanted)))
-        return Pairs(concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names], names=photo_names,
-                     photos=load(pairs / split / "source", photo_names),
-                     edits=[load(pairs / split / name, files[name]) for name in names],
-                     rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names])
+    return Pairs(folder=pairs / split, concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names],
+                 names=photo_names, rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names], size=size)
+
+
+def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
+    """The same, decoded into the process's memory."""
+    found = find_pairs(pairs, split, names, samples)
+    found.pixels = torch.empty(found.starts[-1], 3, found.size, found.size, dtype=torch.uint8)
+    found.decode(found.pixels.__setitem__, range(found.starts[-1]))
+    return found
 
 
 def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step alone, so that a resumed
-    run needs no generator state. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
+    run needs no generator state."""
+    epoch, place = divmod(step, steps_per_epoch(counts, batch))
+    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch, seed))
+
+
+@functools.lru_cache(maxsize=1)             # once an epoch: with 600,000 pairs it takes as long as some steps
+def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
     every concept in a new order, and a concept with fewer pairs than the largest starts over within the epoch."""
     longest = max(counts)
-    per_epoch = steps_per_epoch(counts, batch)
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     orders = [torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-longest // n))])[:longest] for n in counts]
     flips = torch.rand(longest * len(counts), generator=rng) < 0.5
     picks = torch.stack([torch.arange(len(counts)).repeat(longest), torch.stack(orders, 1).flatten()], 1)
-    start = step % per_epoch * batch
-    return picks[start:start + batch], flips[start:start + batch]
+    return picks, flips
 
 
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
@@ -404,9 +563,14 @@ class ConvNorm(nn.Module):
         else:
             self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, padding=kernel // 2, padding_mode=padding_mode)
 
-    def forward(self, x):
+    def forward(self, x, film=None, skip=None):
+        """film (B, 2C): what to scale by (less 1) and to add after the norm; skip (B, C, H, W): features to add before the ReLU."""
         x = self.conv(x)
         x = F.instance_norm(x) if self.norm else x
+        if film is not None:
+            scale, shift = film[..., None, None].chunk(2, 1)
+            x = x * (1 + scale) + shift
+        x = x if skip is None else x + skip
         return F.relu(x) if self.relu else x
 
 
@@ -499,35 +663,46 @@ class Generator(nn.Module):
 
 class ResnetGenerator(Generator):
     """`resnet9`: pix2pix's generator with 9 residual blocks (11.378 M parameters at width 64). `e2gan`: 3 residual blocks and
-    a transformer block before the last (E2GAN).
+    a transformer block before the last (E2GAN), and what the paper leaves open, chosen by measuring:
 
-    Instance norm hides how bright a photo is, which an edit such as `night` must know. So e2gan (a choice of ours) has no
-    norm after the stem, and its last layer sees the photo beside the features. Either helped, both together most."""
+    Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
+    layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
+    are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
+    prompt. And fine lines pass round the quarter-size trunk: the features of the stem and of the first downsampling are added
+    to those of the same size on the way up, where FiLM decides by concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
-        widths, full = config["widths"], config["full"]
+        widths, full, self.ours = config["widths"], config["full"], config["arch"] == "e2gan"
         widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
-        self.keeps_level = config["arch"] == "e2gan"
-        self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.keeps_level, padding_mode="reflect")
+        up1, up2 = ("down1", "stem") if self.ours else ("up1", "up2")       # what is added together is one group
+        self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.ours, padding_mode="reflect")
         self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
         self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
-        padding = "zeros" if self.keeps_level else "reflect"       # pix2pix reflects; zeros train 1.2 times faster
+        padding = "zeros" if self.ours else "reflect"              # pix2pix reflects; zeros train 1.2 times faster
         self.blocks = nn.ModuleDict()
         for name in config["blocks"]:
             self.blocks[name] = (TransformerBlock(widths, full, config["heads"]) if name == "tb"
                                  else ResidualBlock(widths, "trunk", name, padding))
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
-        self.up2 = ConvNorm(widths, "up1", "up2", up=True)
-        self.out = layer(nn.Conv2d, widths, ("up2", "rgb") if self.keeps_level else "up2", "rgb", 7, padding=3,
-                         padding_mode="reflect")
+        self.up1 = ConvNorm(widths, "trunk", up1, up=True)
+        self.up2 = ConvNorm(widths, up1, up2, up=True)
+        if self.ours:
+            self.film1 = layer(nn.Linear, widths, "text", (up1, up1))
+            self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
+        self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
-        x = self.down2(self.down1(self.stem(photo)))                                              # (B, C, H/4, W/4)
+        stem = self.stem(photo)                                                                   # (B, C, H, W)
+        half = self.down1(stem)                                                                   # (B, 2C, H/2, W/2)
+        x = self.down2(half)                                                                      # (B, 4C, H/4, W/4)
         for block in self.blocks.values():
             x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
-        x = self.up2(self.up1(x))
-        return torch.tanh(self.out(torch.cat([x, photo], 1) if self.keeps_level else x))
+        if not self.ours:
+            return torch.tanh(self.out(self.up2(self.up1(x))))
+        text = mean_token(tokens, mask)
+        x = self.up1(x, self.film1(text), half)
+        x = self.up2(x, self.film2(text), stem)
+        return torch.tanh(self.out(torch.cat([x, photo], 1)))
 
 
 class UNetGenerator(Generator):
@@ -571,9 +746,11 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         shape = {"depth": depth}
     else:
         shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
-        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width, "up2": width}
+        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
-        if arch == "e2gan":
+        if arch == "resnet9":
+            widths |= {"up1": 2 * width, "up2": width}
+        else:
             shape["heads"] = 4
             widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
     return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts,
@@ -627,12 +804,14 @@ class Discriminator(nn.Module):
         return score
 
 
-def mean_token(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
-    """What the discriminator sees of the prompts: (B, D), or None for a generator without text."""
-    if "text_dim" not in generator.config:
-        return None
-    mask = generator.mask[concept][..., None]
-    return (generator.tokens[concept] * mask).sum(1) / mask.sum(1)
+def mean_token(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """tokens (B, T, D), mask (B, T) True where a token counts, None for all -> (B, D)"""
+    return tokens.mean(1) if mask is None else (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def text_of(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
+    """What the discriminator sees of the prompts of concept (B,): (B, D), or None for a generator without text."""
+    return mean_token(generator.tokens[concept], generator.mask[concept]) if "text_dim" in generator.config else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1069,10 +1248,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 has matrix units there; without them it is slower than fp32."""
+    """Whether bf16 has units of its own there; without them it is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit, False) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str = "auto"):
@@ -1097,6 +1276,13 @@ def average(tensors: Sequence[torch.Tensor], world: int) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def data_parallel(network: nn.Module, device: torch.device, world: int) -> nn.Module:
+    """The network under DDP, whose backward pass averages the gradients over the processes; itself where there is one."""
+    if world == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+
+
 def average_gradients(network: nn.Module, world: int) -> None:
     average([p.grad for p in network.parameters() if p.grad is not None], world)
 
@@ -1113,6 +1299,26 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
     """pix2pix's schedule: constant for the first half of the steps, then linear to 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+
+
+def health(loss_g, loss_d, l1, fake, edit, score) -> torch.Tensor:
+    """(6,) what a step leaves for its log and for check_health, on the device, which need not be waited for: the losses, how
+    much edits and fakes (B, 3, H, W) differ within the batch, and scores within the batch and the picture."""
+    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
+    return torch.stack([loss_g, loss_d, l1, *spreads]).detach()
+
+
+def check_health(means: torch.Tensor, step: int, out: Path) -> dict:
+    """health's mean over the steps since the last check -> the log's row. UserError, before anything is saved, if a loss is not
+    finite or a network has collapsed: fakes that differ less than 2 % as much as the edits, or a score that never changes."""
+    loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
+    reason = ("a loss is not finite" if not all(map(math.isfinite, (loss_g, loss_d))) else
+              "the generator makes the same picture of every photo" if edits > 1 / 255 and fakes < 0.02 * edits else
+              "the discriminator gives everything the same score" if scores < 1e-4 else "")
+    if reason:
+        raise UserError(f"training collapsed shortly before step {step}: {reason}. {out} keeps the last good checkpoint, if there "
+                        "was one; lower --lr or --lr-d and start again with --overwrite or another --out")
+    return {"step": step, "G": loss_g, "D": loss_d, "L1": l1}
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -1132,18 +1338,98 @@ def run_generator(generator: Generator, photos: torch.Tensor, concept: int, prec
     return torch.cat(edits)
 
 
-def evaluate(generator: Generator, pairs: Pairs) -> list[dict]:
-    """A row per concept of `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its photos,
-    and the PSNR of the photo left as it is. The generator is left in eval mode."""
+FID_DIMS = 2048         # pytorch-fid's default: Inception's last pooling layer
+
+
+def evaluate(generator: Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
+    """A row per concept of decoded `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its
+    photos, the PSNR of the photo left as it is and, if asked for, the FID to the teacher's edits. The generator is left in
+    eval mode."""
     generator.eval()
     rows = []
     for c, concept in enumerate(pairs.concepts):
         photos, truth = pairs.photos[pairs.rows[c]], to_float(pairs.edits[c])
-        made = to_float(run_generator(generator, photos, generator.concept(concept["name"])))
+        edits = run_generator(generator, photos, generator.concept(concept["name"]))
+        made = to_float(edits)
         rows.append({"concept": concept["name"], "PSNR dB": psnr(made, truth).mean().item(),
+                     **({"FID": fid(edits, pairs.folder / concept["name"], next(generator.parameters()).device)} if with_fid else {}),
                      "photo unchanged dB": psnr(to_float(photos), truth).mean().item(),
                      "L1 (0-255)": (made - truth).abs().mean().item() * 127.5})
     return rows
+
+
+def fid(edits: torch.Tensor, teacher: Path, device: torch.device) -> float | None:
+    """Frechet Inception distance of uint8 edits (N, 3, H, W) to the pictures in a folder: what `python -m pytorch_fid` prints for
+    a folder of those PNGs and this one. It falls as N grows, so compare only values of equal N. None where Inception's
+    weights cannot be had, or for a single picture, which has no covariance."""
+    network = inception(device)
+    if network is None or len(edits) < 2:
+        return None
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):    # a DataLoader draws a seed
+        for i, edit in enumerate(edits):
+            write_png(Path(folder) / f"{i:05}.png", to_pil(edit))
+        return frechet_distance(*inception_statistics(Path(folder), network, device), *teacher_statistics(teacher, network, device))
+
+
+@functools.cache
+def inception(device: torch.device) -> nn.Module | None:
+    """pytorch-fid's network, once a process, its weights from torch hub's cache or downloaded there by the library. None, and
+    one line that says how to get them, where that fails: FID is left blank then."""
+    from pytorch_fid import inception as library
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)                        # a network that drops packets should not hold up a run
+    try:
+        with torch.random.fork_rng(devices=[]):         # its layers draw their initial weights
+            network = library.InceptionV3([library.InceptionV3.BLOCK_INDEX_BY_DIM[FID_DIMS]])
+    except Exception as error:                          # whatever urllib and torch.load raise
+        print(f"FID is left blank: Inception's weights cannot be loaded ({' '.join(str(error).split())[:200]}); "
+              f"put {library.FID_WEIGHTS_URL} into {Path(torch.hub.get_dir()) / 'checkpoints'}")
+        return None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return network.to(device).eval()
+
+
+def inception_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (2048,) and covariance (2048, 2048) of Inception's features of a folder's pictures."""
+    from pytorch_fid.fid_score import compute_statistics_of_path
+    count = sum(1 for _ in folder.glob("*.png"))
+    with contextlib.redirect_stderr(io.StringIO()):     # a progress bar for every folder
+        return compute_statistics_of_path(str(folder), network, min(50, count), FID_DIMS, device, num_workers=0)
+
+
+def teacher_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """inception_statistics, kept for the folder <pairs>/test/<concept> in <pairs>/fid/<concept>.npz (which pytorch-fid takes
+    in place of a folder), with a hash of the pictures and the network."""
+    digest = hashlib.sha256(network.blocks[0][0].conv.weight.cpu().numpy())
+    for path in sorted(folder.glob("*.png")):
+        digest.update(path.name.encode() + path.read_bytes())
+    cache = folder.parents[1] / "fid" / f"{folder.name}.npz"
+    try:
+        if cache.exists():
+            with np.load(cache) as kept:
+                if str(kept["key"]) == digest.hexdigest():
+                    return kept["mu"], kept["sigma"]
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{cache} is broken ({error}); delete it, it is made anew")
+    mu, sigma = inception_statistics(folder, network, device)
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as file:                 # given a name, np.savez would append .npz to it
+            np.savez(file, mu=mu, sigma=sigma, key=digest.hexdigest())
+    replace_file(cache, write)
+    return mu, sigma
+
+
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), S2 positive semidefinite like S1 = R R': S1 S2 has the eigenvalues of the symmetric
+    R' S2 R. pytorch-fid takes the root of S1 S2 as a general matrix: the same to six digits, for 25 seconds instead of 2, and
+    an exception at times, as covariances of fewer than 2048 pictures are singular."""
+    values, vectors = np.linalg.eigh(sigma1)
+    kept = values > 1e-12 * values[-1]
+    root = vectors[:, kept] * np.sqrt(values[kept])                                               # (2048, rank)
+    mixed = np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(mixed).sum())
 
 
 def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
@@ -1155,6 +1441,27 @@ def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -
         rows += [list(row) for row in zip(photos, pairs.edits[c], made)]
         labels += [concept["name"]] * len(photos)
     return picture_grid(rows, ["photo", "teacher", "model"], labels)
+
+
+def write_curve(path: Path, rows: Sequence[dict]) -> None:
+    """Draws a log over its steps: one panel for the losses, and one for each measure per concept, as in the rows
+    {"step": 50, "G": 9.1, "D": 0.2, "L1": 0.08} and {"step": 288, "PSNR dB": {"sketch": 16.2, "night": 24.9}}."""
+    from matplotlib.figure import Figure
+    panels: dict[str, dict[str, list[tuple]]] = {}                          # title -> line -> [(step, value)]
+    for row in rows:
+        for key, value in row.items():
+            title, lines = (key, value) if isinstance(value, dict) else ("loss", {key: value})
+            for line, number in lines.items():
+                if line != "step" and number is not None:
+                    panels.setdefault(title, {}).setdefault(line, []).append((row["step"], number))
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for line, points in lines.items():
+            axes.plot(*zip(*points), marker="." if len(points) < 30 else "", label=line)
+        axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1174,23 +1481,57 @@ def cell(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
+    """The rows [(run, rows), ...] of runs that differ in their seed alone: numbers that vary as mean ± sample standard deviation.
+    A row's partners stand at its place in the other runs and hold the same words."""
+    partners: dict[tuple, list[tuple[str, dict]]] = {}
+    for run, rows in runs:
+        for place, row in enumerate(rows):
+            words = ((column, str(value)) for column, value in row.items() if not isinstance(value, (int, float, type(None))))
+            partners.setdefault((place, *words), []).append((run, row))
+    merged = []
+    for found in partners.values():
+        seeds = f" (mean ± sd, {len(found)} seeds)" if len(found) > 1 else ""
+        row = {"run": ", ".join(run for run, _ in found) + seeds}
+        for column in dict.fromkeys(column for _, part in found for column in part):
+            values = [part[column] for _, part in found if part.get(column) is not None]
+            row[column] = values[0] if values else None
+            if len(set(map(str, values))) > 1:
+                row[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
+            if values and len(values) < len(found):
+                row[column] = f"{cell(row[column])} (n = {len(values)})"
+        merged.append(row)
+    return merged
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints the tables of every result.json below a folder as Markdown.")
+    parser = argparse.ArgumentParser(description="Prints the tables of every result.json below a folder as Markdown, stage by stage; "
+                                                 "runs that differ in their seed alone share their rows.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
-    runs = parser.parse_args().runs
-    results = {path: read_json(path) for path in sorted(runs.rglob("result.json"))}
-    if not results:
-        raise UserError(f"no result.json below {runs}")
-    tables: dict[str, list[dict]] = {}
-    for path, result in sorted(results.items(), key=lambda item: item[1].get("stage", "")):
-        for title, rows in result.get("tables", {}).items():
-            tables.setdefault(title, []).extend({"run": path.parent.relative_to(runs).as_posix(), **row} for row in rows)
-    print("\n".join(markdown(title, rows) for title, rows in tables.items()))
-    marks: dict[str, list[str]] = {}
-    for path, result in results.items():
-        for mark in result.get("marks", []):
-            marks.setdefault(mark, []).append(path.parent.relative_to(runs).as_posix())
-    print("\n".join(f"- {mark}: {', '.join(folders)}" for mark, folders in marks.items()))
+    folder = parser.parse_args().runs
+    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed -> [(run, rows)]
+    notes: dict[str, int] = {}              # mark -> the number under which it stands below the tables
+    copies: Counter = Counter()             # a run that was copied is no second seed
+    for path in sorted(folder.rglob("result.json")):
+        result, settings = read_json(path), path.with_name("settings.json")
+        settings = read_json(settings) if settings.exists() else {"run": str(path)}
+        twin = copies[json.dumps(settings, sort_keys=True)]
+        copies[json.dumps(settings, sort_keys=True)] += 1
+        try:
+            marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
+            run = path.parent.relative_to(folder).as_posix() + (f" {marks}" if marks else "")
+            for title, rows in result["tables"].items():
+                alike = json.dumps({**settings, "seed": None, "copy": twin}, sort_keys=True)
+                tables.setdefault((result["stage"], title), {}).setdefault(alike, []).append((run, [dict(row) for row in rows]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is no stage's result: {error!r}")
+    unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
+    if not tables and not unfinished:
+        raise UserError(f"no result.json below {folder}")
+    for (stage, title), groups in sorted(tables.items(), key=lambda item: item[0][0]):
+        print(markdown(f"{stage}.py: {title}", [row for runs in groups.values() for row in merge_seeds(runs)]))
+    print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
+                     *(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}" for path in unfinished)]))
 
 
 if __name__ == "__main__":

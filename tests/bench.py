@@ -1,12 +1,17 @@
 """What the stages cost, measured: each sub-command prints one Markdown table.
 
-    python tests/bench.py lora          stage 4's training step: adapter, all weights; edits merged, loaded and swapped
     python tests/bench.py distill       stage 1's own time beside a diffusion pipeline's; memory with 100,000 photos
+    python tests/bench.py train         stage 3's images/s beside a plain loop's, and how long it waits for its batches
+    python tests/bench.py train --size 256 --width 64 --batch 4 --batch 8 --steps 10
+    python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
+    python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
 """
 import argparse
 import contextlib
 import functools
 import importlib.util
+import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -23,6 +28,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import common                           # noqa: E402  (found by the line above)
+
 
 def load_stage(number: str):
     script = next(ROOT.glob(f"{number}_*.py"))
@@ -35,7 +42,7 @@ def load_stage(number: str):
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage 1
 
-def bench_distill() -> tuple[str, list[dict]]:
+def bench_distill(_) -> tuple[str, list[dict]]:
     """Wall time of the edits beside that of the pipeline's calls, with a pipeline of a few thousand weights whose calls
     are slowed to 50 ms by sleeping, as the CPU does while a GPU works (it works at 32 pixels, whatever the pairs'
     size); then the peak memory by the number of photos."""
@@ -101,24 +108,174 @@ def memory(folder: Path, count: int) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+# Stage 3
+
+CONCEPTS = ["sepia", "sketch"]
+WARM = 3                                # steps before the clock starts
+
+
+def call_stage(number: str, *flags) -> None:
+    """A stage in this process, its own output on standard error."""
+    stage = load_stage(number)
+    sys.argv = [f"stage {number}", "--demo", *map(str, flags)]
+    with contextlib.redirect_stdout(sys.stderr):
+        stage.main()
+
+
+def make_pairs(folder: Path, size: int, count: int) -> Path:
+    """`count` pairs of two concepts: 16 photos of the demo and their edits, linked to as many names as that takes."""
+    concepts = [flag for name in CONCEPTS for flag in ("--concept", f"{name}=make it {name}")]
+    call_stage("01", "--size", size, "--train", 16, "--test", 2, *concepts, "--out", folder)
+    rows = []
+    for i in range(-(-count // len(CONCEPTS))):
+        for name in ("source", *CONCEPTS):
+            if i >= 16:
+                os.link(folder / "train" / name / f"{i % 16:05}.png", folder / "train" / name / f"{i:05}.png")
+        rows += [{"file_name": f"{name}/{i:05}.png", "source": f"source/{i:05}.png", "concept": name} for name in CONCEPTS]
+    common.write_text(folder / "train/metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def train_flags(pairs: Path, args, batch: int) -> list:
+    concepts = [flag for name in CONCEPTS for flag in ("--concept", name)]
+    return ["--pairs", pairs, *concepts, "--width", args.width, "--batch", batch, "--epochs", 1, "--save-every", 10 ** 9,
+            "--precision", args.precision, "--device", args.device, "--overwrite", "--out", pairs.parent / "run"]
+
+
+@contextlib.contextmanager
+def homes(home: str):
+    """The flags that make stage 3 hold its pictures there; as if the disk were full, for PNGs."""
+    plain = shutil.disk_usage
+    if home == "PNGs":
+        shutil.disk_usage = lambda _: plain("/")._replace(free=0)
+    try:
+        yield ["--cache-gb", 1000 if home == "memory" else 0]
+    finally:
+        shutil.disk_usage = plain
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def stage_3(pairs: Path, args, batch: int, home: str) -> tuple[float, float]:
+    """Seconds a step of the stage's own loop, and the seconds of it that pass until it is given its batch."""
+    plain, asked, waited = common.Pairs.batches, [], []
+
+    def timed(self, batch, steps, *more, **options):
+        batches = plain(self, batch, steps, *more, **options)
+        for step in steps:
+            if step in (WARM, steps[-1]):
+                synchronize(common.pick_device(args.device))
+            asked.append(time.perf_counter())
+            given = next(batches)
+            waited.append(time.perf_counter() - asked[-1])
+            yield given
+    common.Pairs.batches = timed
+    try:
+        with homes(home) as flags:
+            call_stage("03", *train_flags(pairs, args, batch), *flags)
+    finally:
+        common.Pairs.batches = plain
+    steps = len(asked) - 1 - WARM       # the last step saves a checkpoint; it is not counted
+    return (asked[-1] - asked[WARM]) / steps, sum(waited[WARM:-1]) / steps
+
+
+def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
+    """The same two times of what one would write first: PNGs decoded in the loop, fp32, a pass of the discriminator each for
+    real and fake, Adam as it comes."""
+    device = common.pick_device(args.device)
+    data = common.find_pairs(pairs, "train", CONCEPTS)
+    torch.manual_seed(0)
+    generator = common.new_generator("e2gan", args.width, data.size, data.concepts, "ViT-S-32:random", device)
+    discriminator = common.Discriminator(args.width, generator.config["text_dim"]).to(device)
+    opt_g, opt_d = (torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999)) for network in (generator, discriminator))
+    asked, waited = [], []
+    for step in range(args.steps):
+        if step in (WARM, args.steps - 1):
+            synchronize(device)
+        asked.append(time.perf_counter())
+        picks, flips = common.draw_picks(data.counts, batch, step, seed=0)
+        photos, edits = [], []
+        for (c, i), flip in zip(picks.tolist(), flips.tolist()):
+            for images, name in ((photos, "source"), (edits, CONCEPTS[c])):
+                image = common.to_float(common.read_image(data.folder / name / data.names[data.rows[c][i]]))
+                images.append(image.flip(-1) if flip else image)
+        photo, edit, concept = torch.stack(photos).to(device), torch.stack(edits).to(device), picks[:, 0].to(device)
+        waited.append(time.perf_counter() - asked[-1])
+        text = common.mean_token(generator, concept)
+        fake = generator(photo, concept)
+        real_score, fake_score = discriminator(photo, edit, text), discriminator(photo, fake.detach(), text)
+        opt_d.zero_grad()
+        (((real_score - 1).square().mean() + fake_score.square().mean()) / 2).backward()
+        opt_d.step()
+        opt_g.zero_grad()
+        ((discriminator(photo, fake, text) - 1).square().mean() + 100 * (fake - edit).abs().mean()).backward()
+        opt_g.step()
+    steps = args.steps - 1 - WARM
+    return (asked[-1] - asked[WARM]) / steps, sum(waited[WARM:-1]) / steps
+
+
+def bench_train(args) -> tuple[str, list[dict]]:
+    """Stage 3 with its pictures in each of their homes beside the plain loop, at each batch; or the memory that it takes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        if args.memory:
+            pairs = make_pairs(Path(folder, "pairs"), 256, args.memory)
+            return f"Stage 3, {args.memory:,} pairs at 256 pixels", [train_memory(pairs, args, home) for home in ("file", "PNGs")]
+        for batch in args.batch or [16]:
+            pairs = make_pairs(Path(folder, f"{batch}/pairs"), args.size, args.steps * batch)
+            loops = {"plain loop": lambda: plain_loop(pairs, args, batch), **{
+                f"stage 3, {home}": functools.partial(stage_3, pairs, args, batch, home) for home in ("memory", "file", "PNGs")}}
+            slowest = None
+            for name, loop in loops.items():
+                step, wait = loop()
+                slowest = slowest or step
+                rows.append({"loop": name, "batch": batch, "step ms": 1000 * step, "images/s": batch / step,
+                             "x plain": slowest / step, "waits for its batch ms": 1000 * wait, "waits %": 100 * wait / step})
+    return f"Stage 3, {args.size} pixels, width {args.width}, {args.precision}, {args.device}", rows
+
+
+def train_memory(pairs: Path, args, home: str) -> dict:
+    """Five steps in a process of their own."""
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    process = context.Process(target=few_steps, args=(pairs, args, home, answer))
+    process.start()
+    process.join()
+    return answer.get()
+
+
+def few_steps(pairs: Path, args, home: str, answer) -> None:
+    common.steps_per_epoch = lambda counts, batch: 5
+    start = time.perf_counter()
+    with homes(home) as flags:
+        call_stage("03", *train_flags(pairs, args, args.batch[0] if args.batch else 16), *flags)
+    answer.put({"pictures": home, "in all s": round(time.perf_counter() - start, 1),
+                "peak memory MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Stage 4
 
-def bench_lora(rounds: int = 3, steps: int = 2) -> tuple[str, list[dict]]:
+def bench_lora(args, rounds: int = 3, steps: int = 2) -> tuple[str, list[dict]]:
     """Time of a step of stage 4's loop, by mode, taking turns, least of the rounds; then swapping adapters, and an edit
-    by the base and with an adapter merged. Random weights and pictures; processor time of one thread on a CPU, so that
+    by the base and with an adapter merged. Random weights; processor time of one thread on a CPU, so that
     whatever else the machine does counts little, else wall time."""
-    import common
     torch.set_num_threads(1)
-    stage, device = load_stage("04"), common.pick_device("auto")
-    return "Stage 4", [row for width, size in ((32, 64), (64, 128)) for row in lora_rows(stage, common, device, width, size, rounds, steps)]
+    device = common.pick_device(args.device)
+    return f"Stage 4, {device}", [row for width, size in ((32, 64), (64, 128)) for row in lora_rows(width, size, device, rounds, steps)]
 
 
-def lora_rows(stage, common, device, width: int, size: int, rounds: int, steps: int, batch: int = 4) -> list[dict]:
-    what, concept = f"width {width}, {size} pixels, batch {batch}", {"name": "a", "prompt": "a"}
-    pictures = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    pairs = common.Pairs([concept], [f"{i}.png" for i in range(batch)], pictures, [pictures.flip(0)], [torch.arange(batch)])
+def lora_rows(width: int, size: int, device: torch.device, rounds: int, steps: int, batch: int = 4) -> list[dict]:
+    stage, what = load_stage("04"), f"width {width}, {size} pixels, batch {batch}"
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = common.load_pairs(make_pairs(Path(folder, "pairs"), size, 32), "train", CONCEPTS[:1])
+    concept, pictures = pairs.concepts[0], pairs.photos[:batch]
     config = common.generator_config("e2gan", width, size, [concept], text_dim=512, tokens=9, clip="")
-    args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, epochs=1, steps=steps, precision="auto", save_every=10 ** 6)
+    args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, steps=steps, precision="auto", save_every=10 ** 6)
 
     def network(mode):
         generator = common.build_generator(config).to(device)
@@ -140,7 +297,7 @@ def lora_rows(stage, common, device, width: int, size: int, rounds: int, steps: 
     with tempfile.TemporaryDirectory() as folder:
         base, adapter = Path(folder, "base.safetensors"), Path(folder, "adapter.safetensors")
         common.save_generator(base, network("full"))
-        common.save_adapter(adapter, networks["lora"], "a", common.sha256(base), 16.0)
+        common.save_adapter(adapter, networks["lora"], concept["name"], common.sha256(base), 16.0)
         plain, swapped, merged = (common.load_generator(base, device).requires_grad_(False) for _ in range(3))
         swap = best(lambda: (common.load_adapter(swapped, adapter), common.unload_adapters(swapped)), rounds)
         common.load_adapter(merged, adapter)
@@ -164,16 +321,18 @@ def best(call, rounds: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-def markdown(title: str, rows: list[dict]) -> str:
-    """A table with a column for every key that some row has."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [f"### {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    return "\n".join(lines + ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows])
-
-
-BENCHMARKS = {"distill": bench_distill, "lora": bench_lora}
+BENCHMARKS = {"distill": bench_distill, "train": bench_train, "lora": bench_lora}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    print(markdown(*BENCHMARKS[parser.parse_args().name]()))
+    train = parser.add_argument_group("train")
+    train.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
+    train.add_argument("--width", type=int, default=32, help="channels of the first layer (default: 32)")
+    train.add_argument("--batch", type=int, action="append", help="can be repeated (default: 16)")
+    train.add_argument("--steps", type=int, default=30, help=f"the first {WARM} are not counted, nor is the last (default: 30)")
+    train.add_argument("--precision", default="auto", help="as stage 3's")
+    train.add_argument("--device", default="auto", help="as stage 3's")
+    train.add_argument("--memory", type=int, metavar="PAIRS", help="measure the peak memory with so many pairs instead")
+    args = parser.parse_args()
+    print(common.markdown(*BENCHMARKS[args.name](args)))

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import common
-from conftest import script
+from conftest import ROOT, script
 
 EDITS = {"inverted": lambda x: 1 - x, "dark": lambda x: 0.25 * x, "warm": lambda x: x @ np.array(
     [[1.0, 0.5, 0.2], [0.3, 0.6, 0.1], [0.2, 0.1, 0.1]])}
-BASE = ["--arch", "e2gan", "--width", 8, "--clip", "ViT-S-32:random", "--batch", 8, "--lr", "2e-3", "--seed", 1]
+BASE = ["--arch", "e2gan", "--width", 8, "--clip", "ViT-S-32:random", "--batch", 8, "--lr", "2e-3", "--seed", 1, "--fid", "off"]
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +33,27 @@ def world(tmp_path_factory, stage, write_pairs):
 
 
 def files(world):
-    return ["--pairs", world / "pairs", "--clusters", world / "clusters"]
+    return ["--pairs", world / "pairs", "--clusters", world / "clusters", "--fid", "off"]
 
 
 def table(folder, title):
     return common.read_json(folder / "result.json")["tables"][title]
 
 
-def kill_midway_and_continue(stage, number, flags, out, state):
-    """Starts a stage, kills it with SIGKILL once it has saved `state`, and lets the same command finish."""
-    process = subprocess.Popen([sys.executable, script(number), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (out / state).exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    assert process.poll() is None, "ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert (out / state).exists() and not (out / "result.json").exists()
+def kill_midway_and_continue(stage, number, flags, out, state, kills=1):
+    """Starts a stage, kills it with SIGKILL as soon as it has saved `state` anew, `kills` times, and lets the same command finish."""
+    for _ in range(kills):
+        before = (out / state).stat().st_mtime_ns if (out / state).exists() else 0
+        process = subprocess.Popen([sys.executable, script(number), *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            if (out / state).exists() and (out / state).stat().st_mtime_ns > before:
+                break
+            time.sleep(0.02)
+        assert process.poll() is None, "ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert (out / state).exists() and not (out / "result.json").exists()
     stage(number, *flags)
 
 
@@ -64,27 +68,90 @@ def test_base_learns_its_concepts(world):
     assert (world / "base/samples").is_dir() and not list(world.rglob("*.part"))
 
 
+def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_path):
+    """A third of the demo's training: its photos, six of its concepts and its settings."""
+    stage("01", "--demo", "--out", tmp_path / "pairs")
+    concepts = [flag for name in ("sketch", "oil", "poster", "neon", "night", "emboss") for flag in ("--concept", name)]
+    stage("03", "--demo", "--pairs", tmp_path / "pairs", "--out", tmp_path / "base", *concepts, "--epochs", 5)
+    rows = table(tmp_path / "base", "Base concepts, held-out photos")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["PSNR dB"] > row["best wrong prompt dB"] + 2, row
+
+
 def test_base_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
-    flags = [*files(world), *BASE, "--epochs", 12, "--save-every", 10]
+    flags = [*files(world), *BASE, "--epochs", 12, "--save-every", 10, "--eval-every", 5]
     stage("03", *flags, "--out", tmp_path / "whole")
-    kill_midway_and_continue(stage, "03", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed", "state.safetensors")
-    assert_same_files(tmp_path / "whole", tmp_path / "killed", "generator.safetensors", "state.safetensors", "log.jsonl")
+    kill_midway_and_continue(stage, "03", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed", "state.safetensors", kills=2)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", "generator.safetensors", "best.safetensors", "state.safetensors",
+                      "log.jsonl")
     again = stage("03", *flags, "--out", tmp_path / "whole")
     assert "done already" in again.stdout
+
+
+def test_the_best_model_and_the_curve_are_kept(world):
+    log = [json.loads(line) for line in (world / "base/log.jsonl").read_text().splitlines()]
+    means = [np.mean(list(entry["PSNR dB"].values())) for entry in log if "PSNR dB" in entry]
+    assert len(means) == 8                          # 40 epochs, every 5
+    test = common.load_pairs(world / "pairs", "test", ["inverted", "dark"])
+    for file, wanted in (("best", max(means)), ("generator", means[-1])):
+        rows = common.evaluate(common.load_generator(world / f"base/{file}.safetensors"), test)
+        assert np.mean([row["PSNR dB"] for row in rows]) == pytest.approx(wanted, abs=1e-3)
+    assert common.read_image(world / "base/curve.png").shape[1] > 100
+
+
+@pytest.mark.parametrize("flags, words", [(["--lr", "1e30"], "not finite"), (["--lr", "30"], "same picture of every photo")])
+def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(world, stage, tmp_path, flags, words):
+    run = [*files(world), *BASE, "--out", tmp_path / "base", "--save-every", 10, "--epochs", 40]
+    done = stage("03", *run, *flags, status=2)
+    assert words in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: training collapsed")
+    assert not (tmp_path / "base/result.json").exists()
+    if (tmp_path / "base/generator.safetensors").exists():
+        assert all(p.isfinite().all() for p in common.load_generator(tmp_path / "base/generator.safetensors").parameters())
+
+
+def test_health_names_what_collapsed(tmp_path):
+    torch.manual_seed(0)
+    fake, edit, score, loss = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.randn(4, 1, 2, 2), torch.tensor(1.0)
+    assert common.check_health(common.health(loss, loss, loss, fake, edit, score), 7, tmp_path) == {"step": 7, "G": 1, "D": 1, "L1": 1}
+    for bad, words in (((loss, loss * float("nan"), loss, fake, edit, score), "not finite"),
+                       ((loss, loss, loss, fake[:1].expand_as(fake), edit, score), "same picture"),
+                       ((loss, loss, loss, fake, edit, torch.ones(4, 1, 2, 2)), "same score")):
+        with pytest.raises(common.UserError, match=f"step 7.*{words}"):
+            common.check_health(common.health(*bad), 7, tmp_path)
+    plain = common.health(loss, loss, loss, torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), score)
+    assert common.check_health(plain, 7, tmp_path)          # edits that are all alike ask for no differences
+
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{root!r}, {tests!r}]
+import common, conftest, importlib.util
+spec = importlib.util.spec_from_file_location("stage", conftest.script("03"))
+stage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stage)
+wrap, networks = common.data_parallel, []
+common.data_parallel = lambda network, *rest: networks.append(network) or wrap(network, *rest)
+common.run(stage.main)
+mine = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
+both = [torch.empty_like(mine) for _ in range(2)]
+torch.distributed.all_gather(both, mine)
+assert len(networks) == 2 and torch.equal(*both), "the ranks' weights differ"
+"""
 
 
 def test_two_processes_train_as_one(world, stage, tmp_path):
     # few and short steps: Adam turns the rounding of sums in another order into differences that grow
     flags = [*files(world), *BASE, "--epochs", 1, "--lr", "2e-4", "--precision", "fp32", "--device", "cpu"]
     stage("03", *flags, "--out", tmp_path / "one")
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
     port = 20000 + os.getpid() % 20000
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script("03")),
-                    *map(str, flags), "--out", str(tmp_path / "two")], check=True, capture_output=True, timeout=300,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+                    str(tmp_path / "ranks.py"), *map(str, flags), "--out", str(tmp_path / "two")], check=True, timeout=300,
+                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
-    assert len(one) == len(two) > 0
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=1e-5)
+    assert len(one) == len(two) == 2
+    assert one[0] == pytest.approx(two[0], rel=1e-5)                # the losses; the other row is the held-out photos'
     # outputs, not weights: a bias that instance norm erases has a gradient of pure rounding, which Adam magnifies
     photos = common.load_pairs(world / "pairs", "test", ["dark"]).photos
     one, two = (common.load_generator(tmp_path / name / "generator.safetensors") for name in ("one", "two"))
@@ -95,7 +162,7 @@ def test_two_processes_train_as_one(world, stage, tmp_path):
 
 @pytest.mark.parametrize("arch", ["resnet9", "unet256"])
 def test_other_architectures_train_on_one_concept(world, stage, tmp_path, error_of, arch):
-    flags = ["--pairs", world / "pairs", "--arch", arch, "--width", 8, "--epochs", 1, "--out", tmp_path / arch]
+    flags = ["--pairs", world / "pairs", "--arch", arch, "--width", 8, "--epochs", 1, "--fid", "off", "--out", tmp_path / arch]
     assert "takes no prompt" in error_of("03", *flags, "--concept", "dark", "--concept", "warm")
     stage("03", *flags, "--concept", "dark")
     assert common.load_generator(tmp_path / arch / "generator.safetensors").config["arch"] == arch
@@ -120,7 +187,7 @@ def test_adapter_learns_the_new_concept(world, adapter):
     index = common.load_adapter(generator, adapter / "adapter.safetensors")
     assert row["trained weights"] == sum(lora.lora_A.numel() + lora.lora_B.numel() for lora in common.lora_layers(generator).values())
     assert {common.layer_group(name) for name in common.lora_layers(generator)} == {
-        "stem", "down1", "down2", "tb", "up1", "up2", "out"}
+        "stem", "down1", "down2", "tb", "up1", "up2", "film1", "film2", "out"}
     assert row["trained %"] == pytest.approx(100 * row["trained weights"] / whole)
     test = common.load_pairs(world / "pairs", "test", ["warm"])
     made = common.to_float(common.run_generator(generator, test.photos, index))
@@ -244,11 +311,11 @@ def test_a_layer_group_that_adds_nothing_to_better_ones_is_not_crucial(world, st
         return 1 - 0.3 * bool(ranks.keys() & {"up1", "up2"}) - 0.1 * ("out" in ranks)
     monkeypatch.setattr(stage04.module, "Probes", lambda *_: KnownErrors(error))
     stage04("--layers", "search", "--steps", 1, "--out", tmp_path)
-    assert common.read_json(tmp_path / "crucial.json")["groups"] == ["up2", "out"]            # up2 has fewer weights
+    assert common.read_json(tmp_path / "crucial.json")["groups"] == ["up2", "out"]            # up2 has fewer weights than up1
 
 
 def prune(world, out, *flags):
-    return ["--pairs", world / "pairs", "--clip", "ViT-S-32:random", "--batch", 8, "--out", out, *flags]
+    return ["--pairs", world / "pairs", "--clip", "ViT-S-32:random", "--batch", 8, "--fid", "off", "--out", out, *flags]
 
 
 def test_pruning_meets_its_target_and_keeps_what_was_learned(world, stage, tmp_path):

@@ -416,12 +416,3 @@ def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(OSError):
         common.replace_file(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_tables_merge_runs_and_leave_missing_measures_blank(tmp_path, capsys, monkeypatch):
-    common.write_json(tmp_path / "a" / "result.json", {"stage": "03", "marks": ["demo"], "tables": {"T": [{"x": 1.23456}]}})
-    common.write_json(tmp_path / "b" / "result.json", {"stage": "04", "marks": ["demo"], "tables": {"T": [{"y": "s"}]}})
-    monkeypatch.setattr("sys.argv", ["common.py", str(tmp_path)])
-    common.main()
-    out = capsys.readouterr().out
-    assert "| run | x | y |" in out and "| a | 1.235 |  |" in out and "| b |  | s |" in out and "demo: a, b" in out

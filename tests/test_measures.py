@@ -1,0 +1,196 @@
+"""FID through pytorch-fid, the curve of a log, and the tables of many runs."""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from pytorch_fid import fid_score
+from pytorch_fid import inception as library
+
+import common
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """TORCH_HOME whose cache holds an Inception state of seeded random weights under the library's file name."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:                     # the library's network before its weights are loaded
+        patch.setattr(library, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torchvision.models.Inception3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        network = library.fid_inception_v3()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):                     # as drawn, 94 layers would shrink every feature to 1e-8
+            torch.nn.init.kaiming_normal_(module.weight)
+    (home / "hub/checkpoints").mkdir(parents=True)
+    torch.save(network.state_dict(), home / "hub/checkpoints" / os.path.basename(library.FID_WEIGHTS_URL))
+    return home
+
+
+@pytest.fixture
+def cached(weights, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    common.inception.cache_clear()
+    yield weights
+    common.inception.cache_clear()
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache, and a network that refuses; returns the list of hosts that were asked for."""
+    asked = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror("no network")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    common.inception.cache_clear()
+    yield asked
+    common.inception.cache_clear()
+
+
+def pictures(n, cells, seed=0):
+    """uint8 (n, 3, 32, 32), smooth noise."""
+    rng = np.random.default_rng(seed)
+    coarse = [Image.fromarray(rng.integers(0, 255, (cells, cells, 3), dtype=np.uint8)) for _ in range(n)]
+    return torch.stack([torch.from_numpy(np.array(image.resize((32, 32)))).permute(2, 0, 1) for image in coarse])
+
+
+def write(folder, pixels):
+    for i, picture in enumerate(pixels):
+        common.write_png(folder / f"{i:05}.png", common.to_pil(picture))
+    return folder
+
+
+def test_fid_is_the_librarys_for_the_same_two_folders(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FID_DIMS", 768)                    # 2048 take the program half a minute
+    edits, teacher = pictures(6, 4), write(tmp_path / "pairs/test/dark", pictures(8, 6, seed=1))
+    state = torch.get_rng_state()
+    value = common.fid(edits, teacher, CPU)
+    assert torch.equal(torch.get_rng_state(), state)                # measuring changes no training
+    program = [sys.executable, "-m", "pytorch_fid", write(tmp_path / "made", edits), teacher, "--dims", "768", "--device", "cpu"]
+    printed = subprocess.run([*program, "--num-workers", "0"], check=True, capture_output=True, text=True).stdout
+    assert value > 0.1 and value == pytest.approx(float(printed.split("FID:")[1]), rel=3e-5)
+    assert common.fid(edits[:1], teacher, CPU) is None              # one picture has no covariance
+
+
+def test_frechet_distance_of_known_gaussians():
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=(n, 60)) @ np.diag(np.linspace(0.1, 3, 60)) + shift for n, shift in ((20, 0), (400, 0.3)))
+    one, two = ((x.mean(0), np.cov(x, rowvar=False)) for x in (a, b))
+    for first, second in ((one, two), (two, one)):                  # 20 samples in 60 dimensions: a singular covariance
+        assert common.frechet_distance(*first, *second) == pytest.approx(fid_score.calculate_frechet_distance(*first, *second), rel=1e-5)
+    assert common.frechet_distance(*one, *one) == pytest.approx(0, abs=1e-9)
+    mean, variance = np.zeros(3), np.diag([1.0, 4.0, 9.0])
+    assert common.frechet_distance(mean, variance, mean + 2, 4 * variance) == pytest.approx(12 + 1 + 4 + 9)
+    assert common.frechet_distance(mean, 0 * variance, mean, variance) == pytest.approx(14)
+
+
+def test_the_teachers_statistics_are_kept_and_noticed_when_they_are_old(cached, tmp_path, monkeypatch):
+    teacher, cache = write(tmp_path / "pairs/test/dark", pictures(3, 6)), tmp_path / "pairs/fid/dark.npz"
+    network = common.inception(CPU)
+    assert network is common.inception(CPU)
+    first = common.teacher_statistics(teacher, network, CPU)
+    assert first[0].shape == (2048,) and first[1].shape == (2048, 2048)
+    for kept in (fid_score.compute_statistics_of_path(str(cache), None, 0, 0, None), common.inception_statistics(teacher, network, CPU)):
+        assert all(np.array_equal(a, b) for a, b in zip(first, kept, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "inception_statistics", None)         # not called again
+        assert np.array_equal(common.teacher_statistics(teacher, network, CPU)[0], first[0])
+    write(teacher, pictures(1, 6, seed=2))                          # another 00000.png
+    second = common.teacher_statistics(teacher, network, CPU)
+    assert not np.array_equal(first[0], second[0]) and list(cache.parent.iterdir()) == [cache]
+    cache.write_bytes(cache.read_bytes()[:-1000])
+    with pytest.raises(common.UserError, match="dark.npz is broken"):
+        common.teacher_statistics(teacher, network, CPU)
+
+
+def test_without_weights_fid_is_blank_and_one_line_says_how_to_get_them(offline, tmp_path, capsys):
+    teacher = write(tmp_path / "pairs/test/dark", pictures(2, 6))
+    assert [common.fid(pictures(2, 4), teacher, CPU) for _ in range(3)] == [None] * 3
+    assert offline == ["github.com"]                                # asked once
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "FID" in line]
+    assert library.FID_WEIGHTS_URL in line and str(tmp_path / "empty/hub/checkpoints") in line and "no network" in line
+    assert not (tmp_path / "pairs/fid").exists()
+
+
+def test_broken_weights_leave_fid_blank_too(offline, tmp_path, capsys):
+    file = tmp_path / "empty/hub/checkpoints" / os.path.basename(library.FID_WEIGHTS_URL)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"<html>")
+    assert common.inception(CPU) is None and "FID is left blank" in capsys.readouterr().out
+
+
+def test_evaluate_has_a_column_for_fid_only_where_it_is_asked_for(cached, tmp_path, write_pairs):
+    write_pairs(tmp_path / "pairs", {"dark": lambda x: 0.3 * x}, train=1, test=3)
+    pairs = common.load_pairs(tmp_path / "pairs", "test", ["dark"])
+    generator = common.build_generator(common.generator_config("unet256", 8, 32, pairs.concepts))
+    [plain], [row] = common.evaluate(generator, pairs), common.evaluate(generator, pairs, tmp_path / "pairs/test")
+    assert row.pop("FID") > 0 and row == plain and "FID" not in plain
+
+
+def test_curve_draws_losses_and_a_panel_for_each_measure(tmp_path):
+    rows = [{"step": 0, "PSNR dB": {"dark": 9.0}}, {"step": 50, "G": 9.1, "D": 0.2, "L1": 0.0},
+            {"step": 50, "PSNR dB": {"dark": 16.2, "night": 24.9}, "FID": {"dark": None, "night": 80.0}}]
+    widths = []
+    for log in (rows[1:2], rows):
+        common.write_curve(tmp_path / "curve.png", log)
+        widths.append(common.read_image(tmp_path / "curve.png").shape[2])
+    assert 3 * widths[0] == pytest.approx(widths[1], abs=2)
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch, capsys):
+    """tables() prints what `python common.py <tmp_path>` prints."""
+    def call():
+        monkeypatch.setattr(sys, "argv", ["common.py", str(tmp_path)])
+        common.main()
+        return capsys.readouterr().out
+    return call
+
+
+def write_run(folder: Path, rows, settings, stage="04_lora", title="T", marks=()):
+    common.write_json(folder / "settings.json", {"stage": stage, **settings})
+    common.write_json(folder / "result.json", {"stage": stage, "marks": marks, "tables": {title: rows}})
+
+
+def test_tables_are_in_the_stages_order_with_blanks_and_marks(tmp_path, tables):
+    write_run(tmp_path / "a", [{"x dB": 1.23456}, {"y": 3}], {"seed": 0}, marks=["demo"])
+    write_run(tmp_path / "z", [{"s": 1}], {"seed": 0}, stage="03_base", title="Base", marks=["demo", "stand-in CLIP"])
+    common.write_json(tmp_path / "b/settings.json", {"seed": 0})
+    assert tables() == ("**03_base.py: Base**\n\n| run | s |\n| --- | --- |\n| z [1, 2] | 1 |\n\n"
+                        "**04_lora.py: T**\n\n| run | x dB | y |\n| --- | --- | --- |\n| a [1] | 1.235 |  |\n| a [1] |  | 3 |\n\n"
+                        "- [1] demo\n- [2] stand-in CLIP\n- unfinished, no measures yet: b\n")
+
+
+def test_runs_that_differ_in_their_seed_alone_share_a_row(tmp_path, tables):
+    for seed, decibels in enumerate((30.0, 31.0, 32.0)):
+        write_run(tmp_path / f"s{seed}", [{"concept": "sepia", "dB": decibels, "steps": 150, "FID": 80.0 + seed if seed else None},
+                                          {"concept": "night", "dB": decibels + 1}], {"lr": 1, "seed": seed})
+    shutil.copytree(tmp_path / "s0", tmp_path / "z")                # a copy is no fourth seed
+    write_run(tmp_path / "other", [{"concept": "sepia", "dB": 40.0, "FID": None}], {"lr": 2, "seed": 1})
+    assert tables().splitlines()[4:] == [
+        "| other | sepia | 40 |  |  |",
+        "| s0, s1, s2 (mean ± sd, 3 seeds) | sepia | 31 ± 1 | 81.5 ± 0.71 (n = 2) | 150 |",
+        "| s0, s1, s2 (mean ± sd, 3 seeds) | night | 32 ± 1 |  |  |",
+        "| z | sepia | 30 |  | 150 |",
+        "| z | night | 31 |  |  |", "", ""]
+
+
+@pytest.mark.parametrize("result", ["[]", "{}", '{"stage": "x", "tables": [1]}', '{"stage": "x", "tables": {"T": [1]}}', "{"])
+def test_a_result_that_is_not_ours_is_named(tmp_path, tables, result):
+    (tmp_path / "result.json").write_text(result)
+    with pytest.raises(common.UserError, match="result.json"):
+        tables()
