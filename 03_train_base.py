@@ -102,9 +102,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             common.average([sums], world)
-            row = common.check_health(sums / summed, done, args.out)
-            log.append(row)
-            bar.set_postfix({key: f"{row[key]:.4g}" for key in ("G", "D", "L1")})
+            log.append(common.check_health(sums / summed, done, args.out))
+            bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
             paused = time.time()
@@ -156,7 +155,7 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
-    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
                                                                 "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")

@@ -414,7 +414,7 @@ def main() -> None:
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
-    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
                                                                 "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")

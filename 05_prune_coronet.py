@@ -127,25 +127,25 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     state = dict(g=generator, d=discriminator, **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)})
     start = common.load_state(args.out / f"{phase}.safetensors", **state)
     log = common.read_log(args.out / f"{phase}.jsonl", start)
-    sums = torch.zeros(3, device=device)
-    began, done = time.time(), log[-1]["step"] if log else 0
+    # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
+    ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
+    sums, summed, began, done = torch.zeros(6, device=device), 0, time.time(), log[-1]["step"] if log else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     generator.train()
     for step, (photo, edit, concept) in zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, lr, step if decay else 0, steps)
         common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
-        torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
         concept = concepts[concept]
         text = common.text_of(generator, concept)
 
         with common.autocast(device, args.precision):
-            fake = generator(photo, concept)
+            fake = ddp_g(photo, concept)
             twice = photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()]), None if text is None else text.repeat(2, 1)
-            score_real, score_fake = discriminator(*twice).float().chunk(2)
+            score_real, score_fake = ddp_d(*twice).float().chunk(2)
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
         opt_d.zero_grad()
         loss_d.backward()
-        common.average_gradients(discriminator, world)
         opt_d.step()
 
         discriminator.requires_grad_(False)
@@ -156,20 +156,19 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         for optimizer in (opt_g, *optimizers[2:]):
             optimizer.zero_grad()
         loss_g.backward()
-        common.average_gradients(generator, world)
         opt_g.step()
         discriminator.requires_grad_(True)
         ended = after_step(step) or step + 1 == steps
         done = step + 1
 
-        sums += torch.stack([loss_g.detach(), loss_d.detach(), l1.detach()])
+        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        summed += 1
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             common.average([sums], world)
-            means = (sums / (done - (log[-1]["step"] if log else 0))).tolist()
-            log.append({"step": done, **dict(zip(("G", "D", "L1"), means))})
-            bar.set_postfix(G=f"{means[0]:.3f}", D=f"{means[1]:.3f}", L1=f"{means[2]:.4f}")
-            sums.zero_()
+            log.append(common.check_health(sums / summed, done, args.out))
+            bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
+            sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", common.progress_picture(generator, test))
             common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
@@ -240,7 +239,7 @@ def main() -> None:
     parser.add_argument("--lr-z", type=float, help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
-    parser.add_argument("--cache-gb", type=float, help="decoded pictures held on the device; more than that are held in a file in --out")
+    parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
                                                                 "cache or can be downloaded there (96 MB)")
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")

@@ -364,8 +364,9 @@ class Pairs:
                 torch.distributed.broadcast(self.pixels[bounds[r]:bounds[r + 1]], r)
             return
         if rank == 0:
-            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: " + (
-                f"held in {raw} until the run is complete" if on_disk else f"with too little room in {folder}, decoded batch by batch"))
+            how = (f"held in {raw} until the run is complete" if on_disk
+                   else f"there is too little room in {folder} too, so PNGs are decoded in each step")
+            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: {how}")
         if on_disk and not there:
             self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
         self.raw = raw if on_disk else None
@@ -400,7 +401,7 @@ class Pairs:
         """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
         and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
         file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
-        if min(batch, max(self.counts) * len(self.counts)) % world:
+        if batch % world:
             raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
         cuda = device.type == "cuda"
 
@@ -505,14 +506,13 @@ def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple
     """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step alone, so that a resumed
     run needs no generator state."""
     epoch, place = divmod(step, steps_per_epoch(counts, batch))
-    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch, seed))
+    return tuple(part[place * batch:(place + 1) * batch] for part in epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed))
 
 
 @functools.lru_cache(maxsize=1)             # once an epoch: with 600,000 pairs it takes as long as some steps
-def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def epoch_order(counts: tuple[int, ...], longest: int, epoch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often (+-1); each epoch passes over
-    every concept in a new order, and a concept with fewer pairs than the largest starts over within the epoch."""
-    longest = max(counts)
+    every concept in a new order, and a concept with fewer pairs than `longest` starts over within the epoch."""
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     orders = [torch.cat([torch.randperm(n, generator=rng) for _ in range(-(-longest // n))])[:longest] for n in counts]
     flips = torch.rand(longest * len(counts), generator=rng) < 0.5
@@ -520,8 +520,13 @@ def epoch_order(counts: tuple[int, ...], epoch: int, seed: int) -> tuple[torch.T
     return picks, flips
 
 
+def epoch_length(counts: Sequence[int], batch: int) -> int:
+    """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
+    return max(*counts, -(-batch // len(counts)))
+
+
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
-    return max(1, max(counts) * len(counts) // batch)
+    return epoch_length(counts, batch) * len(counts) // batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -668,14 +673,14 @@ class ResnetGenerator(Generator):
     Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
     layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
     are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
-    prompt. And fine lines pass round the quarter-size trunk: the features of the stem and of the first downsampling are added
-    to those of the same size on the way up, where FiLM decides by concept which of them get through the ReLU."""
+    prompt. And fine lines pass round the quarter-size trunk: the stem's features are added to those of the same size on the way
+    up, where FiLM decides by concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
         widths, full, self.ours = config["widths"], config["full"], config["arch"] == "e2gan"
         widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
-        up1, up2 = ("down1", "stem") if self.ours else ("up1", "up2")       # what is added together is one group
+        up2 = "stem" if self.ours else "up2"                       # what is added together is one group
         self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.ours, padding_mode="reflect")
         self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
         self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
@@ -684,23 +689,22 @@ class ResnetGenerator(Generator):
         for name in config["blocks"]:
             self.blocks[name] = (TransformerBlock(widths, full, config["heads"]) if name == "tb"
                                  else ResidualBlock(widths, "trunk", name, padding))
-        self.up1 = ConvNorm(widths, "trunk", up1, up=True)
-        self.up2 = ConvNorm(widths, up1, up2, up=True)
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
+        self.up2 = ConvNorm(widths, "up1", up2, up=True)
         if self.ours:
-            self.film1 = layer(nn.Linear, widths, "text", (up1, up1))
+            self.film1 = layer(nn.Linear, widths, "text", ("up1", "up1"))
             self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
         self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
         stem = self.stem(photo)                                                                   # (B, C, H, W)
-        half = self.down1(stem)                                                                   # (B, 2C, H/2, W/2)
-        x = self.down2(half)                                                                      # (B, 4C, H/4, W/4)
+        x = self.down2(self.down1(stem))                                                          # (B, 4C, H/4, W/4)
         for block in self.blocks.values():
             x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
         if not self.ours:
             return torch.tanh(self.out(self.up2(self.up1(x))))
         text = mean_token(tokens, mask)
-        x = self.up1(x, self.film1(text), half)
+        x = self.up1(x, self.film1(text))                                                         # (B, 2C, H/2, W/2)
         x = self.up2(x, self.film2(text), stem)
         return torch.tanh(self.out(torch.cat([x, photo], 1)))
 
@@ -746,10 +750,10 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         shape = {"depth": depth}
     else:
         shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
-        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width}
+        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
         if arch == "resnet9":
-            widths |= {"up1": 2 * width, "up2": width}
+            widths |= {"up2": width}
         else:
             shape["heads"] = 4
             widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}

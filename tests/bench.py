@@ -1,6 +1,7 @@
 """What the stages cost, measured: each sub-command prints one Markdown table.
 
     python tests/bench.py distill       stage 1's own time beside a diffusion pipeline's; memory with 100,000 photos
+    python tests/bench.py size          parameters and MACs of each architecture at the papers' size
     python tests/bench.py train         stage 3's images/s beside a plain loop's, and how long it waits for its batches
     python tests/bench.py train --size 256 --width 64 --batch 4 --batch 8 --steps 10
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
@@ -205,15 +206,17 @@ def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
                 images.append(image.flip(-1) if flip else image)
         photo, edit, concept = torch.stack(photos).to(device), torch.stack(edits).to(device), picks[:, 0].to(device)
         waited.append(time.perf_counter() - asked[-1])
-        text = common.mean_token(generator, concept)
+        text = common.text_of(generator, concept)
         fake = generator(photo, concept)
         real_score, fake_score = discriminator(photo, edit, text), discriminator(photo, fake.detach(), text)
         opt_d.zero_grad()
         (((real_score - 1).square().mean() + fake_score.square().mean()) / 2).backward()
         opt_d.step()
+        discriminator.requires_grad_(False)
         opt_g.zero_grad()
         ((discriminator(photo, fake, text) - 1).square().mean() + 100 * (fake - edit).abs().mean()).backward()
         opt_g.step()
+        discriminator.requires_grad_(True)
     steps = args.steps - 1 - WARM
     return (asked[-1] - asked[WARM]) / steps, sum(waited[WARM:-1]) / steps
 
@@ -321,7 +324,19 @@ def best(call, rounds: int) -> float:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = {"distill": bench_distill, "train": bench_train, "lora": bench_lora}
+def bench_size(_) -> tuple[str, list[dict]]:
+    """The generators at 256 pixels and width 64; e2gan's with the text features of CLIP ViT-B/32 (512 numbers a token)."""
+    rows = []
+    for arch in common.ARCHITECTURES:
+        text = dict(text_dim=512, tokens=8, clip="none") if arch == "e2gan" else {}
+        with torch.device("meta"):
+            generator = common.build_generator(common.generator_config(arch, 64, 256, [{"name": "a", "prompt": "a"}], **text))
+        rows.append({"generator": arch, "parameters M": common.count_parameters(generator) / 1e6,
+                     "GMACs": common.count_macs(generator, 256) / 1e9})
+    return "Generators at 256 pixels, width 64", rows
+
+
+BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "lora": bench_lora}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -357,6 +357,13 @@ def test_picks_are_even_complete_and_repeatable():
     assert not torch.equal(epoch[:6], common.draw_picks(counts, batch, 0, seed=4)[0])
 
 
+def test_a_batch_is_full_even_if_there_are_fewer_pairs():
+    assert common.steps_per_epoch([3, 2], 8) == 1
+    picks, flips = common.draw_picks([3, 2], 8, 5, seed=0)
+    assert len(picks) == len(flips) == 8 and torch.bincount(picks[:, 0]).tolist() == [4, 4]
+    assert set(map(tuple, picks.tolist())) == {(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)}
+
+
 def test_state_restores_networks_and_optimizers(tmp_path):
     def one(network, optimizer):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Training pairs: wherever pictures are held (memory, a raw file, PNGs), batches are the same bytes; what is trusted, and what is not."""
+"""Training pairs: wherever pictures are held (memory, a raw file, PNGs), batches are the same bytes; broken files show."""
 import shutil
 
 import pytest
