@@ -44,7 +44,7 @@ import common
 
 PAPER = dict(
     generator=[Path("runs/base/generator.safetensors")], pairs=Path("runs/pairs"), out=Path("runs/onnx"),
-    size=256, precision="fp32", io="float32", threads=2,
+    strength=1.0, size=256, precision="fp32", io="float32", threads=2,
 )
 DEMO = dict(
     generator=[Path("runs/demo/base/generator.safetensors"), Path("runs/demo/coronet/generator.safetensors")],
@@ -75,9 +75,9 @@ def find_adapters(args) -> list[Path]:
     return files
 
 
-def load_sources(generators: list[Path], adapters: list[Path]) -> list[common.Generator]:
-    """The generators, then a copy of its base for each adapter, with the adapter merged. Each has .adapter: the concept
-    that it was adapted to, or None."""
+def load_sources(generators: list[Path], adapters: list[Path], strength: float = 1.0) -> list[common.Generator]:
+    """The generators, then a copy of its base for each adapter, with the adapter merged at this strength. Each has
+    .adapter: the concept that it was adapted to, or None."""
     sources = []
     for path in generators:
         generator = common.load_generator(path)
@@ -90,7 +90,7 @@ def load_sources(generators: list[Path], adapters: list[Path]) -> list[common.Ge
             raise common.UserError(f"{path} belongs to a base with SHA-256 {str(base)[:12]}..., which is none of "
                                    f"{', '.join(map(str, generators))}; give that one with --generator too")
         adapted = copy.deepcopy(bases[base])
-        index = common.load_adapter(adapted, path)
+        index = common.load_adapter(adapted, path, strength)
         common.remove_parametrizations(adapted)
         adapted.adapter = adapted.config["concepts"][index]["name"]
         sources.append(adapted)
@@ -469,7 +469,7 @@ def apply_files(files: list[Path], pictures: Path, out: Path) -> None:
 def export_all(args, began: float) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns the files."""
     adapters = find_adapters(args)
-    sources = load_sources(args.generator, adapters)
+    sources = load_sources(args.generator, adapters, args.strength)
     chosen = choose(sources, args.concept)
     multiple = max(map(multiple_of, chosen.values()))
     if args.size < 8 or args.size % multiple:
@@ -510,6 +510,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, action="append",
                         help="an adapter, or a folder for every adapter.safetensors below it; can be repeated "
                         "(default: what stage 4 wrote for the default generators)")
+    parser.add_argument("--strength", type=float, help="how much of the adapters' change to merge, 0 to 1.5")
     parser.add_argument("--concept", action="append", help="a concept to export (default: every one); can be repeated")
     parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote: photos to prove, time and calibrate on")
     parser.add_argument("--size", type=int, help="height and width of the photos, a multiple of 8")
@@ -524,6 +525,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append",
                         help="apply this exported file instead of exporting; can be repeated")
     args, began = parser.parse(), time.time()
+    if not 0 <= args.strength <= 1.5:
+        raise common.UserError(f"--strength {args.strength} must be from 0 to 1.5")
     if args.threads < 1:
         raise common.UserError(f"--threads {args.threads} must be 1 or more")
     if args.model and not args.apply:

@@ -951,19 +951,18 @@ def load_state(path: Path, **parts) -> int:
 # LoRA: W + (alpha / rank) B A as a parametrization (E2GAN)
 
 class LoRA(nn.Module):
-    """B (out, rank) starts at 0, so the adapted layer starts unchanged; A (rank, in * k * k) as the weight's leading right
-    singular vectors (a choice of ours: the inputs that count most; random rows learned less in as many steps).
-    A transposed convolution's weight (in, out, k, k) is taken as out x in * k * k as well."""
+    """Adds scale * B A to a weight: A (rank, in * k * k), B (out, rank), fp32 under autocast too, so that training sees the
+    weights that merging leaves. A transposed convolution's weight (in, out, k, k) is taken as out x in * k * k as well."""
 
-    def __init__(self, module: nn.Module, rank: int, alpha: float):
+    def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
-        self.transposed, self.scale = isinstance(module, nn.ConvTranspose2d), alpha / rank
-        weight = (module.weight.transpose(0, 1) if self.transposed else module.weight).detach().flatten(1)
-        self.lora_A = nn.Parameter(torch.linalg.svd(weight, full_matrices=False).Vh[:rank].contiguous())
-        self.lora_B = nn.Parameter(torch.zeros(len(weight), rank, device=weight.device))
+        self.transposed, self.scale = isinstance(module, nn.ConvTranspose2d), scale
+        self.lora_A, self.lora_B = (nn.Parameter(x.float().to(module.weight.device)) for x in (lora_A, lora_B))
 
     def forward(self, weight):
-        delta = self.scale * (self.lora_B @ self.lora_A)                                           # (out, in * k * k)
+        device = "cpu" if weight.is_meta else weight.device.type
+        with torch.autocast(device, enabled=False):
+            delta = self.scale * (self.lora_B @ self.lora_A)                                       # (out, in * k * k)
         if self.transposed:
             return weight + delta.view(weight.shape[1], weight.shape[0], *weight.shape[2:]).transpose(0, 1)
         return weight + delta.view_as(weight)
@@ -974,32 +973,45 @@ def layer_group(name: str) -> str:
     return name.removeprefix("blocks.").split(".")[0]
 
 
-def add_lora(generator: Generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
-    """Freezes the generator and puts an adapter on each layer in `ranks` (layer name -> rank); returns what is to train."""
-    generator.requires_grad_(False)
+def named_layer(generator: Generator, name: str) -> nn.Module:
     modules = dict(named_layers(generator))
+    if name not in modules:
+        raise UserError(f"unknown layer {name!r}; the generator has {', '.join(modules)}")
+    return modules[name]
+
+
+def add_lora(generator: Generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
+    """Freezes the generator and puts an adapter on each layer in `ranks` (layer name -> rank); returns what is to train.
+
+    B starts at 0, so the adapted layer starts unchanged; A as the weight's leading right singular vectors (a choice of
+    ours: the inputs that count most; random rows learned less in as many steps)."""
+    generator.requires_grad_(False)
     for name, rank in ranks.items():
-        if name not in modules:
-            raise UserError(f"unknown layer {name!r}; the generator has {', '.join(modules)}")
-        parametrize.register_parametrization(modules[name], "weight", LoRA(modules[name], rank, alpha))
+        module = named_layer(generator, name)
+        weight = module.weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else module.weight
+        right = torch.linalg.svd(weight.detach().cpu().flatten(1), full_matrices=False).Vh
+        lora = LoRA(module, right[:rank].contiguous(), torch.zeros(len(weight), rank), alpha / rank)
+        parametrize.register_parametrization(module, "weight", lora)
     return [p for p in generator.parameters() if p.requires_grad]
 
 
 def lora_layers(generator: Generator) -> dict[str, LoRA]:
-    return {name: module.parametrizations.weight[0] for name, module in named_layers(generator)
-            if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], LoRA)}
+    """{layer name: the LoRA that was added to it last}."""
+    return {name: module.parametrizations.weight[-1] for name, module in named_layers(generator)
+            if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[-1], LoRA)}
 
 
 def remove_parametrizations(network: nn.Module, keep_weights: bool = True) -> None:
     """Leaves plain weights: the computed ones (LoRA's merge; the hypernetwork's result), or, without keep_weights, the
-    original ones (unloads an adapter)."""
+    original ones."""
     for _, module in named_layers(network):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_weights)
 
 
 def save_adapter(path: Path, generator: Generator, concept: str, base_sha256: str, alpha: float) -> None:
-    """fp16 A and B of every adapted layer and the prompt's token features; needs the base, but no CLIP, to be used."""
+    """fp16 A and B of every adapted layer and the prompt's token features; needs the base, but no CLIP, to be used. A
+    reader without this module adds (alpha / rank) B A to the base's <layer>.weight, seen as (out, in * k * k)."""
     tensors, layers, index = {}, lora_layers(generator), generator.concept(concept)
     for name, lora in layers.items():
         tensors |= {f"{name}.lora_A": lora.lora_A.half(), f"{name}.lora_B": lora.lora_B.half()}
@@ -1009,19 +1021,39 @@ def save_adapter(path: Path, generator: Generator, concept: str, base_sha256: st
                                   "ranks": {name: lora.lora_A.shape[0] for name, lora in layers.items()}})
 
 
-def load_adapter(generator: Generator, path: Path) -> int:
-    """Puts an adapter on the base that it was trained for; returns the index of its concept, which the generator now knows."""
+def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int:
+    """Puts an adapter on the base that it was trained for; returns the index of its concept, which the generator now knows.
+
+    strength (0 to 1.5) scales the change of the weights; the prompt stays the concept's. A second adapter's change is
+    added to the first's, and the edit follows the prompt of whichever concept is asked for. If the file does not fit,
+    the generator is left as it was. unload_adapters takes all of them off again."""
     tensors, about = read_tensors(path, "adapter")
     if about.get("base") != generator.sha256:
         raise UserError(f"{path} belongs to another base (SHA-256 {str(about.get('base'))[:12]}..., this one is "
                         f"{generator.sha256[:12]}...); give --generator the base it was trained on")
     try:
-        add_lora(generator, about["ranks"], about["alpha"])
-        for name, lora in lora_layers(generator).items():
-            lora.load_state_dict({key: tensors[f"{name}.{key}"].float() for key in ("lora_A", "lora_B")})
-        return add_concept(generator, about["name"], about["prompt"], tensors.get("tokens"))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        adapters = {}
+        for name, rank in about["ranks"].items():
+            module = named_layer(generator, name)
+            lora = LoRA(module, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], strength * about["alpha"] / rank)
+            lora(module.weight)                 # raises where the shapes differ
+            adapters[name] = module, lora.requires_grad_(False)
+        prompts = {key: getattr(generator, key) for key in ("config", "tokens", "mask") if hasattr(generator, key)}
+        index = add_concept(generator, about["name"], about["prompt"], tensors.get("tokens"))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit the generator: {str(error).splitlines()[0]}")
+    generator.unadapted = getattr(generator, "unadapted", None) or prompts
+    for module, lora in adapters.values():
+        parametrize.register_parametrization(module, "weight", lora)
+    return index
+
+
+def unload_adapters(generator: Generator) -> None:
+    """The base as it was before load_adapter: its own weights, bit for bit, and the concepts that it knew."""
+    remove_parametrizations(generator, keep_weights=False)
+    for key, value in (getattr(generator, "unadapted", None) or {}).items():
+        setattr(generator, key, value)
+    generator.unadapted = None
 
 
 def add_concept(generator: Generator, name: str, prompt: str, tokens: torch.Tensor | None) -> int:

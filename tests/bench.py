@@ -5,6 +5,7 @@
     python tests/bench.py train         stage 3's images/s beside a plain loop's, and how long it waits for its batches
     python tests/bench.py train --size 256 --width 64 --batch 4 --batch 8 --steps 10
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
+    python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
 """
 import argparse
 import contextlib
@@ -260,6 +261,68 @@ def few_steps(pairs: Path, args, home: str, answer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage 4
+
+def bench_lora(args, rounds: int = 3, steps: int = 2) -> tuple[str, list[dict]]:
+    """Time of a step of stage 4's loop, by mode, taking turns, least of the rounds; then swapping adapters, and an edit
+    by the base and with an adapter merged. Random weights; processor time of one thread on a CPU, so that
+    whatever else the machine does counts little, else wall time."""
+    torch.set_num_threads(1)
+    device = common.pick_device(args.device)
+    return f"Stage 4, {device}", [row for width, size in ((32, 64), (64, 128)) for row in lora_rows(width, size, device, rounds, steps)]
+
+
+def lora_rows(width: int, size: int, device: torch.device, rounds: int, steps: int, batch: int = 4) -> list[dict]:
+    stage, what = load_stage("04"), f"width {width}, {size} pixels, batch {batch}"
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = common.load_pairs(make_pairs(Path(folder, "pairs"), size, 32), "train", CONCEPTS[:1])
+    concept, pictures = pairs.concepts[0], pairs.photos[:batch]
+    config = common.generator_config("e2gan", width, size, [concept], text_dim=512, tokens=9, clip="")
+    args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, steps=steps, precision="auto", save_every=10 ** 6)
+
+    def network(mode):
+        generator = common.build_generator(config).to(device)
+        if mode == "lora":
+            groups = stage.group_sizes(generator)
+            ranks = {group: stage.PAPER_RANKS[group] for group in stage.CRUCIAL}
+            common.add_lora(generator, stage.layer_ranks(groups, ranks), 16.0)
+        return generator
+
+    networks = {mode: network(mode) for mode in ("full", "lora")}
+    took: dict[str, list[float]] = {mode: [] for mode in networks}
+    for _ in range(rounds):
+        for mode, generator in networks.items():
+            took[mode].append(best(lambda: stage.finetune(generator, pairs, None, args, None, device, 0, 1), 1) / steps)
+    ms = {mode: 1000 * min(times) for mode, times in took.items()}
+    rows = [{"what": f"training step, {what}", "full ms": round(ms["full"], 1), "lora ms": round(ms["lora"], 1),
+             "lora / full": round(ms["lora"] / ms["full"], 3)}]
+
+    with tempfile.TemporaryDirectory() as folder:
+        base, adapter = Path(folder, "base.safetensors"), Path(folder, "adapter.safetensors")
+        common.save_generator(base, network("full"))
+        common.save_adapter(adapter, networks["lora"], concept["name"], common.sha256(base), 16.0)
+        plain, swapped, merged = (common.load_generator(base, device).requires_grad_(False) for _ in range(3))
+        swap = best(lambda: (common.load_adapter(swapped, adapter), common.unload_adapters(swapped)), rounds)
+        common.load_adapter(merged, adapter)
+        common.remove_parametrizations(merged)
+        edit = {name: best(lambda: common.run_generator(generator, pictures, 0), 2 * rounds)
+                for name, generator in (("full", plain), ("lora", merged))}
+    return rows + [{"what": f"edits, base and merged, {what}", **{f"{name} ms": round(1000 * s, 1) for name, s in edit.items()},
+                    "lora / full": round(edit["lora"] / edit["full"], 3)},
+                   {"what": f"load and unload an adapter, width {width}", "lora ms": round(1000 * swap, 1)}]
+
+
+def best(call, rounds: int) -> float:
+    """Least seconds of some calls, as bench_lora says."""
+    clock, times = time.perf_counter if torch.cuda.is_available() else time.process_time, []
+    for _ in range(rounds):
+        start = clock()
+        call()                              # ends in numbers on the CPU: nothing is left to wait for on a GPU
+        times.append(clock() - start)
+    return min(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def bench_size(_) -> tuple[str, list[dict]]:
     """The generators at 256 pixels and width 64; e2gan's with the text features of CLIP ViT-B/32 (512 numbers a token)."""
@@ -273,7 +336,7 @@ def bench_size(_) -> tuple[str, list[dict]]:
     return "Generators at 256 pixels, width 64", rows
 
 
-BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train}
+BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "lora": bench_lora}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,5 +1,6 @@
 """Stages 3 to 5 on pairs that take seconds: they learn, keep their promises about size, continue after SIGKILL in the same bytes,
 and train the same on two processes as on one."""
+import argparse
 import json
 import os
 import re
@@ -186,7 +187,7 @@ def test_adapter_learns_the_new_concept(world, adapter):
     index = common.load_adapter(generator, adapter / "adapter.safetensors")
     assert row["trained weights"] == sum(lora.lora_A.numel() + lora.lora_B.numel() for lora in common.lora_layers(generator).values())
     assert {common.layer_group(name) for name in common.lora_layers(generator)} == {
-        "stem", "down1", "down2", "tb", "up1", "up2", "out"}
+        "stem", "down1", "down2", "tb", "up1", "up2", "film1", "film2", "out"}
     assert row["trained %"] == pytest.approx(100 * row["trained weights"] / whole)
     test = common.load_pairs(world / "pairs", "test", ["warm"])
     made = common.to_float(common.run_generator(generator, test.photos, index))
@@ -208,6 +209,109 @@ def test_adapter_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_p
     stage("04", *flags, "--out", tmp_path / "whole")
     kill_midway_and_continue(stage, "04", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed/warm", "state.safetensors")
     assert_same_files(tmp_path / "whole/warm", tmp_path / "killed/warm", "adapter.safetensors", "log.jsonl")
+
+
+def test_a_new_prompt_needs_no_new_base_and_no_new_clusters(world, stage, write_pairs, tmp_path):
+    write_pairs(tmp_path / "pairs", {**EDITS, "bright": lambda x: 0.5 + 0.5 * x})
+    before = {path: path.read_bytes() for folder in ("base", "clusters") for path in (world / folder).rglob("*") if path.is_file()}
+    done = stage("04", "--pairs", tmp_path / "pairs", "--clusters", world / "clusters", "--base", world / "base/generator.safetensors",
+                 "--concept", "bright", "--steps", 40, "--batch", 6, "--lr", "3e-3", "--out", tmp_path / "lora")
+    assert "chose no photos for bright" in done.stdout
+    [row] = table(tmp_path / "lora/bright", "New concepts, held-out photos")
+    assert row["photos"] == 12 and row["steps"] == 40 and row["PSNR dB"] > row["before dB"] + 3
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+@pytest.fixture
+def stage04(world, load_stage, monkeypatch):
+    """stage04(*flags) runs stage 4 in this process for the world's new concept."""
+    module = load_stage("04")
+
+    def call(*flags):
+        base = ["--base", world / "base/generator.safetensors", "--batch", 6, "--lr", "3e-3"]
+        monkeypatch.setattr(sys, "argv", [str(script("04")), *map(str, [*files(world), *base, *flags])])
+        module.main()
+    call.module = module
+    return call
+
+
+def test_random_photos_are_as_many_as_asked_and_follow_the_seed(world, stage04, error_of):
+    def drawn(count, seed):
+        args = argparse.Namespace(pairs=world / "pairs", samples=f"random:{count}", seed=seed)
+        return stage04.module.chosen_samples(args, "warm")
+    assert len(set(drawn(5, 1))) == 5 and drawn(5, 1) == drawn(5, 1) != drawn(5, 2)
+    assert set(drawn(5, 1)) < set(drawn(8, 1))
+    for count in ("0", "13", "x"):
+        assert "from 1 to 12" in error_of("04", *files(world), "--base", world / "base/generator.safetensors",
+                                          "--samples", f"random:{count}")
+
+
+def test_photos_that_judge_probes_are_none_that_probes_train_on(world, stage04):
+    def split(samples):
+        args = argparse.Namespace(pairs=world / "pairs", clusters=world / "clusters", samples=samples, seed=0)
+        return stage04.module.validation_split(args, "warm")
+    train, held_out = split("clusters")
+    assert train == [f"{i:05}.png" for i in range(0, 12, 2)] and held_out == [f"{i:05}.png" for i in range(1, 12, 2)]
+    train, held_out = split("all")
+    assert len(held_out) == 3 and sorted(train + held_out) == [f"{i:05}.png" for i in range(12)]
+
+
+def test_searches_find_the_same_when_killed_and_later_runs_use_what_they_found(world, stage, stage04, tmp_path, capsys):
+    flags = ["--layers", "search", "--rank", "auto", "--probe-steps", 6, "--steps", 6, "--rank-threshold", "0.05"]
+    stage04(*flags, "--out", tmp_path / "whole")
+    kill_midway_and_continue(stage, "04", [*files(world), "--base", world / "base/generator.safetensors", "--batch", 6, "--lr", "3e-3",
+                                           *flags, "--out", tmp_path / "killed"], tmp_path / "killed", "layer-search/probes.json")
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", "crucial.json", "layer-search/probes.json", "warm/probes.json",
+                      "warm/adapter.safetensors")
+    rows = table(tmp_path / "whole/layer-search", "Crucial layers, held-out error relative to the base's")
+    gains = [row["gain % per 1000 weights"] for row in rows]
+    groups = stage04.module.group_sizes(common.load_generator(world / "base/generator.safetensors"))
+    assert {row["layers"] for row in rows} == set(groups) and gains == sorted(gains, reverse=True)
+    crucial = common.read_json(tmp_path / "whole/crucial.json")["groups"]
+    assert set(crucial) == {row["layers"] for row in rows if row["crucial"] == "yes"}
+    assert (tmp_path / "whole/layer-search/gain.png").read_bytes().startswith(b"\x89PNG")
+
+    [found] = table(tmp_path / "whole/warm", "Rank search, found")
+    about = common.read_tensors(tmp_path / "whole/warm/adapter.safetensors", "adapter")[1]
+    ranks = dict((group, int(rank)) for group, rank in (part.split(":") for part in found["ranks"].split()))
+    assert about["ranks"] == stage04.module.layer_ranks(groups, ranks) and set(ranks) == set(crucial)
+    assert len(common.read_json(tmp_path / "whole/warm/probes.json")) == found["probes"] + 1 < found["all combinations"]
+
+    common.write_json(tmp_path / "later/crucial.json", {"base": "of another base", "groups": ["up2", "out"]})
+    capsys.readouterr()
+    stage04("--steps", 1, "--out", tmp_path / "later")
+    assert "up2, out (found on another base)" in capsys.readouterr().out
+    about = common.read_tensors(tmp_path / "later/warm/adapter.safetensors", "adapter")[1]
+    assert {common.layer_group(name) for name in about["ranks"]} == {"up2", "out"}
+
+
+class KnownErrors:
+    """Probes whose error is a function, with the probes counted."""
+
+    def __init__(self, error):
+        self.args, self.error_of, self.asked = argparse.Namespace(steps=1), error, []
+
+    def error(self, ranks):
+        self.asked.append(dict(ranks))
+        return self.error_of(ranks)
+
+
+def test_rank_search_doubles_what_helps_and_nothing_else(world, stage04):
+    groups = stage04.module.group_sizes(common.load_generator(world / "base/generator.safetensors"))
+    wanted = {"down1": 4, "tb": 1, "up1": 16, "out": 2}             # errors fall to here and no further
+    probes = KnownErrors(lambda ranks: 100 - 3 * sum(min(rank, wanted[group]).bit_length() for group, rank in ranks.items()))
+    ranks, path, cost = stage04.module.search_ranks(probes, groups, list(wanted), threshold=0.01)
+    assert ranks == wanted
+    assert cost["probes"] == len(path) == len(probes.asked) < cost["all combinations"] == 5 * 5 * 5 * 3      # out: 1, 2, 3
+    assert stage04.module.search_ranks(probes, groups, list(wanted), threshold=0.5)[0] == dict.fromkeys(wanted, 1)
+
+
+def test_a_layer_group_that_adds_nothing_to_better_ones_is_not_crucial(world, stage04, monkeypatch, tmp_path):
+    def error(ranks):               # up1 and up2 do the same; out does something else; nothing else does anything
+        return 1 - 0.3 * bool(ranks.keys() & {"up1", "up2"}) - 0.1 * ("out" in ranks)
+    monkeypatch.setattr(stage04.module, "Probes", lambda *_: KnownErrors(error))
+    stage04("--layers", "search", "--steps", 1, "--out", tmp_path)
+    assert common.read_json(tmp_path / "crucial.json")["groups"] == ["up2", "out"]            # up2 has fewer weights than up1
 
 
 def prune(world, out, *flags):

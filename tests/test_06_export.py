@@ -288,3 +288,11 @@ def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
     Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
     line = error_of("06", "--model", dynamic / "oil.onnx", "--apply", tmp_path / "huge", *flags)
     assert "make it smaller" in line and "without --dynamic" in line
+
+
+def test_strength_scales_what_is_merged(world, load_stage, error_of):
+    base, adapter = world / "base/generator.safetensors", world / "lora/night/adapter.safetensors"
+    weights = {strength: load_stage("06").load_sources([base], [adapter], strength)[1].up1.conv.weight for strength in (0, 0.5, 1)}
+    assert torch.equal(weights[0], common.load_generator(base).up1.conv.weight)
+    assert torch.allclose(weights[0.5], (weights[0] + weights[1]) / 2, atol=1e-6) and not torch.equal(weights[0], weights[1])
+    assert "must be from 0 to 1.5" in error_of("06", "--generator", base, "--adapter", adapter, "--strength", 2)

@@ -89,6 +89,7 @@ BAD_FLAGS = [
     ("04", ["--samples", "nowhere.txt"], "nowhere.txt does not exist"),
     ("04", ["--layers", "down1,nosuch"], "no layer group 'nosuch'; this generator has stem, down1"),
     ("04", ["--rank", "0"], "--rank 0"),
+    ("04", ["--samples", "random:99"], "--samples random:99: give a number from 1 to 4"),
     ("05", ["--generator", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ("05", ["--keep", "1.5"], "--keep 1.5"),
 ]

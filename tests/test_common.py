@@ -1,5 +1,6 @@
 """The networks, parametrizations and files that the stages share: what each claims, checked on small random networks."""
 import copy
+import hashlib
 import json
 
 import pytest
@@ -124,27 +125,144 @@ def test_lora_starts_as_identity_and_merges_exactly(arch):
     assert not torch.allclose(adapted, before, atol=1e-2)
     common.remove_parametrizations(generator)
     assert torch.allclose(edit(generator), adapted, atol=1e-5)
-    assert not common.lora_layers(generator)
+    assert generator.state_dict().keys() == make(arch).state_dict().keys()              # a plain network: no cost
+    assert all(type(a) is type(b) for a, b in zip(generator.modules(), make(arch).modules(), strict=True))
 
 
-def test_unloading_an_adapter_leaves_the_base():
+def test_lora_trains_the_fp32_weights_that_merging_leaves():
     generator = make()
-    before = edit(generator)
     for parameter in common.add_lora(generator, {"up1.conv": 2}, alpha=3.0):
         torch.nn.init.normal_(parameter)
-    common.remove_parametrizations(generator, keep_weights=False)
-    assert torch.equal(edit(generator), before)
+        assert parameter.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = generator.up1.conv.weight.detach()
+    common.remove_parametrizations(generator)
+    assert trained.dtype == torch.float32 and torch.equal(trained, generator.up1.conv.weight)
 
 
-def test_lora_is_w_plus_scaled_ba_for_both_kinds_of_convolution():
-    for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d):
-        module = common.layer(kind, {"a": 4, "b": 6}, "a", "b", 3)
-        lora = common.LoRA(module, rank=2, alpha=3.0)
-        torch.nn.init.normal_(lora.lora_B)
+def test_lora_is_w_plus_scaled_ba_for_every_kind_of_layer():
+    for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear):
+        module = common.layer(kind, {"a": 4, "b": 6}, "a", "b", *([] if kind is torch.nn.Linear else [3]))
+        fan_in = module.weight.numel() // 6
+        lora = common.LoRA(module, torch.randn(2, fan_in), torch.randn(6, 2), scale=1.5)
         delta = (lora(module.weight) - module.weight).detach()
         first = delta.transpose(0, 1) if kind is torch.nn.ConvTranspose2d else delta
-        assert torch.allclose(first.reshape(6, 36), 1.5 * lora.lora_B @ lora.lora_A, atol=1e-6)
-        assert torch.linalg.matrix_rank(first.reshape(6, 36)) == 2
+        assert torch.allclose(first.reshape(6, fan_in), 1.5 * lora.lora_B @ lora.lora_A, atol=1e-5)
+
+
+def write_adapter(path, base, concept, ranks, seed):
+    """An adapter of random weights for the base in a file."""
+    torch.manual_seed(seed)
+    generator = common.load_generator(base)
+    common.add_concept(generator, concept, f"make it {concept}", torch.randn(4 + seed, 16))
+    for parameter in common.add_lora(generator, ranks, alpha=3.0):
+        torch.nn.init.normal_(parameter, std=0.2)
+    common.save_adapter(path, generator, concept, generator.sha256, alpha=3.0)
+    return path
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A base and two adapters: `comic`, and one that replaces the base's own `night`; they share the layer up1.conv."""
+    base = tmp_path / "base.safetensors"
+    common.save_generator(base, make())
+    return base, [write_adapter(tmp_path / "a.safetensors", base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1}, seed=1),
+                  write_adapter(tmp_path / "b.safetensors", base, "night", {"up1.conv": 3, "stem.conv": 1}, seed=2)]
+
+
+def delta_of(base, adapter, strength=1.0):
+    """What an adapter adds to up1.conv."""
+    generator = common.load_generator(base)
+    before = generator.up1.conv.weight.detach().clone()
+    common.load_adapter(generator, adapter, strength)
+    return generator.up1.conv.weight.detach() - before
+
+
+def test_adapters_are_swapped_on_one_generator_and_leave_the_base(adapters):
+    base, (comic, night) = adapters
+    alone = common.load_generator(base)
+    wanted = edit(alone, concept=common.load_adapter(alone, night))
+
+    generator = common.load_generator(base)
+    weights, config = [p.data_ptr() for p in generator.parameters()], generator.config
+    before = [edit(generator, concept=c) for c in range(2)]
+    assert common.load_adapter(generator, comic) == 2 and not torch.allclose(edit(generator), before[0], atol=1e-2)
+    common.unload_adapters(generator)
+    assert torch.equal(edit(generator, concept=common.load_adapter(generator, night)), wanted)
+    common.unload_adapters(generator)
+    assert all(torch.equal(edit(generator, concept=c), before[c]) for c in range(2))
+    assert generator.config == config and generator.state_dict().keys() == make().state_dict().keys()
+    assert sorted(p.data_ptr() for p in generator.parameters()) == sorted(weights)          # the same memory: no copy
+
+
+@pytest.mark.parametrize("strength", [0, 0.5, 1.5])
+def test_strength_scales_the_change(adapters, strength):
+    base, (comic, _) = adapters
+    assert torch.allclose(delta_of(base, comic, strength), strength * delta_of(base, comic), atol=1e-5)
+
+
+def test_two_adapters_add_up_whichever_is_loaded_first(adapters):
+    base, (comic, night) = adapters
+    generators = []
+    for order in ((comic, 0.5), (night, 0.7)), ((night, 0.7), (comic, 0.5)):
+        generator = common.load_generator(base)
+        before = generator.up1.conv.weight.detach().clone()
+        for path, strength in order:
+            common.load_adapter(generator, path, strength)
+        delta = generator.up1.conv.weight.detach() - before
+        assert torch.allclose(delta, delta_of(base, comic, 0.5) + delta_of(base, night, 0.7), atol=1e-5)
+        generators.append(generator)
+    for concept in ("sketch", "comic", "night"):            # each knows all prompts
+        one, two = (edit(generator, concept=generator.concept(concept)) for generator in generators)
+        assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_adapter_is_read_with_safetensors_alone(adapters):
+    base, (comic, _) = adapters
+    with safe_open(base, "np") as weights, safe_open(comic, "np") as file:
+        about = json.loads(file.metadata()["about"])
+        assert about["base"] == hashlib.sha256(base.read_bytes()).hexdigest() and about["prompt"] == "make it comic"
+        assert file.get_tensor("tokens").shape == (5, 16)
+        merged = {}
+        for name, rank in about["ranks"].items():
+            weight, a, b = weights.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
+            assert a.dtype == b.dtype == "float16"
+            delta = about["alpha"] / rank * (b.astype("float32") @ a.astype("float32"))
+            if name.startswith("up"):                       # transposed convolutions
+                merged[name] = weight + delta.reshape(weight.shape[1], weight.shape[0], *weight.shape[2:]).swapaxes(0, 1)
+            else:
+                merged[name] = weight + delta.reshape(weight.shape)
+    generator = common.load_generator(base)
+    common.load_adapter(generator, comic)
+    common.remove_parametrizations(generator)
+    for name, weight in merged.items():
+        assert torch.allclose(torch.from_numpy(weight), generator.get_submodule(name).weight, atol=1e-5)
+
+
+def test_adapter_that_does_not_fit_leaves_the_generator_as_it_was(adapters, tmp_path):
+    base, (comic, _) = adapters
+    generator = common.load_generator(base)
+    before, config = edit(generator), generator.config
+    tensors, about = common.read_tensors(comic, "adapter")
+    for changed in ({**tensors, "blocks.tb.feed1.lora_A": torch.zeros(1, 7)}, {**tensors, "tokens": torch.zeros(4, 3)},
+                    {key: value for key, value in tensors.items() if key != "up1.conv.lora_B"}):
+        common.write_tensors(tmp_path / "bad.safetensors", changed, about)
+        with pytest.raises(common.UserError, match="fit the generator"):
+            common.load_adapter(generator, tmp_path / "bad.safetensors")
+        assert generator.config == config and torch.equal(edit(generator), before)
+
+
+def test_paper_adapter_is_one_percent_of_the_weights_and_150_kilobytes(load_stage, tmp_path):
+    stage = load_stage("04")
+    prompt = {"name": "a", "prompt": "turn it into a pencil sketch"}
+    generator = common.build_generator(common.generator_config("e2gan", 64, 256, [prompt], text_dim=512, tokens=9, clip=""))
+    groups = stage.group_sizes(generator)
+    ranks = {group: stage.PAPER_RANKS[group] for group in stage.CRUCIAL}
+    whole = common.count_parameters(generator)
+    trained = sum(p.numel() for p in common.add_lora(generator, stage.layer_ranks(groups, ranks), 16.0))
+    assert trained == stage.lora_weights(groups, ranks) <= 0.01 * whole
+    common.save_adapter(tmp_path / "adapter.safetensors", generator, "a", "0" * 64, 16.0)
+    assert (tmp_path / "adapter.safetensors").stat().st_size <= 150_000
 
 
 def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
