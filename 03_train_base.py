@@ -36,7 +36,7 @@ LOG_EVERY = 50
 MEASURES = "PSNR dB", "L1 (0-255)", "FID"      # on the held-out photos, while it trains
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), out=Path("runs/demo/base"),
-    width=32, epochs=16, clip="ViT-S-32:random", fid="off", save_every=288, eval_every=8,
+    width=32, epochs=10, clip="ViT-S-32:random", fid="off", save_every=180, eval_every=5,
     lr=1e-3,                        # with a thousand steps in all, five times the paper's rate is better
 )
 
@@ -101,7 +101,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         judge = done == steps or done % (args.eval_every * per_epoch) == 0
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            common.average([sums], world)
+            common.average(sums, world)
             log.append(common.check_health(sums / summed, done, args.out))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0

@@ -48,7 +48,7 @@ PAPER = dict(
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
-    out=Path("runs/demo/lora"), epochs=50, fid="off", save_every=150,
+    out=Path("runs/demo/lora"), epochs=34, fid="off", save_every=51,
     rank="4", probe_steps=40,
     lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
@@ -179,7 +179,7 @@ class Probes:
             if ranks:
                 finetune(generator, train, None, self.args, None, device, rank, world)
             error = torch.tensor([quality(generator, held_out)], device=device)
-            common.average([error], world)              # all processes must go the same way
+            common.average(error, world)              # all processes must go the same way
             self.done[key] = error.item()
             if rank == 0:
                 common.write_json(self.file, self.done)
@@ -298,23 +298,23 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
     state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
     start = common.load_state(out / "state.safetensors", **state) if out else 0
     log = common.read_log(out / "log.jsonl", start) if out else []
-    sums = torch.zeros(3, device=device)
-    began = time.time()
+    # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
+    ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
+    sums, summed, began = torch.zeros(6, device=device), 0, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=train.concepts[0]["name"], disable=rank > 0)
     generator.train()
     for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
-        torch.manual_seed(args.seed * 1_000_003 + step)         # for dropout: no generator state to save
+        torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
         concept = concept + concept_index                       # its place among the generator's concepts
 
         with common.autocast(device, args.precision):
-            fake = generator(photo, concept)
-            score_real, score_fake = discriminator(photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()])).float().chunk(2)
+            fake = ddp_g(photo, concept)
+            score_real, score_fake = ddp_d(photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()])).float().chunk(2)
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
         opt_d.zero_grad()
         loss_d.backward()
-        common.average_gradients(discriminator, world)
         opt_d.step()
 
         discriminator.requires_grad_(False)
@@ -324,23 +324,23 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
         loss_g = (score - 1).square().mean() + args.l1 * l1
         opt_g.zero_grad()
         loss_g.backward()
-        common.average_gradients(generator, world)
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += torch.stack([loss_g.detach(), loss_d.detach(), l1.detach()])
-        save = (step + 1) % args.save_every == 0 or step + 1 == steps
-        if save or (step + 1) % LOG_EVERY == 0:
-            common.average([sums], world)
-            means = (sums / (step + 1 - (log[-1]["step"] if log else 0))).tolist()
-            log.append({"step": step + 1, **dict(zip(("G", "D", "L1"), means))})
-            bar.set_postfix(G=f"{means[0]:.3f}", D=f"{means[1]:.3f}", L1=f"{means[2]:.4f}")
-            sums.zero_()
+        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        summed += 1
+        done = step + 1
+        save = done % args.save_every == 0 or done == steps
+        if save or done % LOG_EVERY == 0:
+            common.average(sums, world)
+            log.append(common.check_health(sums / summed, done, out or args.out))
+            bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
+            sums, summed = torch.zeros_like(sums), 0
         if save and out and rank == 0:
-            common.write_png(out / "samples" / f"{step + 1:07d}.png", common.progress_picture(generator, test, per_concept=6))
+            common.write_png(out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test, per_concept=6))
             common.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             common.write_curve(out / "curve.png", log)
-            common.save_state(out / "state.safetensors", step + 1, **state)
+            common.save_state(out / "state.safetensors", done, **state)
             generator.train()
     seconds = time.time() - began
     return {"steps": steps, "batch": args.batch,

@@ -35,7 +35,7 @@ PAPER = dict(
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), generator="runs/demo/base/generator.safetensors", out=Path("runs/demo/coronet"),
-    width=32, clip="ViT-S-32:random", search_epochs=3, epochs=8, lr=1e-3, lr_search=2e-4,
+    width=32, clip="ViT-S-32:random", search_epochs=3, epochs=5, lr=1e-3, lr_search=2e-4,
     fid="off", save_every=144,
 )
 LOG_EVERY = 50
@@ -165,7 +165,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         summed += 1
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            common.average([sums], world)
+            common.average(sums, world)
             log.append(common.check_health(sums / summed, done, args.out))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0

@@ -1271,13 +1271,11 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), world
 
 
-def average(tensors: Sequence[torch.Tensor], world: int) -> None:
-    """Replaces tensors by their mean over the processes, in one message. Of the gradients: training on all batches together."""
+def average(tensor: torch.Tensor, world: int) -> None:
+    """Replaces a tensor by its mean over the processes."""
     if world > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / world).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
+        torch.distributed.all_reduce(tensor)
+        tensor /= world
 
 
 def data_parallel(network: nn.Module, device: torch.device, world: int) -> nn.Module:
