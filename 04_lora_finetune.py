@@ -48,7 +48,7 @@ PAPER = dict(
 )
 DEMO = dict(
     pairs=Path("runs/demo/pairs"), clusters=Path("runs/demo/clusters"), base=Path("runs/demo/base/generator.safetensors"),
-    out=Path("runs/demo/lora"), epochs=34, fid="off", save_every=51,
+    out=Path("runs/demo/lora"), epochs=34, fid="off", save_every=50,
     rank="4", probe_steps=40,
     lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
