@@ -783,8 +783,9 @@ def build_generator(config: dict) -> Generator:
 
 class Discriminator(nn.Module):
     """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without sigmoid. For several
-    concepts the prompt's mean token is projected and multiplied with the last features (a choice of ours, after the
-    projection discriminator): score = conv(h) + <P text, h>."""
+    concepts the prompt's mean token, as a unit vector, is projected and multiplied with the last features (a choice of ours,
+    after the projection discriminator): score = conv(h) + <P text, h>. At CLIP's own length, about 18, that product
+    drowned the rest, and the discriminator learned to give everything one half."""
 
     def __init__(self, width: int, text_dim: int = 0, strided: int = 3):
         super().__init__()
@@ -804,7 +805,7 @@ class Discriminator(nn.Module):
         score = self.score(x)
         if self.project is not None:
             patches = F.avg_pool2d(x, 2, 1)                                                       # as many as scores
-            score = score + (self.project(text)[:, :, None, None] * patches).sum(1, keepdim=True)
+            score = score + (self.project(F.normalize(text))[:, :, None, None] * patches).sum(1, keepdim=True)
         return score
 
 
