@@ -275,7 +275,7 @@ def test_searches_find_the_same_when_killed_and_later_runs_use_what_they_found(w
     about = common.read_tensors(tmp_path / "whole/warm/adapter.safetensors", "adapter")[1]
     ranks = dict((group, int(rank)) for group, rank in (part.split(":") for part in found["ranks"].split()))
     assert about["ranks"] == stage04.module.layer_ranks(groups, ranks) and set(ranks) == set(crucial)
-    assert len(common.read_json(tmp_path / "whole/warm/probes.json")) == found["probes"] + 1 < found["all combinations"]
+    assert len(common.read_json(tmp_path / "whole/warm/probes.json")) == found["probes"] + 1       # and the base
 
     common.write_json(tmp_path / "later/crucial.json", {"base": "of another base", "groups": ["up2", "out"]})
     capsys.readouterr()
