@@ -1,8 +1,9 @@
 """Prunes a generator while it trains, to the share of its MACs that you ask for.
 
-CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from latent vectors, one element a channel; after each step the latents are
-soft-thresholded, so channels fade until the target is met. Then the generated weights are sliced to the surviving
-channels: a dense, smaller generator, no hypernetwork left. Converging: that one trains on as usual.
+CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from latent vectors, one element
+a channel; after each step the latents are soft-thresholded, so channels fade until the target is met. Then the generated
+weights are sliced to the surviving channels: a dense, smaller generator, no hypernetwork left. Converging: that one trains
+on as usual.
 
 `--generator FILE` prunes a trained base and keeps what it learned; `--generator e2gan` (or resnet9, unet256) starts from
 scratch.
@@ -17,6 +18,7 @@ Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune
     python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
     torchrun --nproc_per_node=8 05_prune_coronet.py --keep 0.25 --batch 128
 """
+import copy
 import json
 import time
 from pathlib import Path
@@ -42,6 +44,52 @@ LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
 
 
+def mac_terms(generator: common.Generator, size: int) -> list[tuple[tuple, tuple, int]]:
+    """The same count as a formula in the widths: a list of (reads, writes, unit), whose sum over
+    channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
+    terms, hooks = [], []
+
+    def record(module, inputs, output):
+        if isinstance(module, common.Attention):
+            n, m = inputs[0].shape[1], inputs[1].shape[1]
+            terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
+        else:
+            x = inputs[0] if isinstance(module, torch.nn.ConvTranspose2d) else output
+            positions = x.numel() // x.shape[-1 if isinstance(module, torch.nn.Linear) else 1]
+            terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
+
+    twin = copy.deepcopy(generator).to("meta").eval()
+    for module in twin.modules():
+        if hasattr(module, "reads") or isinstance(module, common.Attention):
+            hooks.append(module.register_forward_hook(record))
+    with torch.no_grad():
+        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+    return terms
+
+
+def macs_of(terms: list[tuple[tuple, tuple, int]], widths: dict) -> int:
+    """mac_terms' formula for some widths (which must name the fixed groups too)."""
+    total = 0
+    for reads, writes, unit in terms:
+        total += unit * sum(widths[g] for g in reads) * (sum(widths[g] for g in writes) if writes else 1)
+    return total
+
+
+def channel_importance(generator: common.Generator) -> dict[str, torch.Tensor]:
+    """{group: (channels,)}: the RMS of the weights that write or read each channel, relative to its layer's, averaged over the
+    layers; mean 1 a group. Where latents start from when the generator is trained already (a choice of ours)."""
+    widths = common.all_widths(generator.config)
+    sums = {group: torch.zeros(n) for group, n in widths.items()}
+    for _, module in common.named_layers(generator):
+        weight = module.weight.detach().cpu()
+        weight = weight.transpose(0, 1) if isinstance(module, torch.nn.ConvTranspose2d) else weight
+        square = weight.square().reshape(*weight.shape[:2], -1).mean(2)                           # (O, I)
+        for groups, rms in ((module.writes, square.mean(1).sqrt()), (module.reads, square.mean(0).sqrt())):
+            for group, part in zip(groups, rms.split([widths[g] for g in groups])):
+                sums[group] += part / rms.mean()
+    return {group: sums[group] / sums[group].mean() for group in generator.config["widths"]}
+
+
 class Latents(torch.nn.ParameterDict):
     """One vector per channel group, {group: (channels,)}: what the search shrinks."""
 
@@ -51,7 +99,7 @@ class Latents(torch.nn.ParameterDict):
         def spread(importance):
             ranks = importance.argsort().argsort()
             return 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
-        importance = common.channel_importance(generator) if trained else {}
+        importance = channel_importance(generator) if trained else {}
         super().__init__({group: spread(importance[group]) if trained else torch.randn(n)
                           for group, n in generator.config["widths"].items()})
 
@@ -65,7 +113,7 @@ class Target:
     """Knows how many MACs a choice of widths costs, and which threshold on the latents brings them under a share of all."""
 
     def __init__(self, generator: common.Generator, keep: float):
-        self.terms = common.mac_terms(generator, generator.config["size"])
+        self.terms = mac_terms(generator, generator.config["size"])
         self.full = common.all_widths(generator.config)
         self.floor = {g: min(n, max(2, n // 16)) for g, n in generator.config["widths"].items()}
         smallest = self.share({**self.full, **self.floor})
@@ -74,7 +122,7 @@ class Target:
                                    "with a sixteenth of the channels")
 
     def share(self, widths: dict[str, int]) -> float:
-        return common.macs_of(self.terms, widths) / common.macs_of(self.terms, self.full)
+        return macs_of(self.terms, widths) / macs_of(self.terms, self.full)
 
     def widths(self, latents: dict[str, torch.Tensor], threshold: float) -> dict[str, int]:
         """Channels with |z| above the threshold, per group; never under the floor."""

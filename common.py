@@ -834,37 +834,6 @@ def count_macs(generator: Generator, size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def mac_terms(generator: Generator, size: int) -> list[tuple[tuple, tuple, int]]:
-    """The same count as a formula in the widths: a list of (reads, writes, unit), whose sum over
-    channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
-    terms, hooks = [], []
-
-    def record(module, inputs, output):
-        if isinstance(module, Attention):
-            n, m = inputs[0].shape[1], inputs[1].shape[1]
-            terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
-        else:
-            x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
-            terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
-
-    twin = copy.deepcopy(generator).to("meta").eval()
-    for module in twin.modules():
-        if hasattr(module, "reads") or isinstance(module, Attention):
-            hooks.append(module.register_forward_hook(record))
-    with torch.no_grad():
-        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
-    return terms
-
-
-def macs_of(terms: list[tuple[tuple, tuple, int]], widths: dict) -> int:
-    """mac_terms' formula for some widths (which must name the fixed groups too)."""
-    total = 0
-    for reads, writes, unit in terms:
-        total += unit * sum(widths[g] for g in reads) * (sum(widths[g] for g in writes) if writes else 1)
-    return total
-
-
 def all_widths(config: dict) -> dict:
     """config["widths"] with the groups that are never pruned."""
     return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
@@ -1139,21 +1108,6 @@ def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], train
     """Puts a hypernetwork on every layer with named channels. latents: {group: (channels,)}, ones for groups never pruned."""
     for _, module in named_layers(network):
         parametrize.register_parametrization(module, "weight", Hypernetwork(module, latents, trained))
-
-
-def channel_importance(generator: Generator) -> dict[str, torch.Tensor]:
-    """{group: (channels,)}: the RMS of the weights that write or read each channel, relative to its layer's, averaged over the
-    layers; mean 1 a group. Where latents start from when the generator is trained already (a choice of ours)."""
-    widths = all_widths(generator.config)
-    sums = {group: torch.zeros(n) for group, n in widths.items()}
-    for _, module in named_layers(generator):
-        weight = module.weight.detach().cpu()
-        weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
-        square = weight.square().reshape(*weight.shape[:2], -1).mean(2)                           # (O, I)
-        for groups, rms in ((module.writes, square.mean(1).sqrt()), (module.reads, square.mean(0).sqrt())):
-            for group, part in zip(groups, rms.split([widths[g] for g in groups])):
-                sums[group] += part / rms.mean()
-    return {group: sums[group] / sums[group].mean() for group in generator.config["widths"]}
 
 
 def slice_generator(generator: Generator, kept: dict[str, torch.Tensor]) -> Generator:
