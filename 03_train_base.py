@@ -44,7 +44,7 @@ DEMO = dict(
 def chosen_concepts(args) -> list[str]:
     """--concept, or the base concepts that stage 2 chose."""
     if args.concept:
-        return args.concept
+        return list(dict.fromkeys(args.concept))
     path = args.clusters / "concepts.json"
     base = common.read_json(path).get("base")
     if not isinstance(base, list) or not base:
@@ -102,7 +102,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, args.out))
+            log.append(common.check_health(sums / summed, done, args.out, generator))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
@@ -156,8 +156,7 @@ def main() -> None:
     parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
-    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
-                                                                "cache or can be downloaded there (96 MB)")
+    parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")
     parser.add_argument("--eval-every", type=int, help="epochs between evaluations on the held-out photos, with progress pictures")
     parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or so to start, then faster")
@@ -170,7 +169,8 @@ def main() -> None:
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
     generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
-    if common.begin_run(args.out, common.settings_of(args, "03_train_base", data=train.fingerprint), args.overwrite):
+    settings = common.settings_of(args, "03_train_base", data=[train.fingerprint, test.fingerprint])
+    if common.begin_run(args.out, settings, args.overwrite):
         return
     discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
     train.hold(args.cache_gb, args.out, device, rank, world)

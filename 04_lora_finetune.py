@@ -64,7 +64,7 @@ LOG_EVERY = 50
 def chosen_concepts(args) -> list[str]:
     """--concept, or the new concepts that stage 2 found."""
     if args.concept:
-        return args.concept
+        return list(dict.fromkeys(args.concept))
     new = common.read_json(args.clusters / "concepts.json").get("new")
     if not isinstance(new, list) or not new:
         raise common.UserError(f"{args.clusters / 'concepts.json'} lists no new concepts; name one with --concept")
@@ -77,7 +77,7 @@ def chosen_samples(args, concept: str) -> list[str] | None:
         return None
     if args.samples.startswith("random:"):
         all_names, count = common.edit_names(args.pairs, "train", concept), args.samples.removeprefix("random:")
-        if not count.isdigit() or not 0 < int(count) <= len(all_names):
+        if not count.isdecimal() or not 0 < int(count) <= len(all_names):
             raise common.UserError(f"--samples {args.samples}: give a number from 1 to {len(all_names)}, as many as {concept} has")
         order = torch.randperm(len(all_names), generator=torch.Generator().manual_seed(args.seed))
         return sorted(all_names[i] for i in order[:int(count)])
@@ -87,7 +87,13 @@ def chosen_samples(args, concept: str) -> list[str] | None:
         return None
     if not path.is_file():
         raise common.UserError(f"--samples {path} does not exist; it should list file names, one a line")
-    return [name for name in path.read_text(encoding="utf-8").split("\n") if name.strip()]
+    try:
+        names = [name for name in path.read_text(encoding="utf-8").split("\n") if name.strip()]
+    except UnicodeDecodeError as error:
+        raise common.UserError(f"--samples {path} is no text: {error}")
+    if not names:
+        raise common.UserError(f"--samples {path} lists no photos")
+    return names
 
 
 def data_of(args, train: common.Pairs) -> str:
@@ -142,18 +148,18 @@ def chosen_groups(args, groups: dict, base_sha256: str) -> list[str]:
         return wanted
     path = args.out / "crucial.json"
     if not path.exists():
-        return [group for group in CRUCIAL if group in groups]
+        return [group for group in CRUCIAL if group in groups] or list(groups)
     found = common.read_json(path)
-    if not found.get("groups") or any(group not in list(groups) for group in found["groups"]):
+    if not isinstance(found.get("groups"), list) or not found["groups"] or any(g not in list(groups) for g in found["groups"]):
         raise common.UserError(f"{path} names no layer groups of this generator, which has {', '.join(groups)}; delete it")
     print(f"crucial layers from {path}: {', '.join(found['groups'])}"
           + (" (found on another base)" if found.get("base") != base_sha256 else ""))
     return found["groups"]
 
 
-def quality(generator: common.Generator, pairs: common.Pairs) -> float:
-    """What the searches make small on held-out photos: the mean absolute error (0..255) against the teacher's edits."""
-    return common.evaluate(generator, pairs)[0]["L1 (0-255)"]
+def quality(generator: common.Generator, pairs: common.Pairs, judge: str) -> float:
+    """What the searches make small on held-out photos: `FID`, or the mean absolute error `L1 (0-255)` to the teacher's edits."""
+    return common.evaluate(generator, pairs, judge == "FID")[0][judge]
 
 
 class Probes:
@@ -162,7 +168,10 @@ class Probes:
     def __init__(self, args, concepts: Sequence[str], file: Path, device: torch.device, rank: int, world: int):
         self.args, self.file, self.place = copy.copy(args), file, (device, rank, world)
         self.args.steps = args.probe_steps
+        self.judge = "FID" if args.fid == "auto" and common.inception(device) else "L1 (0-255)"
         self.done = common.read_json(file) if file.exists() else {}
+        if not all(isinstance(error, float) and error > 0 for error in self.done.values()):
+            raise common.UserError(f"{file} is broken: delete it")
         self.data = {name: [common.load_pairs(args.pairs, "train", [name], names) for names in validation_split(args, name)]
                      for name in concepts}
 
@@ -172,13 +181,16 @@ class Probes:
 
     def one(self, name: str, ranks: dict[str, int]) -> float:
         device, rank, world = self.place
-        key = json.dumps([name, sorted(ranks.items())])
+        key = json.dumps([name, sorted(ranks.items()), self.judge])
         if key not in self.done:
             train, held_out = self.data[name]
             generator = prepare(self.args, train.concepts[0], ranks, device)
-            if ranks:
-                finetune(generator, train, None, self.args, None, device, rank, world)
-            error = torch.tensor([quality(generator, held_out)], device=device)
+            try:
+                if ranks:
+                    finetune(generator, train, None, self.args, None, device, rank, world)
+                error = torch.tensor([quality(generator, held_out, self.judge)], device=device)
+            except common.Collapse:                     # these ranks do not train at this rate: the worst that can be said
+                error = torch.tensor([math.inf], device=device)
             common.average(error, world)              # all processes must go the same way
             self.done[key] = error.item()
             if rank == 0:
@@ -193,6 +205,8 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
     settings = common.settings_of(args, "04_lora_finetune", rank=1, steps=args.probe_steps, epochs=0, concept=concepts, data=data,
                                   base_sha256=base_sha256)
     if common.begin_run(out, settings, args.overwrite):
+        [rows] = common.read_json(out / "result.json")["tables"].values()
+        write_crucial(args, concepts, groups, base_sha256, rows)
         return
     probes = Probes(args, concepts, out / "probes.json", device, rank, world)
     rows = []
@@ -213,12 +227,17 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
                                f"give more --probe-steps than {args.probe_steps}, or a lower --rank-threshold")
     if rank == 0:
         bar_chart(out / "gain.png", rows)
-        common.write_json(args.out / "crucial.json", {
-            "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in crucial]})
+        write_crucial(args, concepts, groups, base_sha256, rows)
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
-            "Crucial layers, held-out error relative to the base's": rows})
+            f"Crucial layers, held-out {probes.judge} relative to the base's": rows})
     if world > 1:
         torch.distributed.barrier()         # the others read crucial.json next
+
+
+def write_crucial(args, concepts: Sequence[str], groups: dict, base_sha256: str, rows: list[dict]) -> None:
+    found = [row["layers"] for row in rows if row["crucial"] == "yes"]
+    common.write_json(args.out / "crucial.json", {
+        "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in found]})
 
 
 def bar_chart(path: Path, rows: list[dict]) -> None:
@@ -333,7 +352,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
         save = done % args.save_every == 0 or done == steps
         if save or done % LOG_EVERY == 0:
             common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, out or args.out))
+            log.append(common.check_health(sums / summed, done, out or args.out, generator))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and out and rank == 0:
@@ -366,15 +385,18 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
     ranks = {group: PAPER_RANKS.get(group, 1) if args.rank == "paper" else 1 if args.rank == "auto" else int(args.rank)
              for group in chosen}
     generator = prepare(args, train.concepts[0], ranks, device)
-    settings = common.settings_of(args, "04_lora_finetune", layers=",".join(chosen), concept=name, data=data_of(args, train),
-                                  base_sha256=generator.sha256)
+    unused = dict(epochs=0) if args.steps else {}
+    unused |= {} if args.rank == "auto" else dict(probe_steps=0, rank_threshold=0)
+    unused |= {} if args.mode == "lora" else dict(rank="", alpha=0)
+    settings = common.settings_of(args, "04_lora_finetune", layers=",".join(chosen), concept=name, base_sha256=generator.sha256,
+                                  data=[data_of(args, train), test.fingerprint], **unused)
     if common.begin_run(out, settings, args.overwrite):
         return
     tables = {}
     if args.rank == "auto" and args.mode == "lora":
         probes = Probes(args, [name], out / "probes.json", device, rank, world)
         ranks, path, cost = search_ranks(probes, groups, chosen, args.rank_threshold)
-        tables = {"Rank search, held-out error relative to the base's": [{"concept": name, **row} for row in path],
+        tables = {f"Rank search, held-out {probes.judge} relative to the base's": [{"concept": name, **row} for row in path],
                   "Rank search, found": [{"concept": name, **cost}]}
         generator = prepare(args, train.concepts[0], ranks, device)
     before = common.evaluate(generator, test)[0]
@@ -415,15 +437,18 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
-    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
-                                                                "cache or can be downloaded there (96 MB)")
+    parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
     args.lr = args.lr[args.mode] if isinstance(args.lr, dict) else args.lr
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
-    if args.rank not in ("paper", "auto") and not (args.rank.isdigit() and int(args.rank) > 0):
+    if args.rank not in ("paper", "auto") and not (args.rank.isdecimal() and int(args.rank) > 0):
         raise common.UserError(f"--rank {args.rank}: give a number from 1 on, `paper` or `auto`")
+    if args.mode != "lora" and (args.rank == "auto" or args.layers == "search"):
+        raise common.UserError(f"--mode {args.mode} trains all weights: --rank auto and --layers search are for --mode lora")
+    if args.steps < 0:
+        raise common.UserError(f"--steps {args.steps}: give a number of steps, or 0 to go by --epochs")
     concepts, base = chosen_concepts(args), common.load_generator(args.base)
     groups = group_sizes(base)
     if args.layers == "search" and args.mode == "lora":

@@ -214,7 +214,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, args.out))
+            log.append(common.check_health(sums / summed, done, args.out, generator))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
@@ -288,8 +288,7 @@ def main() -> None:
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
-    parser.add_argument("--fid", choices=["auto", "off"], help="auto: FID on held-out photos if Inception's weights are in torch hub's "
-                                                                "cache or can be downloaded there (96 MB)")
+    parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
     parser.add_argument("--save-every", type=int, help="steps between saved states and progress pictures")
     args = parser.parse()
 
@@ -298,12 +297,12 @@ def main() -> None:
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
     generator, trained = source_generator(args, device)
-    names = args.concept or [concept["name"] for concept in generator.config["concepts"]]
+    names = list(dict.fromkeys(args.concept)) or [concept["name"] for concept in generator.config["concepts"]]
     for name in names:
         generator.concept(name)         # an unknown one ends here
     data, test = common.find_pairs(args.pairs, "train", names), common.load_pairs(args.pairs, "test", names)
     target = Target(generator, args.keep)
-    settings = common.settings_of(args, "05_prune_coronet", data=data.fingerprint, source=getattr(generator, "sha256", ""))
+    settings = common.settings_of(args, "05_prune_coronet", data=[data.fingerprint, test.fingerprint], source=getattr(generator, "sha256", ""))
     if common.begin_run(args.out, settings, args.overwrite):
         return
 

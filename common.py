@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import hashlib
 import io
@@ -23,7 +24,6 @@ import socket
 import sys
 import tempfile
 import time
-import zipfile
 from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +69,12 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+POSITIVE = {"batch", "epochs", "search_epochs", "width", "save_every", "eval_every", "probe_steps", "lr", "lr_d", "lr_z", "lr_search",
+            "alpha"}           # flags of several stages that make no sense at 0 or below
+FID_HELP = ("auto: FID on held-out photos if Inception's weights are in torch hub's cache or can be downloaded there (96 MB); "
+            "a run that is done is not measured again")
+
+
 class StageParser(argparse.ArgumentParser):
     """argparse with two dictionaries of defaults: the paper's, and the demo's where `--demo` is given. A flag given
     explicitly always wins. A flag that can be repeated (action="append") replaces a default list, not extends it."""
@@ -99,6 +105,12 @@ class StageParser(argparse.ArgumentParser):
         for key, value in defaults.items():
             if getattr(args, key) is None:
                 setattr(args, key, value)
+        for key in POSITIVE & vars(args).keys():
+            value = getattr(args, key)
+            if isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise UserError(f"--{key.replace('_', '-')} {value}: give a number above 0")
+        if not 0 <= args.seed < 2 ** 31:
+            raise UserError(f"--seed {args.seed}: give a number from 0 to {2 ** 31 - 1}")
         return args
 
 
@@ -150,11 +162,19 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
     """
     if not torch.distributed.is_initialized():
         return prepare_folder(out, settings, overwrite)
-    done = torch.zeros(1, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    verdict = torch.zeros(1, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    error = None
     if torch.distributed.get_rank() == 0:
-        done += prepare_folder(out, settings, overwrite)
-    torch.distributed.broadcast(done, 0)
-    return bool(done)
+        try:
+            verdict += prepare_folder(out, settings, overwrite)
+        except (UserError, OSError) as caught:
+            error, verdict = caught, verdict - 1
+    torch.distributed.broadcast(verdict, 0)
+    if error:
+        raise error
+    if verdict < 0:
+        sys.exit(2)                     # the first process says why
+    return bool(verdict)
 
 
 def prepare_folder(out: Path, settings: dict, overwrite: bool) -> bool:
@@ -209,7 +229,10 @@ def read_log(path: Path, step: int) -> list[dict]:
     """The rows of a log.jsonl up to the step from which a run continues."""
     if not step or not path.exists():
         return []
-    return [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= step]
+    try:
+        return [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] <= step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is broken ({error!r}): delete it, or --overwrite starts the run again")
 
 
 def sha256(path: Path) -> str:
@@ -419,7 +442,7 @@ class Pairs:
             pixels[i] = self.read(place)
 
         def send(tensor: torch.Tensor) -> torch.Tensor:         # only a copy from pinned memory lets the program run on
-            return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True) if cuda and not tensor.is_cuda else tensor.to(device)
 
         with ThreadPoolExecutor() as pool:
             waiting = deque(map(ask, steps[:2]))
@@ -429,7 +452,10 @@ class Pairs:
                 concept, flips, pixels, reading = waiting.popleft()
                 for _ in reading:           # wait for the threads; what one of them raised is raised here
                     pass
-                pixels = send(pixels) if self.pixels is None else self.pixels[send(pixels)]
+                if self.pixels is not None:         # pixels are places: gathered where the pictures are
+                    at_home = self.pixels.device.type == device.type
+                    pixels = self.pixels[send(pixels)] if at_home else self.pixels[pixels]
+                pixels = send(pixels)
                 flips = send(flips).repeat(2).view(-1, 1, 1, 1)
                 photo, edit = to_float(torch.where(flips, pixels.flip(-1), pixels)).chunk(2)
                 yield photo, edit, send(concept)
@@ -488,8 +514,8 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[
     photo_names = sorted(set().union(*files.values()))
     row_of = {name: row for row, name in enumerate(photo_names)}
     size = read_image(pairs / split / "source" / photo_names[0]).shape[-1]
-    if size % 8:
-        raise UserError(f"{pairs} holds {size}x{size} pictures; the networks need a multiple of 8")
+    if size % 8 or size < 24:
+        raise UserError(f"{pairs} holds {size}x{size} pictures; the networks need a multiple of 8 from 24 on")
     return Pairs(folder=pairs / split, concepts=[{"name": name, "prompt": known[name]["prompt"]} for name in names],
                  names=photo_names, rows=[torch.tensor([row_of[file] for file in files[name]]) for name in names], size=size)
 
@@ -905,16 +931,19 @@ def load_state(path: Path, **parts) -> int:
     if not path.exists():
         return 0
     tensors, about = read_tensors(path, "state")
-    for part, value in parts.items():
-        state = {key.removeprefix(f"{part}/"): x for key, x in tensors.items() if key.startswith(f"{part}/")}
-        if isinstance(value, torch.optim.Optimizer):
-            entries: dict[int, dict] = {}
-            for key, x in state.items():
-                index, name = key.split(".", 1)
-                entries.setdefault(int(index), {})[name] = x
-            state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
-        value.load_state_dict(state)
-    return about["step"]
+    try:
+        for part, value in parts.items():
+            state = {key.removeprefix(f"{part}/"): x for key, x in tensors.items() if key.startswith(f"{part}/")}
+            if isinstance(value, torch.optim.Optimizer):
+                entries: dict[int, dict] = {}
+                for key, x in state.items():
+                    index, name = key.split(".", 1)
+                    entries.setdefault(int(index), {})[name] = x
+                state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
+            value.load_state_dict(state)
+        return int(about["step"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is no state of this run ({str(error).splitlines()[0]}): --overwrite starts the run again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1203,6 +1232,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True       # shapes do not change: let it choose the fastest convolutions
     return device
 
 
@@ -1222,7 +1252,8 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's processes where there are several."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                             timeout=datetime.timedelta(hours=1))     # the others wait while the first evaluates
     return int(os.environ.get("RANK", 0)), world
 
 
@@ -1238,10 +1269,6 @@ def data_parallel(network: nn.Module, device: torch.device, world: int) -> nn.Mo
     if world == 1:
         return network
     return nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None, broadcast_buffers=False)
-
-
-def average_gradients(network: nn.Module, world: int) -> None:
-    average([p.grad for p in network.parameters() if p.grad is not None], world)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1265,16 +1292,23 @@ def health(loss_g, loss_d, l1, fake, edit, score) -> torch.Tensor:
     return torch.stack([loss_g, loss_d, l1, *spreads]).detach()
 
 
-def check_health(means: torch.Tensor, step: int, out: Path) -> dict:
-    """health's mean over the steps since the last check -> the log's row. UserError, before anything is saved, if a loss is not
-    finite or a network has collapsed: fakes that differ less than 2 % as much as the edits, or a score that never changes."""
+class Collapse(UserError):
+    """Training that can't be saved."""
+
+
+def check_health(means: torch.Tensor, step: int, out: Path, generator: nn.Module) -> dict:
+    """health's mean over the steps since the last check -> the log's row. Collapse, before anything is saved, if a loss or a
+    weight is not finite or a network has collapsed: fakes that differ less than 2 % as much as the edits (a process with one
+    photo a step can't tell), or a score that never changes. A discriminator that is beaten, at D = 0.25, is no collapse."""
     loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
+    finite = torch.stack([parameter.isfinite().all() for parameter in generator.parameters()]).all()
     reason = ("a loss is not finite" if not all(map(math.isfinite, (loss_g, loss_d))) else
+              "a weight is not finite" if not finite else
               "the generator makes the same picture of every photo" if edits > 1 / 255 and fakes < 0.02 * edits else
               "the discriminator gives everything the same score" if scores < 1e-4 else "")
     if reason:
-        raise UserError(f"training collapsed shortly before step {step}: {reason}. {out} keeps the last good checkpoint, if there "
-                        "was one; lower --lr or --lr-d and start again with --overwrite or another --out")
+        raise Collapse(f"training collapsed shortly before step {step}: {reason}. {out} keeps the last good checkpoint, if there "
+                       "was one; lower --lr or --lr-d and start again with --overwrite or another --out")
     return {"step": step, "G": loss_g, "D": loss_d, "L1": l1}
 
 
@@ -1309,23 +1343,26 @@ def evaluate(generator: Generator, pairs: Pairs, with_fid: bool = False) -> list
         edits = run_generator(generator, photos, generator.concept(concept["name"]))
         made = to_float(edits)
         rows.append({"concept": concept["name"], "PSNR dB": psnr(made, truth).mean().item(),
-                     **({"FID": fid(edits, pairs.folder / concept["name"], next(generator.parameters()).device)} if with_fid else {}),
+                     **({"FID": fid(edits, pairs.edits[c], next(generator.parameters()).device)} if with_fid else {}),
                      "photo unchanged dB": psnr(to_float(photos), truth).mean().item(),
                      "L1 (0-255)": (made - truth).abs().mean().item() * 127.5})
     return rows
 
 
-def fid(edits: torch.Tensor, teacher: Path, device: torch.device) -> float | None:
-    """Frechet Inception distance of uint8 edits (N, 3, H, W) to the pictures in a folder: what `python -m pytorch_fid` prints for
-    a folder of those PNGs and this one. It falls as N grows, so compare only values of equal N. None where Inception's
-    weights cannot be had, or for a single picture, which has no covariance."""
+def fid(edits: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:
+    """Frechet Inception distance between two sets of uint8 pictures (N, 3, H, W), the second the teacher's: what
+    `python -m pytorch_fid` prints for two folders of their PNGs. It falls as N grows, so compare only values of equal N.
+    None where Inception's weights cannot be had, or for a single picture, which has no covariance."""
     network = inception(device)
-    if network is None or len(edits) < 2:
+    if network is None or min(len(edits), len(truth)) < 2:
         return None
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):    # a DataLoader draws a seed
-        for i, edit in enumerate(edits):
-            write_png(Path(folder) / f"{i:05}.png", to_pil(edit))
-        return frechet_distance(*inception_statistics(Path(folder), network, device), *teacher_statistics(teacher, network, device))
+    key = hashlib.sha256(truth.contiguous().numpy()).hexdigest()
+    if key not in TEACHERS:
+        TEACHERS[key] = inception_statistics(truth, network, device)
+    return frechet_distance(*inception_statistics(edits, network, device), *TEACHERS[key])
+
+
+TEACHERS: dict[str, tuple[np.ndarray, np.ndarray]] = {}        # of the teacher's pictures, which are measured many times a run
 
 
 @functools.cache
@@ -1347,35 +1384,15 @@ def inception(device: torch.device) -> nn.Module | None:
     return network.to(device).eval()
 
 
-def inception_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (2048,) and covariance (2048, 2048) of Inception's features of a folder's pictures."""
+def inception_statistics(pixels: torch.Tensor, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (2048,) and covariance (2048, 2048) of Inception's features of uint8 pictures (N, 3, H, W), which the library reads
+    as PNGs."""
     from pytorch_fid.fid_score import compute_statistics_of_path
-    count = sum(1 for _ in folder.glob("*.png"))
-    with contextlib.redirect_stderr(io.StringIO()):     # a progress bar for every folder
-        return compute_statistics_of_path(str(folder), network, min(50, count), FID_DIMS, device, num_workers=0)
-
-
-def teacher_statistics(folder: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """inception_statistics, kept for the folder <pairs>/test/<concept> in <pairs>/fid/<concept>.npz (which pytorch-fid takes
-    in place of a folder), with a hash of the pictures and the network."""
-    digest = hashlib.sha256(network.blocks[0][0].conv.weight.cpu().numpy())
-    for path in sorted(folder.glob("*.png")):
-        digest.update(path.name.encode() + path.read_bytes())
-    cache = folder.parents[1] / "fid" / f"{folder.name}.npz"
-    try:
-        if cache.exists():
-            with np.load(cache) as kept:
-                if str(kept["key"]) == digest.hexdigest():
-                    return kept["mu"], kept["sigma"]
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{cache} is broken ({error}); delete it, it is made anew")
-    mu, sigma = inception_statistics(folder, network, device)
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as file:                 # given a name, np.savez would append .npz to it
-            np.savez(file, mu=mu, sigma=sigma, key=digest.hexdigest())
-    replace_file(cache, write)
-    return mu, sigma
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):    # a DataLoader draws a seed
+        for i, picture in enumerate(pixels):
+            write_png(Path(folder) / f"{i:05}.png", to_pil(picture))
+        with contextlib.redirect_stderr(io.StringIO()):     # a progress bar for every folder
+            return compute_statistics_of_path(folder, network, min(50, len(pixels)), FID_DIMS, device, num_workers=0)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:

@@ -13,7 +13,7 @@ EDITS = {"sketch": lambda x: 1 - x, "night": lambda x: 0.3 * x}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, write_pairs):
-    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", EDITS, train=7, test=2, size=16)
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs", EDITS, train=7, test=2, size=24)
 
 
 def find(folder):
@@ -139,3 +139,10 @@ def test_two_processes_decode_once_between_them(folder, tmp_path):
     wanted = [draw(find(folder), rank=rank, world=2) for rank in range(2)]
     torch.multiprocessing.spawn(hold_and_compare, (2, folder, tmp_path, wanted), nprocs=2)
     assert [path.suffix for path in tmp_path.iterdir() if path.name != "meet"] == [".u8"]
+
+
+def test_pictures_in_another_memory_are_gathered_there(folder):
+    """A probe's pictures stay on the CPU while the network is on a GPU: places must not be sent to it first."""
+    pairs = common.load_pairs(folder, "train", list(EDITS))
+    batch = next(pairs.batches(4, range(1), 0, 0, 1, torch.device("meta")))
+    assert [part.device.type for part in batch] == ["meta"] * 3 and batch[0].shape == (4, 3, 24, 24)

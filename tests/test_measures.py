@@ -74,16 +74,20 @@ def write(folder, pixels):
     return folder
 
 
-def test_fid_is_the_librarys_for_the_same_two_folders(cached, tmp_path, monkeypatch):
+def test_fid_is_the_librarys_for_folders_of_the_same_pictures(cached, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "FID_DIMS", 768)                    # 2048 take the program half a minute
-    edits, teacher = pictures(6, 4), write(tmp_path / "pairs/test/dark", pictures(8, 6, seed=1))
+    edits, truth = pictures(6, 4), pictures(8, 6, seed=1)
     state = torch.get_rng_state()
-    value = common.fid(edits, teacher, CPU)
+    value = common.fid(edits, truth, CPU)
     assert torch.equal(torch.get_rng_state(), state)                # measuring changes no training
-    program = [sys.executable, "-m", "pytorch_fid", write(tmp_path / "made", edits), teacher, "--dims", "768", "--device", "cpu"]
-    printed = subprocess.run([*program, "--num-workers", "0"], check=True, capture_output=True, text=True).stdout
+    folders = [write(tmp_path / "made", edits), write(tmp_path / "truth", truth)]
+    program = [sys.executable, "-m", "pytorch_fid", *folders, "--dims", "768", "--device", "cpu", "--num-workers", "0"]
+    printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     assert value > 0.1 and value == pytest.approx(float(printed.split("FID:")[1]), rel=3e-5)
-    assert common.fid(edits[:1], teacher, CPU) is None              # one picture has no covariance
+    assert common.fid(edits[:1], truth, CPU) is None                # one picture has no covariance
+    monkeypatch.setattr(common, "TEACHERS", {key: None for key in common.TEACHERS})
+    with pytest.raises(TypeError):                                  # the teacher's statistics are not taken twice
+        common.fid(edits, truth, CPU)
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -98,32 +102,11 @@ def test_frechet_distance_of_known_gaussians():
     assert common.frechet_distance(mean, 0 * variance, mean, variance) == pytest.approx(14)
 
 
-def test_the_teachers_statistics_are_kept_and_noticed_when_they_are_old(cached, tmp_path, monkeypatch):
-    teacher, cache = write(tmp_path / "pairs/test/dark", pictures(3, 6)), tmp_path / "pairs/fid/dark.npz"
-    network = common.inception(CPU)
-    assert network is common.inception(CPU)
-    first = common.teacher_statistics(teacher, network, CPU)
-    assert first[0].shape == (2048,) and first[1].shape == (2048, 2048)
-    for kept in (fid_score.compute_statistics_of_path(str(cache), None, 0, 0, None), common.inception_statistics(teacher, network, CPU)):
-        assert all(np.array_equal(a, b) for a, b in zip(first, kept, strict=True))
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "inception_statistics", None)         # not called again
-        assert np.array_equal(common.teacher_statistics(teacher, network, CPU)[0], first[0])
-    write(teacher, pictures(1, 6, seed=2))                          # another 00000.png
-    second = common.teacher_statistics(teacher, network, CPU)
-    assert not np.array_equal(first[0], second[0]) and list(cache.parent.iterdir()) == [cache]
-    cache.write_bytes(cache.read_bytes()[:-1000])
-    with pytest.raises(common.UserError, match="dark.npz is broken"):
-        common.teacher_statistics(teacher, network, CPU)
-
-
 def test_without_weights_fid_is_blank_and_one_line_says_how_to_get_them(offline, tmp_path, capsys):
-    teacher = write(tmp_path / "pairs/test/dark", pictures(2, 6))
-    assert [common.fid(pictures(2, 4), teacher, CPU) for _ in range(3)] == [None] * 3
+    assert [common.fid(pictures(2, 4), pictures(2, 6), CPU) for _ in range(3)] == [None] * 3
     assert offline == ["github.com"]                                # asked once
     [line] = [line for line in capsys.readouterr().out.splitlines() if "FID" in line]
     assert library.FID_WEIGHTS_URL in line and str(tmp_path / "empty/hub/checkpoints") in line and "no network" in line
-    assert not (tmp_path / "pairs/fid").exists()
 
 
 def test_broken_weights_leave_fid_blank_too(offline, tmp_path, capsys):
