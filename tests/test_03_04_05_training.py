@@ -72,7 +72,7 @@ def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_p
     """A third of the demo's training: its photos, six of its concepts and its settings."""
     stage("01", "--demo", "--out", tmp_path / "pairs")
     concepts = [flag for name in ("sketch", "oil", "poster", "neon", "night", "emboss") for flag in ("--concept", name)]
-    stage("03", "--demo", "--pairs", tmp_path / "pairs", "--out", tmp_path / "base", *concepts, "--epochs", 5)
+    stage("03", "--demo", "--pairs", tmp_path / "pairs", "--out", tmp_path / "base", *concepts, "--epochs", 3)
     rows = table(tmp_path / "base", "Base concepts, held-out photos")
     assert len(rows) == 6
     for row in rows:
