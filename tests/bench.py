@@ -118,10 +118,11 @@ WARM = 3                                # steps before the clock starts
 
 def call_stage(number: str, *flags) -> None:
     """A stage in this process, its own output on standard error."""
-    stage = load_stage(number)
+    stage, threads = load_stage(number), torch.get_num_threads()
     sys.argv = [f"stage {number}", "--demo", *map(str, flags)]
     with contextlib.redirect_stdout(sys.stderr):
         stage.main()
+    torch.set_num_threads(threads)          # stage 1 leaves one
 
 
 def make_pairs(folder: Path, size: int, count: int) -> Path:
