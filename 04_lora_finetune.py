@@ -52,8 +52,9 @@ DEMO = dict(
     rank="4", probe_steps=40,
     lr={"lora": 3e-3, "full": 1e-3, "scratch": 1e-3},       # short runs want long steps
 )
-# The paper's crucial layers are the samplings and the transformer block. The two ends are ours: they alone see how bright the
-# photo is, and a tint such as sepia is learned worse without them (compare --layers down1,down2,tb,up1,up2).
+# The paper's crucial layers are the samplings and the transformer block. The two ends, which alone see how bright the photo is,
+# and film1 and film2, through which the prompt acts, are ours: without them (--layers down1,down2,tb,up1,up2) a new concept is
+# hardly learned; README has the numbers.
 CRUCIAL = ("stem", "down1", "down2", "tb", "up1", "up2", "film1", "film2", "out")
 RANK_LIMIT = 16                     # no search goes beyond it
 VALIDATION = 100                    # photos that probes are judged on, at most
