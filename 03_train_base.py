@@ -53,8 +53,8 @@ def chosen_concepts(args) -> list[str]:
 
 
 def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs, args, device, rank: int,
-               world: int) -> dict:
-    """The loop. Returns its pace as columns of the table."""
+               world: int) -> tuple[dict, list[dict]]:
+    """The loop. Returns its pace as columns of the table, and the last evaluation's rows (none if there was no step left)."""
     opt_g = common.adam(generator.parameters(), args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     per_epoch = common.steps_per_epoch(train.counts, args.batch)
@@ -67,7 +67,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         discriminator.compile()
     # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
     ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
-    sums, summed, aside, began = torch.zeros(6, device=device), 0, 0.0, time.time()
+    sums, summed, rows, aside, began = torch.zeros(3, device=device), 0, [], 0.0, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=rank > 0)
     generator.train()
     for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
@@ -95,14 +95,13 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        sums += torch.stack([loss_g, loss_d, l1]).detach()
         summed += 1
         done = step + 1
         judge = done == steps or done % (args.eval_every * per_epoch) == 0
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, args.out, generator))
+            log.append(common.check_health(sums / summed, fake, edit, score_real, generator, done, args.out, world))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
@@ -122,7 +121,7 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
     seconds = time.time() - began - aside
     return {"steps": steps, "batch": args.batch,
             "training s": None if start else seconds,           # a resumed run knows only its part
-            "images/s": (steps - start) * args.batch / seconds if steps > start else None}
+            "images/s": (steps - start) * args.batch / seconds if steps > start else None}, rows
 
 
 def best_so_far(log: list[dict]) -> bool:
@@ -174,12 +173,12 @@ def main() -> None:
         return
     discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
     train.hold(args.cache_gb, args.out, device, rank, world)
-    pace = train_base(generator, discriminator, train, test, args, device, rank, world)
+    pace, rows = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:
         size = {"arch": args.arch, "width": args.width, "size px": train.size,
                 "parameters M": common.count_parameters(generator) / 1e6,
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
-        rows = common.evaluate(generator, test, args.fid == "auto")
+        rows = rows or common.evaluate(generator, test, args.fid == "auto")
         add_wrong_prompts(rows, generator, test)
         common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
             "Base generator": [size], "Base concepts, held-out photos": rows})

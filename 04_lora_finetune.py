@@ -320,7 +320,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
     log = common.read_log(out / "log.jsonl", start) if out else []
     # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
     ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
-    sums, summed, began = torch.zeros(6, device=device), 0, time.time()
+    sums, summed, began = torch.zeros(3, device=device), 0, time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=train.concepts[0]["name"], disable=rank > 0)
     generator.train()
     for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
@@ -347,13 +347,12 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        sums += torch.stack([loss_g, loss_d, l1]).detach()
         summed += 1
         done = step + 1
         save = done % args.save_every == 0 or done == steps
         if save or done % LOG_EVERY == 0:
-            common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, out or args.out, generator))
+            log.append(common.check_health(sums / summed, fake, edit, score_real, generator, done, out or args.out, world))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and out and rank == 0:
@@ -394,7 +393,7 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
     if common.begin_run(out, settings, args.overwrite):
         return
     tables = {}
-    if args.rank == "auto" and args.mode == "lora":
+    if args.rank == "auto":
         probes = Probes(args, [name], out / "probes.json", device, rank, world)
         ranks, path, cost = search_ranks(probes, groups, chosen, args.rank_threshold)
         tables = {"Rank search, held-out error relative to the base's": [{"concept": name, **row} for row in path],
@@ -452,7 +451,7 @@ def main() -> None:
         raise common.UserError(f"--steps {args.steps}: give a number of steps, or 0 to go by --epochs")
     concepts, base = chosen_concepts(args), common.load_generator(args.base)
     groups = group_sizes(base)
-    if args.layers == "search" and args.mode == "lora":
+    if args.layers == "search":
         search_layers(args, concepts, groups, base.sha256, device, rank, world)
     chosen = chosen_groups(args, groups, base.sha256) if args.mode == "lora" else []
     for name in concepts:

@@ -177,7 +177,7 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
     log = common.read_log(args.out / f"{phase}.jsonl", start)
     # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
     ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
-    sums, summed, began, done = torch.zeros(6, device=device), 0, time.time(), log[-1]["step"] if log else 0
+    sums, summed, began, done = torch.zeros(3, device=device), 0, time.time(), log[-1]["step"] if log else 0
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     generator.train()
     for step, (photo, edit, concept) in zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
@@ -209,12 +209,11 @@ def train(generator, discriminator, optimizers: list, after_step, data: common.P
         ended = after_step(step) or step + 1 == steps
         done = step + 1
 
-        sums += common.health(loss_g, loss_d, l1, fake, edit, score_real)
+        sums += torch.stack([loss_g, loss_d, l1]).detach()
         summed += 1
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            common.average(sums, world)
-            log.append(common.check_health(sums / summed, done, args.out, generator))
+            log.append(common.check_health(sums / summed, fake, edit, score_real, generator, done, args.out, world))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:

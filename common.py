@@ -1285,21 +1285,19 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
         group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
 
 
-def health(loss_g, loss_d, l1, fake, edit, score) -> torch.Tensor:
-    """(6,) what a step leaves for its log and for check_health, on the device, which need not be waited for: the losses, how
-    much edits and fakes (B, 3, H, W) differ within the batch, and scores within the batch and the picture."""
-    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
-    return torch.stack([loss_g, loss_d, l1, *spreads]).detach()
-
-
 class Collapse(UserError):
     """Training that can't be saved."""
 
 
-def check_health(means: torch.Tensor, step: int, out: Path, generator: nn.Module) -> dict:
-    """health's mean over the steps since the last check -> the log's row. Collapse, before anything is saved, if a loss or a
-    weight is not finite or a network has collapsed: fakes that differ less than 2 % as much as the edits (a process with one
-    photo a step can't tell), or a score that never changes. A discriminator that is beaten, at D = 0.25, is no collapse."""
+def check_health(losses: torch.Tensor, fake: torch.Tensor, edit: torch.Tensor, score: torch.Tensor, generator: nn.Module,
+                 step: int, out: Path, world: int) -> dict:
+    """losses (3,), the means of G, D and L1 since the last check -> the log's row, averaged over the processes. Collapse, before
+    anything is saved, if a loss or a weight is not finite or, in the last batch, a network has collapsed: fakes (B, 3, H, W)
+    that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or a score that is the same
+    everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
+    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
+    means = torch.cat([losses, torch.stack(spreads).detach()])
+    average(means, world)               # all processes must come to the same verdict
     loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
     finite = torch.stack([parameter.isfinite().all() for parameter in generator.parameters()]).all()
     reason = ("a loss is not finite" if not all(map(math.isfinite, (loss_g, loss_d))) else
@@ -1483,7 +1481,7 @@ def main() -> None:
                                                  "runs that differ in their seed alone share their rows.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
     folder = parser.parse_args().runs
-    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed -> [(run, rows)]
+    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed, and marks -> marks, [(run, rows)]
     notes: dict[str, int] = {}              # mark -> the number under which it stands below the tables
     copies: Counter = Counter()             # a run that was copied is no second seed
     for path in sorted(folder.rglob("result.json")):
@@ -1493,17 +1491,18 @@ def main() -> None:
         copies[json.dumps(settings, sort_keys=True)] += 1
         try:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
-            run = path.parent.relative_to(folder).as_posix() + (f" {marks}" if marks else "")
+            alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
             for title, rows in result["tables"].items():
-                alike = json.dumps({**settings, "seed": None, "copy": twin}, sort_keys=True)
-                tables.setdefault((result["stage"], title), {}).setdefault(alike, []).append((run, [dict(row) for row in rows]))
+                groups = tables.setdefault((result["stage"], title), {})
+                groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [dict(row) for row in rows]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}")
     unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
     if not tables and not unfinished:
         raise UserError(f"no result.json below {folder}")
     for (stage, title), groups in sorted(tables.items(), key=lambda item: item[0][0]):
-        print(markdown(f"{stage}.py: {title}", [row for runs in groups.values() for row in merge_seeds(runs)]))
+        print(markdown(f"{stage}.py: {title}", [{**row, "run": f"{row['run']} {marks or ''}".strip()}
+                                                for marks, runs in groups.values() for row in merge_seeds(runs)]))
     print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
                      *(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}" for path in unfinished)]))
 

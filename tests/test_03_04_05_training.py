@@ -127,21 +127,21 @@ def test_rates_that_break_a_network(world, error_of, tmp_path, rate, words):
 
 def test_health_names_what_collapsed(tmp_path):
     torch.manual_seed(0)
-    fake, edit, score, loss = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.randn(4, 1, 2, 2), torch.tensor(1.0)
+    fake, edit, score, loss = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.randn(4, 1, 2, 2), torch.ones(3)
     network = torch.nn.Linear(2, 2)
 
     def check(*parts):
-        return common.check_health(common.health(*parts), 7, tmp_path, network)
-    assert check(loss, loss, loss, fake, edit, score) == {"step": 7, "G": 1, "D": 1, "L1": 1}
-    for bad, words in (((loss, loss * float("nan"), loss, fake, edit, score), "not finite"),
-                       ((loss, loss, loss, fake[:1].expand_as(fake), edit, score), "same picture"),
-                       ((loss, loss, loss, fake, edit, torch.ones(4, 1, 2, 2)), "same score")):
+        return common.check_health(*parts, network, 7, tmp_path, 1)
+    assert check(loss, fake, edit, score) == {"step": 7, "G": 1, "D": 1, "L1": 1}
+    for bad, words in (((loss * torch.tensor([1, float("nan"), 1]), fake, edit, score), "not finite"),
+                       ((loss, fake[:1].expand_as(fake), edit, score), "same picture"),
+                       ((loss, fake, edit, torch.ones(4, 1, 2, 2)), "same score")):
         with pytest.raises(common.Collapse, match=f"step 7.*{words}"):
             check(*bad)
-    assert check(loss, loss, loss, torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), score)     # edits all alike ask for no more
+    assert check(loss, torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), score)     # edits all alike ask for no more
     network.weight.data[0, 0] = float("inf")
     with pytest.raises(common.Collapse, match="a weight is not finite"):
-        check(loss, loss, loss, fake, edit, score)
+        check(loss, fake, edit, score)
 
 
 RANKS = """
