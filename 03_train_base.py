@@ -110,9 +110,9 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
                 rows = common.evaluate(generator, test, args.fid == "auto")
                 log.append({"step": done, **{key: {row["concept"]: row[key] for row in rows} for key in MEASURES if key in rows[0]}})
                 if best_so_far(log):
-                    common.save_generator(args.out / "best.safetensors", generator)
+                    common.save_network(args.out / "best.safetensors", generator)
                 common.write_png(args.out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test))
-            common.save_generator(args.out / "generator.safetensors", generator)
+            common.save_network(args.out / "generator.safetensors", generator)
             common.write_text(args.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             common.write_curve(args.out / "curve.png", log)
             common.save_state(args.out / "state.safetensors", done, **state)
@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="the generator's learning rate")
     parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
     parser.add_argument("--l1", type=float, help="weight of the L1 loss")
-    parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in")
+    parser.add_argument("--clip", help="text tower as open_clip's MODEL:WEIGHTS; WEIGHTS `random` is an offline stand-in; "
+                                         "none: e2gan takes no prompt, like the others")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
@@ -171,7 +172,7 @@ def main() -> None:
     settings = common.settings_of(args, "03_train_base", data=[train.fingerprint, test.fingerprint])
     if common.begin_run(args.out, settings, args.overwrite):
         return
-    discriminator = common.Discriminator(args.width, generator.config.get("text_dim", 0)).to(device)
+    discriminator = common.new_discriminator(generator)
     train.hold(args.cache_gb, args.out, device, rank, world)
     pace, rows = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:

@@ -293,7 +293,7 @@ def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) ->
     torch.manual_seed(args.seed)
     generator = common.load_generator(args.base, device)
     if args.mode == "scratch":
-        fresh = common.build_generator(generator.config)
+        fresh = common.build_network(generator.config)
         for name, value in generator.named_buffers():
             fresh.get_buffer(name).copy_(value)
         fresh.sha256, generator = generator.sha256, fresh.to(device)
@@ -311,7 +311,7 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
              world: int) -> dict:
     """The loop, and the files it writes (a probe has no `out`: none). Returns its pace as columns of the table."""
     concept_index = generator.concept(train.concepts[0]["name"])
-    discriminator = common.Discriminator(generator.config["width"]).to(device)      # one concept: it needs no prompt
+    discriminator = common.new_discriminator(generator, text=False)     # one concept: it needs no prompt
     opt_g = common.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     steps = args.steps or args.epochs * common.steps_per_epoch(train.counts, args.batch)
@@ -373,7 +373,7 @@ def save(args, generator: common.Generator, concept: dict, out: Path) -> Path:
         common.save_adapter(out / "adapter.safetensors", generator, concept["name"], generator.sha256, args.alpha)
         return out / "adapter.safetensors"
     common.keep_concept(generator, concept["name"])
-    common.save_generator(out / "generator.safetensors", generator)
+    common.save_network(out / "generator.safetensors", generator)
     return out / "generator.safetensors"
 
 

@@ -44,8 +44,8 @@ LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
 
 
-def mac_terms(generator: common.Generator, size: int) -> list[tuple[tuple, tuple, int]]:
-    """The same count as a formula in the widths: a list of (reads, writes, unit), whose sum over
+def mac_terms(network: common.Network, size: int | None = None) -> list[tuple[tuple, tuple, int]]:
+    """common.count_macs as a formula in the widths: a list of (reads, writes, unit), whose sum over
     channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
     terms, hooks = [], []
 
@@ -58,12 +58,12 @@ def mac_terms(generator: common.Generator, size: int) -> list[tuple[tuple, tuple
             positions = x.numel() // x.shape[-1 if isinstance(module, torch.nn.Linear) else 1]
             terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
 
-    twin = copy.deepcopy(generator).to("meta").eval()
+    twin = copy.deepcopy(network).to("meta").eval()
     for module in twin.modules():
         if hasattr(module, "reads") or isinstance(module, common.Attention):
             hooks.append(module.register_forward_hook(record))
     with torch.no_grad():
-        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+        twin(*twin.example(size))
     return terms
 
 
@@ -75,19 +75,19 @@ def macs_of(terms: list[tuple[tuple, tuple, int]], widths: dict) -> int:
     return total
 
 
-def channel_importance(generator: common.Generator) -> dict[str, torch.Tensor]:
+def channel_importance(network: common.Network) -> dict[str, torch.Tensor]:
     """{group: (channels,)}: the RMS of the weights that write or read each channel, relative to its layer's, averaged over the
-    layers; mean 1 a group. Where latents start from when the generator is trained already (a choice of ours)."""
-    widths = common.all_widths(generator.config)
+    layers; mean 1 a group. Where latents start from when the network is trained already (a choice of ours)."""
+    widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
-    for _, module in common.named_layers(generator):
+    for _, module in common.named_layers(network):
         weight = module.weight.detach().cpu()
         weight = weight.transpose(0, 1) if isinstance(module, torch.nn.ConvTranspose2d) else weight
         square = weight.square().reshape(*weight.shape[:2], -1).mean(2)                           # (O, I)
         for groups, rms in ((module.writes, square.mean(1).sqrt()), (module.reads, square.mean(0).sqrt())):
             for group, part in zip(groups, rms.split([widths[g] for g in groups])):
                 sums[group] += part / rms.mean()
-    return {group: sums[group] / sums[group].mean() for group in generator.config["widths"]}
+    return {group: sums[group] / sums[group].mean() for group in network.config["widths"]}
 
 
 class Latents(torch.nn.ParameterDict):
@@ -255,7 +255,7 @@ def search(generator, discriminator, trained: bool, target: Target, data, test, 
     kept = target.kept({g: z.detach().cpu() for g, z in latents.items()}, args.keep)
     common.remove_parametrizations(generator)
     del generator.latents
-    return common.slice_generator(generator, kept), pace
+    return common.slice_network(generator, kept), pace
 
 
 def source_generator(args, device: torch.device) -> tuple[common.Generator, bool]:
@@ -310,13 +310,13 @@ def main() -> None:
     before = common.evaluate(generator, test, with_fid and trained)
     size = generator.config["size"]
     full = {"parameters M": common.count_parameters(generator) / 1e6, "GMACs": common.count_macs(generator, size) / 1e9}
-    discriminator = common.Discriminator(generator.config["width"], generator.config.get("text_dim", 0)).to(device)
+    discriminator = common.new_discriminator(generator)
     sliced = args.out / "sliced.safetensors"
     pace = {}
     if not sliced.exists():
         small, pace = search(generator, discriminator, trained, target, data, test, args, device, rank, world)
         if rank == 0:
-            common.save_generator(sliced, small)
+            common.save_network(sliced, small)
             write_channels(args.out / "channels.png", small.config)
     if world > 1:
         torch.distributed.barrier()
@@ -330,7 +330,7 @@ def main() -> None:
                   True, device, rank, world)
     if rank > 0:
         return
-    common.save_generator(args.out / "generator.safetensors", small)
+    common.save_network(args.out / "generator.safetensors", small)
     row = {"generator": args.generator, "keep": args.keep, "size px": size,
            "GMACs before": full["GMACs"], "GMACs": common.count_macs(small, size) / 1e9,
            "MACs %": 100 * common.count_macs(small, size) / 1e9 / full["GMACs"],

@@ -362,7 +362,7 @@ def export_promptable(source: common.Generator, graph: ir.Model, args) -> None:
 
 def export_reference(size: int, threads: int) -> tuple[onnxruntime.InferenceSession, dict]:
     """The network whose time the others are compared with, untrained and in memory: (session, its columns)."""
-    generator = common.build_generator(common.generator_config(REFERENCE, 64, size, [{"name": "", "prompt": ""}]))
+    generator = common.build_network(common.generator_config(REFERENCE, 64, size, [{"name": "", "prompt": ""}]))
     data = bake(trace(generator, size), generator, None).SerializeToString()
     return open_file(data, threads), {"concept": f"({REFERENCE}, untrained)", "KB": len(data) / 1000,
                                       "GMACs": common.count_macs(generator, size) / 1e9}

@@ -563,7 +563,12 @@ def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
 # group once a head, so that every head keeps the same dimensions. Widths live in config["widths"] = {group: channels}; a
 # pruned network is the same class built from smaller numbers. config["full"] keeps the numbers it started from.
 
-FIXED = {"rgb": 3, "photo": 3, "edit": 3}       # groups that no one prunes; text-conditioned networks add "text"
+FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1}     # never pruned; nor is "text", as wide as config says
+
+
+def all_widths(config: dict) -> dict:
+    """config["widths"] with the groups that are never pruned."""
+    return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
 
 
 def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
@@ -577,9 +582,34 @@ def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Modul
     return module
 
 
+def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
+    """Batch norm of a group's channels, scales starting as N(1, 0.02) (DCGAN). It carries .writes alone: no hypernetwork makes
+    its numbers, but they are sliced with the group."""
+    module = nn.BatchNorm2d(widths[group])
+    nn.init.normal_(module.weight, 1.0, 0.02)
+    module.writes = (group,)
+    return module
+
+
 def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every layer with named channels, in the order of definition."""
+    """(name, module) of every convolution and linear layer with named channels, in the order of definition."""
     return ((name, module) for name, module in network.named_modules() if hasattr(module, "reads"))
+
+
+class Network(nn.Module):
+    """What generators and discriminators share: a config to be rebuilt from, and inputs to be tried with.
+
+    config: arch, width, size (pixels it is trained at), widths and full ({group: channels} now and unpruned), and whatever else
+    the class reads. text_dim is there only in a network that sees prompts."""
+    kind: str               # what its file says it holds
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+
+    def example(self, size: int | None = None, batch: int = 1, device: str | torch.device = "meta") -> tuple:
+        """Random inputs of its forward, at `size` pixels (default: config["size"])."""
+        raise NotImplementedError
 
 
 class ConvNorm(nn.Module):
@@ -648,7 +678,7 @@ class TransformerBlock(nn.Module):
         self.channels = full["tb"]
         self.down = ConvNorm(widths, "trunk", "tb", stride=2)
         self.self_attention = Attention(widths, full, heads, "tb", "tb", "self")
-        self.cross_attention = Attention(widths, full, heads, "tb", "text", "cross")
+        self.cross_attention = Attention(widths, full, heads, "tb", "text", "cross") if widths["text"] else None
         self.feed1 = layer(nn.Linear, widths, "tb", "feed")
         self.feed2 = layer(nn.Linear, widths, "feed", "tb")
         self.up = layer(nn.ConvTranspose2d, widths, "tb", "trunk", 3, 2, padding=1, output_padding=1)
@@ -656,27 +686,26 @@ class TransformerBlock(nn.Module):
     def norm(self, t):
         return t * torch.rsqrt(t.float().square().sum(-1, keepdim=True) / self.channels + 1e-6).to(t.dtype)
 
-    def forward(self, x, tokens, mask):
+    def forward(self, x, tokens=None, mask=None):
         h = self.down(x)                                                                          # (B, C, H/8, W/8)
         t = h.flatten(2).transpose(1, 2)                                                          # (B, N, C)
         n = self.norm(t)
         t = t + self.self_attention(n, n)
-        t = t + self.cross_attention(self.norm(t), tokens, mask)
+        t = t if self.cross_attention is None else t + self.cross_attention(self.norm(t), tokens, mask)
         t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
         return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
 
 
-class Generator(nn.Module):
-    """What every architecture shares: a config to be rebuilt from, and the prompts of the concepts it knows.
+class Generator(Network):
+    """What edits a photo, and the prompts of the concepts it knows: config["concepts"] = [{"name", "prompt"}].
 
-    config: arch, width, widths, full, concepts ([{"name", "prompt"}]), size (pixels it was trained at), and for text-conditioned
-    ones text_dim and clip (the text tower's name). tokens (concepts, T, D) and mask (concepts, T) hold the prompts' text
-    features, so using a trained generator needs no CLIP.
+    Text-conditioned ones have config["clip"] (the text tower's name) too; tokens (concepts, T, D) and mask (concepts, T) hold the
+    prompts' text features, so using a trained generator needs no CLIP.
     """
+    kind = "generator"
 
     def __init__(self, config: dict):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         if "text_dim" in config:
             self.register_buffer("tokens", torch.zeros(len(config["concepts"]), config["tokens"], config["text_dim"]))
             self.register_buffer("mask", torch.ones(len(config["concepts"]), config["tokens"], dtype=torch.bool))
@@ -684,6 +713,10 @@ class Generator(nn.Module):
     def forward(self, photo: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
         """photo (B, 3, H, W) in [-1, 1], concept (B,) long, the concept's place in config["concepts"] -> like photo."""
         return self.edit(photo, self.tokens[concept], self.mask[concept]) if "text_dim" in self.config else self.edit(photo)
+
+    def example(self, size=None, batch=1, device="meta"):
+        size = size or self.config["size"]
+        return torch.randn(batch, 3, size, size, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
     def concept(self, name: str) -> int:
         names = [concept["name"] for concept in self.config["concepts"]]
@@ -699,13 +732,12 @@ class ResnetGenerator(Generator):
     Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
     layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
     are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
-    prompt. And fine lines pass round the quarter-size trunk: the stem's features are added to those of the same size on the way
+    prompt. (Without text, for one concept, it has neither FiLM nor cross-attention.) And fine lines pass round the quarter-size trunk: the stem's features are added to those of the same size on the way
     up, where FiLM decides by concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
-        widths, full, self.ours = config["widths"], config["full"], config["arch"] == "e2gan"
-        widths = {**widths, **FIXED, "text": config.get("text_dim", 0)}
+        widths, full, self.ours = all_widths(config), config["full"], config["arch"] == "e2gan"
         up2 = "stem" if self.ours else "up2"                       # what is added together is one group
         self.stem = ConvNorm(widths, "rgb", "stem", kernel=7, norm=not self.ours, padding_mode="reflect")
         self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
@@ -717,7 +749,7 @@ class ResnetGenerator(Generator):
                                  else ResidualBlock(widths, "trunk", name, padding))
         self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
         self.up2 = ConvNorm(widths, "up1", up2, up=True)
-        if self.ours:
+        if widths["text"]:
             self.film1 = layer(nn.Linear, widths, "text", ("up1", "up1"))
             self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
         self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
@@ -729,9 +761,9 @@ class ResnetGenerator(Generator):
             x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
         if not self.ours:
             return torch.tanh(self.out(self.up2(self.up1(x))))
-        text = mean_token(tokens, mask)
-        x = self.up1(x, self.film1(text))                                                         # (B, 2C, H/2, W/2)
-        x = self.up2(x, self.film2(text), stem)
+        text = None if tokens is None else mean_token(tokens, mask)
+        x = self.up1(x, None if text is None else self.film1(text))                               # (B, 2C, H/2, W/2)
+        x = self.up2(x, None if text is None else self.film2(text), stem)
         return torch.tanh(self.out(torch.cat([x, photo], 1)))
 
 
@@ -741,7 +773,7 @@ class UNetGenerator(Generator):
 
     def __init__(self, config):
         super().__init__(config)
-        widths, depth = {**config["widths"], **FIXED}, config["depth"]
+        widths, depth = all_widths(config), config["depth"]
         self.downs = nn.ModuleList([layer(nn.Conv2d, widths, f"d{i - 1}" if i else "rgb", f"d{i}", 4, 2, padding=1)
                                     for i in range(depth)])
         reads = [f"d{depth - 1}" if i == depth - 1 else (f"u{i + 1}", f"d{i}") for i in range(depth)]
@@ -763,13 +795,39 @@ class UNetGenerator(Generator):
         return torch.tanh(x)
 
 
-ARCHITECTURES = {"e2gan": ResnetGenerator, "resnet9": ResnetGenerator, "unet256": UNetGenerator}
+class DcganGenerator(Network):
+    """DCGAN's generator (arXiv 1511.06434): noise to a 4x4 map, which transposed convolutions double until it is config["size"]
+    pixels; batch norm and ReLU, tanh at the end. The convolutions keep their biases, which the norms erase, as pix2pix's do."""
+    kind = "dcgan generator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, depth = all_widths(config), len(config["widths"])
+        groups = ["noise", *(f"u{i}" for i in range(depth)), "rgb"]
+        self.ups = nn.ModuleList([layer(nn.ConvTranspose2d, widths, reads, writes, 4, *((2, 1) if i else ()))
+                                  for i, (reads, writes) in enumerate(zip(groups, groups[1:]))])
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[1:-1]])
+
+    def forward(self, noise):
+        """noise (B, 100) of N(0, 1) -> (B, 3, S, S) in [-1, 1]"""
+        x = noise[..., None, None]
+        for up, norm in zip(self.ups, self.norms):
+            x = F.relu(norm(up(x)))                                                               # (B, C, 4 * 2^i, 4 * 2^i)
+        return torch.tanh(self.ups[-1](x))
+
+    def example(self, size=None, batch=1, device="meta"):
+        return torch.randn(batch, FIXED["noise"], device=device),
 
 
 def generator_config(arch: str, width: int, size: int, concepts: list[dict], **text) -> dict:
-    """The config of an unpruned generator. `width` is the stem's channels (the paper's: 64). `text`, for e2gan only: tokens
-    (length of the longest prompt), text_dim, clip."""
-    if arch == "unet256":
+    """The config of an unpruned generator. `width` is the stem's channels (the paper's: 64); dcgan's: those of the last map
+    before the picture. `text`, for e2gan only: tokens (length of the longest prompt), text_dim, clip."""
+    if arch == "dcgan":
+        depth = (size // 4).bit_length() - 1
+        if depth < 1 or size != 4 * 2 ** depth:
+            raise UserError(f"dcgan makes pictures of 8, 16, 32, 64, ... pixels, not {size}")
+        widths, shape = {f"u{i}": width * min(2 ** (depth - 1 - i), 8) for i in range(depth)}, {}
+    elif arch == "unet256":
         depth = min(8, (size & -size).bit_length() - 1)         # how often the size can be halved
         widths = {f"d{i}": width * min(2 ** i, 8) for i in range(depth)}
         widths |= {f"u{i}": width * min(2 ** (i - 1), 8) for i in range(1, depth)}
@@ -782,49 +840,50 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
             widths |= {"up2": width}
         else:
             shape["heads"] = 4
-            widths |= {f"{a}_{b}": 4 * width // 4 for a in ("self", "cross") for b in ("qk", "v")} | {"feed": 16 * width}
+            attentions = ("self", "cross") if text else ("self",)
+            widths |= {f"{a}_{b}": 4 * width // 4 for a in attentions for b in ("qk", "v")} | {"feed": 16 * width}
     return {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths, "concepts": concepts,
             **shape, **text}
 
 
 def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device) -> Generator:
-    """An untrained generator for some concepts; for e2gan their prompts go through CLIP's text tower once, here."""
-    if arch != "e2gan":
+    """An untrained generator for some concepts; for e2gan their prompts go through CLIP's text tower once, here. With clip
+    "none" it takes no prompt, like the others."""
+    if arch != "e2gan" or clip == "none":
         if len(concepts) > 1:
-            raise UserError(f"{arch} takes no prompt and learns one concept: give it one --concept, not {len(concepts)}")
-        return build_generator(generator_config(arch, width, size, concepts)).to(device)
+            raise UserError(f"{arch} {'without CLIP ' if arch == 'e2gan' else ''}takes no prompt and learns one concept: "
+                            f"give it one --concept, not {len(concepts)}")
+        return build_network(generator_config(arch, width, size, concepts)).to(device)
     tower = Clip(clip, device)
     tokens = [tower.tokens(concept["prompt"]) for concept in concepts]
-    generator = build_generator(generator_config(arch, width, size, concepts, text_dim=tokens[0].shape[1], clip=clip,
-                                                 tokens=max(map(len, tokens))))
+    generator = build_network(generator_config(arch, width, size, concepts, text_dim=tokens[0].shape[1], clip=clip,
+                                               tokens=max(map(len, tokens))))
     set_tokens(generator, tokens)
     return generator.to(device)
 
 
-def build_generator(config: dict) -> Generator:
-    if config.get("arch") not in ARCHITECTURES:
-        raise UserError(f"unknown architecture {config.get('arch')!r}; known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[config["arch"]](config)
-
-
-class Discriminator(nn.Module):
-    """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without sigmoid. For several
+class Discriminator(Network):
+    """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without sigmoid; on the picture alone
+    where config["photo"] is False (CycleGAN). For several
     concepts the prompt's mean token, as a unit vector, is projected and multiplied with the last features (a choice of ours,
     after the projection discriminator): score = conv(h) + <P text, h>. At CLIP's own length, about 18, that product
     drowned the rest, and the discriminator learned to give everything one half."""
+    kind = "discriminator"
 
-    def __init__(self, width: int, text_dim: int = 0, strided: int = 3):
-        super().__init__()
-        widths = {**FIXED, "text": text_dim} | {f"d{i}": width * min(2 ** i, 8) for i in range(strided + 1)}
+    def __init__(self, config):
+        super().__init__(config)
+        widths, strided = all_widths(config), config["strided"]
+        first = ("photo", "edit") if config["photo"] else "edit"
         self.convs = nn.ModuleList([
-            layer(nn.Conv2d, widths, f"d{i - 1}" if i else ("photo", "edit"), f"d{i}", 4, 2 if i < strided else 1, padding=1)
+            layer(nn.Conv2d, widths, f"d{i - 1}" if i else first, f"d{i}", 4, 2 if i < strided else 1, padding=1)
             for i in range(strided + 1)])
-        self.project = layer(nn.Linear, widths, "text", f"d{strided}") if text_dim else None
-        self.score = nn.Conv2d(widths[f"d{strided}"], 1, 4, padding=1)
+        self.project = layer(nn.Linear, widths, "text", f"d{strided}") if widths["text"] else None
+        self.score = layer(nn.Conv2d, widths, f"d{strided}", "score", 4, padding=1)
+        self.score.reset_parameters()               # PyTorch's, a third as large: scores start near 0
 
     def forward(self, photo, edit, text=None):
-        """photo, edit (B, 3, H, W), text (B, D) or None -> (B, 1, h, w)"""
-        x = torch.cat([photo, edit], 1)
+        """photo (B, 3, H, W), None where config["photo"] is False; edit (B, 3, H, W), text (B, D) or None -> (B, 1, h, w)"""
+        x = torch.cat([photo, edit], 1) if self.config["photo"] else edit
         for i, conv in enumerate(self.convs):
             x = conv(x)
             x = F.leaky_relu(F.instance_norm(x) if i else x, 0.2)
@@ -833,6 +892,58 @@ class Discriminator(nn.Module):
             patches = F.avg_pool2d(x, 2, 1)                                                       # as many as scores
             score = score + (self.project(F.normalize(text))[:, :, None, None] * patches).sum(1, keepdim=True)
         return score
+
+    def example(self, size=None, batch=1, device="meta"):
+        size, text_dim = size or self.config["size"], self.config.get("text_dim")
+        photo, edit = (torch.randn(batch, 3, size, size, device=device) for _ in range(2))
+        return photo if self.config["photo"] else None, edit, torch.randn(batch, text_dim, device=device) if text_dim else None
+
+
+class DcganDiscriminator(Network):
+    """DCGAN's discriminator: strided convolutions down to 4x4, batch norm but after the first, leaky ReLU, one score."""
+    kind = "discriminator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, depth = all_widths(config), len(config["widths"])
+        groups = ["rgb", *(f"d{i}" for i in range(depth))]
+        self.convs = nn.ModuleList([layer(nn.Conv2d, widths, reads, writes, 4, 2, 1) for reads, writes in zip(groups, groups[1:])])
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[2:]])
+        self.score = layer(nn.Conv2d, widths, groups[-1], "score", 4)
+
+    def forward(self, picture):
+        """picture (B, 3, S, S) in [-1, 1] -> (B, 1, 1, 1), without sigmoid"""
+        x = F.leaky_relu(self.convs[0](picture), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        return self.score(x)
+
+    def example(self, size=None, batch=1, device="meta"):
+        return torch.randn(batch, 3, self.config["size"], self.config["size"], device=device),
+
+
+def new_discriminator(generator: Network, text: bool = True, photo: bool = True, strided: int = 3) -> Network:
+    """An untrained discriminator of a generator's unpruned width, on its device: DCGAN's for DCGAN's, else a PatchGAN, which sees
+    the prompt if the generator does and `text`, and the photo if `photo`."""
+    config = {key: generator.config[key] for key in ("width", "size")}
+    if isinstance(generator, DcganGenerator):
+        config, depth = {"arch": "dcgan-d", **config}, len(generator.config["widths"])
+    else:
+        config, depth = {"arch": "patchgan", **config, "strided": strided, "photo": photo}, strided + 1
+        if text and "text_dim" in generator.config:
+            config["text_dim"] = generator.config["text_dim"]
+    widths = {f"d{i}": config["width"] * min(2 ** i, 8) for i in range(depth)}
+    return build_network({**config, "widths": widths, "full": widths}).to(next(generator.parameters()).device)
+
+
+ARCHITECTURES = {"e2gan": ResnetGenerator, "resnet9": ResnetGenerator, "unet256": UNetGenerator}     # what edits photos
+NETWORKS = {**ARCHITECTURES, "dcgan": DcganGenerator, "patchgan": Discriminator, "dcgan-d": DcganDiscriminator}
+
+
+def build_network(config: dict) -> Network:
+    if config.get("arch") not in NETWORKS:
+        raise UserError(f"unknown architecture {config.get('arch')!r}; known: {', '.join(NETWORKS)}")
+    return NETWORKS[config["arch"]](config)
 
 
 def mean_token(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -852,17 +963,13 @@ def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def count_macs(generator: Generator, size: int) -> int:
-    """Multiply-accumulates of one `size` x `size` photo, by torch.utils.flop_counter (convolutions, linear, attention)."""
-    twin = copy.deepcopy(generator).to("meta").eval()
+def count_macs(network: Network, size: int | None = None) -> int:
+    """Multiply-accumulates of one `size` x `size` picture (default: config["size"]), by torch.utils.flop_counter (convolutions,
+    linear, attention)."""
+    twin = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        twin(torch.empty(1, 3, size, size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta"))
+        twin(*twin.example(size))
     return counter.get_total_flops() // 2
-
-
-def all_widths(config: dict) -> dict:
-    """config["widths"] with the groups that are never pruned."""
-    return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -892,26 +999,31 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, about
 
 
-def save_generator(path: Path, generator: Generator) -> None:
-    write_tensors(path, generator.state_dict(), {"kind": "generator", "config": generator.config})
+def save_network(path: Path, network: Network) -> None:
+    write_tensors(path, network.state_dict(), {"kind": network.kind, "config": network.config})
 
 
 def load_generator(path: Path, device: torch.device = torch.device("cpu")) -> Generator:
-    """The generator in a file, any architecture, full or pruned, in eval mode; .sha256 is the file's hash."""
-    tensors, about = read_tensors(path, "generator")
+    """The generator in a file, any architecture that edits photos, full or pruned, in eval mode."""
+    return load_network(path, device, Generator.kind)
+
+
+def load_network(path: Path, device: torch.device, kind: str) -> Network:
+    """The network of this kind in a file, full or pruned, in eval mode; .sha256 is the file's hash."""
+    tensors, about = read_tensors(path, kind)
     try:
-        missing = {"width", "size", "widths", "full", "concepts"} - about["config"].keys()
+        missing = {"width", "size", "widths", "full", *(["concepts"] if kind == Generator.kind else [])} - about["config"].keys()
         if missing:
             raise KeyError(f"config lacks {', '.join(sorted(missing))}")
         with torch.device("meta"):      # no memory until the shapes are known to match the tensors that the file holds
-            generator = build_generator(about["config"])
-        generator.load_state_dict(tensors, assign=True)
+            network = build_network(about["config"])
+        network.load_state_dict(tensors, assign=True)
     except UserError as error:
         raise UserError(f"{path}: {error}")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} does not hold the weights that its config describes: {str(error).splitlines()[0]}")
-    generator.sha256 = sha256(path)
-    return generator.to(device).eval()
+    network.sha256 = sha256(path)
+    return network.to(device).eval()
 
 
 def save_state(path: Path, step: int, **parts) -> None:
@@ -1139,19 +1251,25 @@ def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], train
         parametrize.register_parametrization(module, "weight", Hypernetwork(module, latents, trained))
 
 
-def slice_generator(generator: Generator, kept: dict[str, torch.Tensor]) -> Generator:
-    """The dense, smaller generator with only the channels `kept` = {group: sorted indices}; other groups stay whole."""
-    widths = all_widths(generator.config)
+def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
+    """The dense, smaller network with only the channels `kept` = {group: sorted indices}; other groups stay whole."""
+    widths = all_widths(network.config)
     kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
-    small = build_generator({**generator.config, "widths": {g: len(kept[g]) for g in generator.config["widths"]}})
-    state = generator.state_dict()
-    for name, module in named_layers(generator):
-        out, into = (channel_indices(groups, kept, widths) for groups in (module.writes, module.reads))
-        first, second = (into, out) if isinstance(module, nn.ConvTranspose2d) else (out, into)
-        state[f"{name}.weight"] = state[f"{name}.weight"][first][:, second]
-        state[f"{name}.bias"] = state[f"{name}.bias"][out]
+    small = type(network)({**network.config, "widths": {g: len(kept[g]) for g in network.config["widths"]}})
+    state = network.state_dict()
+    for name, module in network.named_modules():
+        if not hasattr(module, "writes"):
+            continue
+        out = channel_indices(module.writes, kept, widths)
+        for key, tensor in module.state_dict(prefix=f"{name}.").items():
+            if tensor.dim() == 1:                           # biases, batch norm's numbers
+                state[key] = tensor[out]
+            elif tensor.dim() > 1:
+                into = channel_indices(module.reads, kept, widths)
+                first, second = (into, out) if isinstance(module, nn.ConvTranspose2d) else (out, into)
+                state[key] = tensor[first][:, second]
     small.load_state_dict(state)
-    return small.to(next(generator.parameters()).device)
+    return small.to(next(network.parameters()).device)
 
 
 def channel_indices(groups: Sequence[str], kept: dict[str, torch.Tensor], widths: dict[str, int]) -> torch.Tensor:

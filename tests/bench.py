@@ -192,7 +192,7 @@ def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
     data = common.find_pairs(pairs, "train", CONCEPTS)
     torch.manual_seed(0)
     generator = common.new_generator("e2gan", args.width, data.size, data.concepts, "ViT-S-32:random", device)
-    discriminator = common.Discriminator(args.width, generator.config["text_dim"]).to(device)
+    discriminator = common.new_discriminator(generator)
     opt_g, opt_d = (torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999)) for network in (generator, discriminator))
     asked, waited = [], []
     for step in range(args.steps):
@@ -282,7 +282,7 @@ def lora_rows(width: int, size: int, device: torch.device, rounds: int, steps: i
     args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, steps=steps, precision="auto", save_every=10 ** 6)
 
     def network(mode):
-        generator = common.build_generator(config).to(device)
+        generator = common.build_network(config).to(device)
         if mode == "lora":
             groups = stage.group_sizes(generator)
             ranks = {group: stage.PAPER_RANKS[group] for group in stage.CRUCIAL}
@@ -300,7 +300,7 @@ def lora_rows(width: int, size: int, device: torch.device, rounds: int, steps: i
 
     with tempfile.TemporaryDirectory() as folder:
         base, adapter = Path(folder, "base.safetensors"), Path(folder, "adapter.safetensors")
-        common.save_generator(base, network("full"))
+        common.save_network(base, network("full"))
         common.save_adapter(adapter, networks["lora"], concept["name"], common.sha256(base), 16.0)
         plain, swapped, merged = (common.load_generator(base, device).requires_grad_(False) for _ in range(3))
         swap = best(lambda: (common.load_adapter(swapped, adapter), common.unload_adapters(swapped)), rounds)
@@ -331,7 +331,7 @@ def bench_size(_) -> tuple[str, list[dict]]:
     for arch in common.ARCHITECTURES:
         text = dict(text_dim=512, tokens=8, clip="none") if arch == "e2gan" else {}
         with torch.device("meta"):
-            generator = common.build_generator(common.generator_config(arch, 64, 256, [{"name": "a", "prompt": "a"}], **text))
+            generator = common.build_network(common.generator_config(arch, 64, 256, [{"name": "a", "prompt": "a"}], **text))
         rows.append({"generator": arch, "parameters M": common.count_parameters(generator) / 1e6,
                      "GMACs": common.count_macs(generator, 256) / 1e9})
     return "Generators at 256 pixels, width 64", rows

@@ -20,9 +20,10 @@ CONCEPTS = ("sketch", "oil", "night")
 def new_generator(arch="e2gan", concepts=("sketch", "oil"), seed=0):
     """Random weights, biases and prompts (of unequal lengths): nothing is zero by chance."""
     torch.manual_seed(seed)
-    text = dict(tokens=5, text_dim=12, clip="none") if arch == "e2gan" else {}
+    text = dict(tokens=5, text_dim=12, clip="ViT-S-32:random") if arch == "e2gan" else {}
+    arch = arch.removesuffix(" without text")
     concepts = [{"name": name, "prompt": f"make it {name}"} for name in concepts]
-    generator = common.build_generator(common.generator_config(arch, 8, SIZE, concepts, **text)).eval()
+    generator = common.build_network(common.generator_config(arch, 8, SIZE, concepts, **text)).eval()
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05)
     if text:
@@ -55,9 +56,9 @@ def world(tmp_path_factory):
         lines = "".join(json.dumps(row) + "\n" for row in rows[split])
         common.write_text(root / "pairs" / split / "metadata.jsonl", lines)
     common.write_json(root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in CONCEPTS})
-    common.save_generator(root / "base/generator.safetensors", new_generator())
+    common.save_network(root / "base/generator.safetensors", new_generator())
     pruned = new_generator(concepts=("sketch",), seed=1)
-    common.save_generator(root / "coronet/generator.safetensors", common.slice_generator(
+    common.save_network(root / "coronet/generator.safetensors", common.slice_network(
         pruned, {group: torch.arange(0, n, 2) for group, n in pruned.config["widths"].items()}))
     add_adapter(root / "lora", root / "base/generator.safetensors", "night")
     return root
@@ -154,10 +155,10 @@ def test_done_already_and_one_concept(world, export, exported, capsys):
     assert "done already" in capsys.readouterr().out and (world / "one/night.onnx").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("arch", ["resnet9", "unet256"])
+@pytest.mark.parametrize("arch", ["resnet9", "unet256", "e2gan without text"])
 def test_architectures_without_prompt(world, export, tmp_path, arch):
     generator = new_generator(arch, ("oil",))
-    common.save_generator(tmp_path / "generator.safetensors", generator)
+    common.save_network(tmp_path / "generator.safetensors", generator)
     out = export("--generator", tmp_path / "generator.safetensors", out=arch)
     photo = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
     assert np.abs(run_file(out / "oil.onnx", photo) - edit(generator, photo, "oil")).max() < 1e-4

@@ -17,7 +17,7 @@ def good(tmp_path_factory, write_pairs):
     torch.manual_seed(0)
     config = common.generator_config("e2gan", 8, 32, [{"name": "dark", "prompt": "make it dark"}], tokens=4, text_dim=16,
                                      clip="ViT-S-32:random")
-    common.save_generator(root / "base.safetensors", common.build_generator(config))
+    common.save_network(root / "base.safetensors", common.build_network(config))
     return root
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from torch.nn.utils import parametrize
 
 import common
 
@@ -16,13 +17,38 @@ def make(arch="e2gan", width=8, size=32, seed=0):
     """A small random generator whose biases are not 0, so that a lost bias shows."""
     torch.manual_seed(seed)
     text = dict(text_dim=16, tokens=5, clip="ViT-S-32:random") if arch == "e2gan" else {}
-    generator = common.build_generator(common.generator_config(arch, width, size, CONCEPTS if text else CONCEPTS[:1], **text))
-    for _, module in common.named_layers(generator):
-        torch.nn.init.normal_(module.weight, std=0.2)
-        torch.nn.init.normal_(module.bias, std=0.2)
+    arch = arch.removesuffix(" without text")
+    generator = common.build_network(common.generator_config(arch, width, size, CONCEPTS if text else CONCEPTS[:1], **text))
     if text:
         common.set_tokens(generator, [torch.randn(5, 16), torch.randn(3, 16)])
-    return generator.eval()
+    return randomize(generator)
+
+
+def randomize(network):
+    for module in network.modules():
+        if hasattr(module, "reads"):
+            torch.nn.init.normal_(module.weight, std=0.2)
+            torch.nn.init.normal_(module.bias, std=0.2)
+        elif hasattr(module, "writes"):                     # batch norm
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(torch.rand_like(tensor.float()) + (0.5 if name == "running_var" else -0.5))
+    return network.eval()
+
+
+def make_network(name):
+    """A small random network of any kind."""
+    if name in GENERATORS:
+        return make(name)
+    if name == "dcgan":
+        return make("dcgan")
+    generator = make({"dcgan-d": "dcgan", "patchgan with text": "e2gan"}.get(name, "resnet9"))
+    return randomize(common.new_discriminator(generator, photo=name != "patchgan without photo"))
+
+
+def output(network, size=None):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return network(*network.example(size, batch=2, device="cpu"))
 
 
 def edit(generator, size=32, concept=0):
@@ -37,44 +63,82 @@ def half(generator, seed=0):
     return {g: torch.randperm(n, generator=rng)[:max(2, n // 2)].sort().values for g, n in generator.config["widths"].items()}
 
 
-architectures = pytest.mark.parametrize("arch", list(common.ARCHITECTURES))
+GENERATORS = [*common.ARCHITECTURES, "e2gan without text"]
+NETWORKS = [*GENERATORS, "dcgan", "patchgan", "patchgan with text", "patchgan without photo", "dcgan-d"]
+architectures = pytest.mark.parametrize("arch", GENERATORS)
+every_network = pytest.mark.parametrize("name", NETWORKS)
 
 
 def test_resnet9_is_the_papers_baseline():
     config = common.generator_config("resnet9", 64, 256, CONCEPTS[:1])
     with torch.device("meta"):
-        generator = common.build_generator(config)
+        generator = common.build_network(config)
     assert round(common.count_parameters(generator) / 1e6, 3) == 11.378
     assert 49e9 < common.count_macs(generator, 256) < 50e9
 
 
-@architectures
-def test_mac_formula_equals_flop_counter_full_and_pruned(arch, load_stage):
-    stage = load_stage("05")
-    generator = make(arch)
-    terms = stage.mac_terms(generator, 32)
-    assert stage.macs_of(terms, common.all_widths(generator.config)) == common.count_macs(generator, 32)
-    small = common.slice_generator(generator, half(generator))
-    assert stage.macs_of(terms, common.all_widths(small.config)) == common.count_macs(small, 32)
-    assert common.count_macs(small, 32) < 0.5 * common.count_macs(generator, 32)
+@every_network
+def test_mac_formula_equals_flop_counter_full_and_pruned(name, load_stage):
+    stage, network = load_stage("05"), make_network(name)
+    terms = stage.mac_terms(network)
+    assert stage.macs_of(terms, common.all_widths(network.config)) == common.count_macs(network)
+    small = common.slice_network(network, half(network))
+    assert stage.macs_of(terms, common.all_widths(small.config)) == common.count_macs(small)
+    assert common.count_macs(small) < 0.5 * common.count_macs(network)
 
 
-@architectures
-def test_sliced_equals_masked(arch):
-    generator, kept = make(arch), half(make(arch))
-    widths = common.all_widths(generator.config)
-    masked = copy.deepcopy(generator)
-    for _, module in common.named_layers(masked):
-        everything = {g: torch.arange(n) for g, n in widths.items()}
-        alive = torch.zeros(module.bias.numel())
-        alive[common.channel_indices(module.writes, {**everything, **kept}, widths)] = 1
-        shape = [1] * module.weight.dim()
-        shape[1 if isinstance(module, torch.nn.ConvTranspose2d) else 0] = -1
-        module.weight.data *= alive.view(shape)
-        module.bias.data *= alive
-    small = common.slice_generator(generator, kept).eval()
-    assert torch.allclose(edit(masked), edit(small), atol=1e-5)
-    assert not torch.allclose(edit(generator), edit(small), atol=1e-2)
+class Mask(torch.nn.Module):
+    """Parametrizes a weight (out first, unless transposed) as itself with some output channels 0."""
+
+    def __init__(self, alive, transposed):
+        super().__init__()
+        self.alive, self.place = alive, 1 if transposed else 0
+
+    def forward(self, weight):
+        return weight * self.alive.view([-1 if i == self.place else 1 for i in range(weight.dim())])
+
+
+def mask(network, kept):
+    """The network as if some channels were gone: they are 0 wherever they are written, by every writer's weights and biases and
+    by batch norm's scale and shift, so whatever reads them adds nothing. All of their ways lead there: norms, attention,
+    ReLU, FiLM and sums map a channel (attention: a dimension) of zeros to zeros, and the RMS norm sums squares."""
+    widths = common.all_widths(network.config)
+    kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
+    for module in network.modules():
+        if hasattr(module, "writes"):
+            alive = torch.zeros(module.bias.numel())
+            alive[common.channel_indices(module.writes, kept, widths)] = 1
+            parametrize.register_parametrization(module, "weight", Mask(alive, isinstance(module, torch.nn.ConvTranspose2d)))
+            module.bias.data *= alive
+
+
+@every_network
+def test_sliced_equals_the_masked_hypernetwork_network(name):
+    network = make_network(name)
+    groups = network.config["widths"]
+    latents = {g: torch.randn(n) if g in groups else torch.ones(n) for g, n in common.all_widths(network.config).items()}
+    for g in groups:                                                # a proximal step: half of each group's latents are 0
+        amount = latents[g].abs().median()
+        latents[g] = latents[g].sign() * (latents[g].abs() - amount).clamp(min=0)
+    kept = {g: latents[g].nonzero().flatten() for g in groups}
+    common.add_hypernetwork(network, latents, trained=False)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, common.Hypernetwork):             # as if trained for a while: no bias is 0, so that
+                for bias in (module.b0, module.b1):                 # the weights at z = 0 are not either
+                    bias += 0.2 * torch.randn_like(bias)
+        for _, module in common.named_layers(network):
+            b2 = module.parametrizations.weight.original
+            b2 += 0.05 * torch.randn_like(b2)
+    full = output(network)
+    twin = copy.deepcopy(network)
+    mask(twin, kept)
+    masked = output(twin)               # now: the two share classes, and removing one's parametrizations breaks the other
+    common.remove_parametrizations(network)
+    small = common.slice_network(network, kept).eval()
+    scale = 1 if full.shape[1] == 3 else full.abs().max()           # pictures are in [-1, 1], scores anywhere
+    assert (masked - output(small)).abs().max() < 1e-5 * scale
+    assert (full - output(small)).abs().max() > 1e-2 * scale
 
 
 @architectures
@@ -166,7 +230,7 @@ def write_adapter(path, base, concept, ranks, seed):
 def adapters(tmp_path):
     """A base and two adapters: `comic`, and one that replaces the base's own `night`; they share the layer up1.conv."""
     base = tmp_path / "base.safetensors"
-    common.save_generator(base, make())
+    common.save_network(base, make())
     return base, [write_adapter(tmp_path / "a.safetensors", base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1}, seed=1),
                   write_adapter(tmp_path / "b.safetensors", base, "night", {"up1.conv": 3, "stem.conv": 1}, seed=2)]
 
@@ -256,7 +320,7 @@ def test_adapter_that_does_not_fit_leaves_the_generator_as_it_was(adapters, tmp_
 def test_paper_adapter_is_one_percent_of_the_weights_and_150_kilobytes(load_stage, tmp_path):
     stage = load_stage("04")
     prompt = {"name": "a", "prompt": "turn it into a pencil sketch"}
-    generator = common.build_generator(common.generator_config("e2gan", 64, 256, [prompt], text_dim=512, tokens=9, clip=""))
+    generator = common.build_network(common.generator_config("e2gan", 64, 256, [prompt], text_dim=512, tokens=9, clip=""))
     groups = stage.group_sizes(generator)
     ranks = {group: stage.PAPER_RANKS[group] for group in stage.CRUCIAL}
     whole = common.count_parameters(generator)
@@ -267,7 +331,7 @@ def test_paper_adapter_is_one_percent_of_the_weights_and_150_kilobytes(load_stag
 
 
 def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
-    common.save_generator(tmp_path / "base.safetensors", make())
+    common.save_network(tmp_path / "base.safetensors", make())
     generator = common.load_generator(tmp_path / "base.safetensors")
     common.add_concept(generator, "comic", "a comic strip", torch.randn(7, 16))
     for parameter in common.add_lora(generator, {"down1.conv": 2, "blocks.tb.feed1": 1}, alpha=1.0):
@@ -284,19 +348,36 @@ def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
                                     "blocks.tb.feed1.lora_B", "tokens"}
         assert json.loads(file.metadata()["about"])["ranks"] == {"down1.conv": 2, "blocks.tb.feed1": 1}
 
-    common.save_generator(tmp_path / "other.safetensors", make(seed=1))
+    common.save_network(tmp_path / "other.safetensors", make(seed=1))
     with pytest.raises(common.UserError, match="another base"):
         common.load_adapter(common.load_generator(tmp_path / "other.safetensors"), tmp_path / "adapter.safetensors")
 
 
-@architectures
-def test_checkpoint_rebuilds_full_and_pruned(arch, tmp_path):
-    for number, generator in enumerate((make(arch), common.slice_generator(make(arch), half(make(arch))).eval())):
+@every_network
+def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
+    whole = make_network(name)
+    for number, network in enumerate((whole, common.slice_network(whole, half(whole)).eval())):
         path = tmp_path / f"{number}.safetensors"
-        common.save_generator(path, generator)
-        loaded = common.load_generator(path)
-        assert torch.equal(edit(loaded), edit(generator))
-        assert loaded.config == generator.config and loaded.sha256 == common.sha256(path)
+        common.save_network(path, network)
+        loaded = common.load_network(path, torch.device("cpu"), network.kind)
+        assert torch.equal(output(loaded), output(network))
+        assert loaded.config == network.config and loaded.sha256 == common.sha256(path)
+        if name not in GENERATORS:                              # stages that edit photos refuse it
+            with pytest.raises(common.UserError, match=f"no generator of ours but a {network.kind}"):
+                common.load_generator(path)
+
+
+@pytest.mark.parametrize("size", [4, 24, 100])
+def test_dcgan_says_which_sizes_it_makes(size):
+    with pytest.raises(common.UserError, match=f"8, 16, 32, 64, ... pixels, not {size}"):
+        common.generator_config("dcgan", 8, size, [])
+
+
+def test_without_clip_e2gan_learns_one_concept():
+    generator = common.new_generator("e2gan", 8, 32, CONCEPTS[:1], "none", torch.device("cpu"))
+    assert not hasattr(generator, "tokens") and not any("cross" in name or "film" in name for name in generator.state_dict())
+    with pytest.raises(common.UserError, match="without CLIP takes no prompt and learns one concept"):
+        common.new_generator("e2gan", 8, 32, CONCEPTS, "none", torch.device("cpu"))
 
 
 def damaged(tmp_path, change):
@@ -324,7 +405,7 @@ def test_a_checkpoint_that_is_not_ours_is_named(tmp_path, change, words):
 
 def test_a_truncated_checkpoint_is_named(tmp_path):
     path = tmp_path / "g.safetensors"
-    common.save_generator(path, make())
+    common.save_network(path, make())
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(common.UserError, match="g.safetensors is truncated"):
         common.load_generator(path)

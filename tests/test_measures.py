@@ -119,7 +119,7 @@ def test_broken_weights_leave_fid_blank_too(offline, tmp_path, capsys):
 def test_evaluate_has_a_column_for_fid_only_where_it_is_asked_for(cached, tmp_path, write_pairs):
     write_pairs(tmp_path / "pairs", {"dark": lambda x: 0.3 * x}, train=1, test=3)
     pairs = common.load_pairs(tmp_path / "pairs", "test", ["dark"])
-    generator = common.build_generator(common.generator_config("unet256", 8, 32, pairs.concepts))
+    generator = common.build_network(common.generator_config("unet256", 8, 32, pairs.concepts))
     [plain], [row] = common.evaluate(generator, pairs), common.evaluate(generator, pairs, tmp_path / "pairs/test")
     assert row.pop("FID") > 0 and row == plain and "FID" not in plain
 
