@@ -287,21 +287,13 @@ def list_photos(folder: Path) -> tuple[list[str], str]:
 
 
 def read_photo(path: Path, size: int, at_least: int) -> Image.Image:
-    """The middle square of a photo's first frame, RGB (colour profiles are ignored), upright, on white where it is
-    transparent, resized to `size`. ValueError if a side has under `at_least` pixels; what Pillow raises if broken."""
+    """The middle square of a photo, RGB, upright, resized to `size`. ValueError if a side has under `at_least` pixels; what
+    Pillow raises if broken."""
     with Image.open(path) as photo:
         if min(photo.size) < at_least:
             raise ValueError(f"{photo.width}x{photo.height} is smaller than {at_least} pixels")
         photo.draft(None, (2 * size, 2 * size))                     # JPEG decodes several times faster at 1/2, 1/4, 1/8
-        photo = ImageOps.exif_transpose(photo)
-    if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey, which convert would clip
-        values = np.asarray(photo, dtype=np.float32)
-        top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
-        photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if photo.has_transparency_data:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    return ImageOps.fit(photo.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        return ImageOps.fit(common.upright(photo), (size, size), Image.Resampling.LANCZOS)
 
 
 def readable(name: str) -> str:

@@ -34,7 +34,7 @@ import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
@@ -210,7 +210,7 @@ def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tabl
     `python common.py` prints. marks: what a reader of the numbers must know, such as "demo"."""
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
-    for raw in out.glob("pixels-*"):        # Pairs.hold made it; no step is left that would read it
+    for raw in out.glob("pixels-*"):        # Pictures.hold made it; no step is left that would read it
         raw.unlink()
     write_json(out / "result.json", {"stage": stage, "marks": list(dict.fromkeys(marks)),
                                      "seconds": round(time.time() - began, 1), **more, "tables": tables})
@@ -243,15 +243,36 @@ def sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and pairs
 
-def read_image(path: Path, size: int | None = None) -> torch.Tensor:
-    """A picture file as uint8 (3, H, W); UserError if it cannot be read, or is not `size` x `size` where that is given."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture file for a `with` block; UserError where it, or what the block does with it, fails."""
     try:
         with Image.open(path) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            yield image
     except FileNotFoundError:
         raise UserError(f"{path} does not exist")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read: {error}")
+
+
+def upright(photo: Image.Image) -> Image.Image:
+    """An opened picture's first frame as RGB (colour profiles are ignored), turned as its EXIF says, on white where it is
+    transparent. Raises what Pillow raises if it is broken."""
+    photo = ImageOps.exif_transpose(photo)
+    if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey, which convert would clip
+        values = np.asarray(photo, dtype=np.float32)
+        top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
+        photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if photo.has_transparency_data:
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    return photo.convert("RGB")
+
+
+def read_image(path: Path, size: int | None = None) -> torch.Tensor:
+    """A picture file as uint8 (3, H, W); UserError if it cannot be read, or is not `size` x `size` where that is given."""
+    with opened(path) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     if size and tuple(pixels.shape[1:]) != (size, size):
         raise UserError(f"{path} is {pixels.shape[2]}x{pixels.shape[1]}; its folder's other pictures are {size}x{size}")
     return pixels.contiguous()
@@ -301,75 +322,66 @@ def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) 
         yield waiting.popleft().result()
 
 
-@dataclasses.dataclass
-class Pairs:
-    """One split of a pairs folder. Every picture has a place: first come the photos, then concept by concept its edits, so that
-    one index gathers both halves of a batch. Pictures are PNGs until `decode` or `hold` gives them a faster home."""
-    folder: Path                            # <pairs>/train or <pairs>/test
-    concepts: list[dict]                    # [{"name": "sketch", "prompt": "..."}, ...]
-    names: list[str]                        # file names of the photos, and of their edits
-    rows: list[torch.Tensor]                # per concept (n_c,) long: which photo each of its edits shows
+def fingerprint(about: object, part: Callable[..., bytes], items: Iterable) -> str:
+    """A hash of `about` (JSON) and of part(item) of each item, called in threads: runs on different data have different settings."""
+    digest = hashlib.sha256(json.dumps(about).encode())
+    with ThreadPoolExecutor() as pool:
+        for found in ahead(pool, part, items):
+            digest.update(found)
+    return digest.hexdigest()[:16]
+
+
+def file_ends(path: Path, tail: int) -> bytes:
+    """A file's first 24 bytes, its last `tail`, and its length in 8: enough to tell most pictures apart."""
+    with open(path, "rb") as file:
+        head, length = file.read(24), file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - tail))
+        return head + file.read() + length.to_bytes(8, "big")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pictures:
+    """Pictures in numbered places, read from their files until `decoded` or `hold` gives them a faster home. A subclass sets
+    `places` and `counts` (their numbers: of all, and as steps_per_epoch wants them) and `fingerprint`, and has `load` and `plan`."""
     size: int                               # S
+    concepts: list[dict]                    # [{"name": "sketch", "prompt": "..."}, ...]
     pixels: torch.Tensor | None = None      # (places, 3, S, S) uint8, where they are held in memory
     raw: Path | None = None                 # a file of the same bytes, where they are held on disk
 
-    def __post_init__(self):
-        self.counts = [len(rows) for rows in self.rows]
-        self.starts = np.cumsum([len(self.names), *self.counts]).tolist()           # each concept's first place, and the end
-        self.photo_of = torch.cat([torch.arange(len(self.names)), *self.rows])      # (places,): the photo's place
-        self.fingerprint = self.check()
+    def load(self, place: int) -> torch.Tensor:
+        """uint8 (3, S, S), decoded from the place's own file; UserError if that is broken."""
+        raise NotImplementedError
 
-    @property
-    def photos(self) -> torch.Tensor:
-        """(N, 3, S, S) uint8, of decoded pairs."""
-        return self.pixels[:len(self.names)]
-
-    @property
-    def edits(self) -> Sequence[torch.Tensor]:
-        """Per concept (n_c, 3, S, S) uint8, of decoded pairs: edits[c][i] is made of photos[rows[c][i]]."""
-        return self.pixels[len(self.names):].split(self.counts)
-
-    def path(self, place: int) -> Path:
-        concept = bisect.bisect(self.starts, place) - 1
-        return self.folder / ("source" if concept < 0 else self.concepts[concept]["name"]) / self.names[self.photo_of[place]]
+    def plan(self, step: int, batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The batch of a step, a function of its arguments alone: the places (B, k) of its rows of k pictures, whether each is
+        mirrored (B, k) bool, and the rows' concepts (B,) long."""
+        raise NotImplementedError
 
     def read(self, place: int) -> torch.Tensor:
         """uint8 (3, S, S) from disk. Read, not mapped: pages of a mapping count as the process's memory. UserError if broken."""
         if self.raw is None:
-            return read_image(self.path(place), self.size)
+            return self.load(place)
         count = 3 * self.size ** 2
         return torch.from_numpy(np.fromfile(self.raw, np.uint8, count, offset=place * count)).view(3, self.size, self.size)
-
-    def check(self) -> str:
-        """A hash of names, prompts, and each PNG's ends and length: two runs on different data have different settings. The ends
-        hold the size and zlib's checksum of all pixels, so a PNG of other pixels shows without being decoded; damage in the
-        middle of a file does not. UserError where a picture is cut short or of another size."""
-        def ends(place: int) -> bytes:
-            with open(self.path(place), "rb") as file:
-                head, length = file.read(24), file.seek(0, os.SEEK_END)
-                file.seek(max(0, length - 20))
-                tail = file.read()                      # Adler-32 of the pixels, CRC-32 of their last chunk, end chunk
-            if head[16:] != 2 * self.size.to_bytes(4, "big") or tail[-8:] != b"IEND\xaeB`\x82":
-                read_image(self.path(place), self.size)             # says what is wrong, if anything is
-            return head + tail + length.to_bytes(8, "big")
-        digest = hashlib.sha256(json.dumps([self.names, self.concepts]).encode())
-        with ThreadPoolExecutor() as pool:
-            for part in ahead(pool, ends, range(self.starts[-1])):
-                digest.update(part)
-        return digest.hexdigest()[:16]
 
     def decode(self, keep: Callable[[int, torch.Tensor], None], places: range) -> None:
         """Calls keep(place, uint8 (3, S, S)) for each place, from threads."""
         with ThreadPoolExecutor() as pool:
-            done = ahead(pool, lambda place: keep(place, read_image(self.path(place), self.size)), places)
+            done = ahead(pool, lambda place: keep(place, self.load(place)), places)
             for _ in tqdm(done, "decoding", len(places), leave=False, delay=2, disable=places.start > 0):
                 pass
+
+    def decoded(self):
+        """The same, held in the process's memory."""
+        self.pixels = torch.empty(self.places, 3, self.size, self.size, dtype=torch.uint8)
+        self.decode(self.pixels.__setitem__, range(self.places))
+        return self
 
     def hold(self, cache_gb: float, folder: Path, device: torch.device, rank: int = 0, world: int = 1) -> None:
         """Decodes every picture once, into the first of these that has room: the device's memory (`cache_gb` for each process,
         and no more than half of what is free), a file in `folder`, which all processes read, and which a continued run finds
-        there. Where neither has room, `batches` decodes PNGs. The batches are the same bytes in each case."""
-        places, picture = self.starts[-1], 3 * self.size ** 2
+        there. Where neither has room, `batches` decodes files. The batches are the same bytes in each case."""
+        places, picture = self.places, 3 * self.size ** 2
         raw = folder / f"pixels-{self.fingerprint}.u8"
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available / world
         in_memory = places * picture <= min(cache_gb * 1e9, free / 2)
@@ -388,7 +400,7 @@ class Pairs:
             return
         if rank == 0:
             how = (f"held in {raw} until the run is complete" if on_disk
-                   else f"there is too little room in {folder} too, so PNGs are decoded in each step")
+                   else f"there is too little room in {folder} too, so files are decoded in each step")
             print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: {how}")
         if on_disk and not there:
             self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
@@ -406,7 +418,7 @@ class Pairs:
         try:
             if rank == 0:
                 with open(part, "wb") as file:
-                    file.truncate(self.starts[-1] * picture)
+                    file.truncate(self.places * picture)
             barrier()
             self.decode(keep, places)
             with open(part, "r+b") as file:
@@ -420,23 +432,22 @@ class Pairs:
                 part.unlink(missing_ok=True)
 
     def batches(self, batch: int, steps: range, seed: int, rank: int, world: int,
-                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yields for each step this process's share of the batch, on the device: photo and edit (B / world, 3, S, S) in [-1, 1],
-        and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps ahead: PIL, zlib and
-        file reads let other threads run. On CUDA nothing here waits for the device. UserError if the shares are uneven."""
+                device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yields for each step this process's share of the plan, on the device: k tensors (B / world, 3, S, S) in [-1, 1] (of
+        pairs: photo and edit), and concept (B / world,) long. Pictures that are not in memory are read by threads, two steps
+        ahead: PIL, zlib and file reads let other threads run. On CUDA nothing here waits for the device. UserError if the
+        shares are uneven."""
         if batch % world:
             raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes")
         cuda = device.type == "cuda"
 
         def ask(step: int):
-            picks, flips = (part[rank::world] for part in draw_picks(self.counts, batch, step, seed))
-            concept = picks[:, 0].clone()
-            edits = torch.tensor(self.starts)[concept] + picks[:, 1]
-            places = torch.cat([self.photo_of[edits], edits])                                     # (2B,)
+            rows, flips, concept = (part[rank::world] for part in self.plan(step, batch, seed))
+            k, concept, flips, places = rows.shape[1], concept.clone(), flips.T.flatten(), rows.T.flatten()   # (k B / world,)
             if self.pixels is not None:
-                return concept, flips, places, ()
+                return k, concept, flips, places, ()
             pixels = torch.empty(len(places), 3, self.size, self.size, dtype=torch.uint8, pin_memory=cuda)
-            return concept, flips, pixels, pool.map(functools.partial(fill, pixels), range(len(places)), places.tolist())
+            return k, concept, flips, pixels, pool.map(functools.partial(fill, pixels), range(len(places)), places.tolist())
 
         def fill(pixels: torch.Tensor, i: int, place: int) -> None:
             pixels[i] = self.read(place)
@@ -449,16 +460,63 @@ class Pairs:
             for step in steps:
                 if step + 2 in steps:
                     waiting.append(ask(step + 2))
-                concept, flips, pixels, reading = waiting.popleft()
+                k, concept, flips, pixels, reading = waiting.popleft()
                 for _ in reading:           # wait for the threads; what one of them raised is raised here
                     pass
                 if self.pixels is not None:         # pixels are places: gathered where the pictures are
                     at_home = self.pixels.device.type == device.type
                     pixels = self.pixels[send(pixels)] if at_home else self.pixels[pixels]
-                pixels = send(pixels)
-                flips = send(flips).repeat(2).view(-1, 1, 1, 1)
-                photo, edit = to_float(torch.where(flips, pixels.flip(-1), pixels)).chunk(2)
-                yield photo, edit, send(concept)
+                pixels, flips = send(pixels), send(flips).view(-1, 1, 1, 1)
+                yield *to_float(torch.where(flips, pixels.flip(-1), pixels)).chunk(k), send(concept)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Pairs(Pictures):
+    """One split of a pairs folder. First come the photos' places, then concept by concept its edits', so that one index gathers
+    both halves of a batch."""
+    folder: Path                            # <pairs>/train or <pairs>/test
+    names: list[str]                        # file names of the photos, and of their edits
+    rows: list[torch.Tensor]                # per concept (n_c,) long: which photo each of its edits shows
+
+    def __post_init__(self):
+        self.counts = [len(rows) for rows in self.rows]
+        self.starts = np.cumsum([len(self.names), *self.counts]).tolist()           # each concept's first place, and the end
+        self.places = self.starts[-1]
+        self.photo_of = torch.cat([torch.arange(len(self.names)), *self.rows])      # (places,): the photo's place
+        self.fingerprint = self.check()
+
+    @property
+    def photos(self) -> torch.Tensor:
+        """(N, 3, S, S) uint8, of decoded pairs."""
+        return self.pixels[:len(self.names)]
+
+    @property
+    def edits(self) -> Sequence[torch.Tensor]:
+        """Per concept (n_c, 3, S, S) uint8, of decoded pairs: edits[c][i] is made of photos[rows[c][i]]."""
+        return self.pixels[len(self.names):].split(self.counts)
+
+    def plan(self, step, batch, seed):
+        picks, flips = draw_picks(self.counts, batch, step, seed)
+        edits = torch.tensor(self.starts)[picks[:, 0]] + picks[:, 1]
+        return torch.stack([self.photo_of[edits], edits], 1), flips[:, None].expand(-1, 2), picks[:, 0]
+
+    def path(self, place: int) -> Path:
+        concept = bisect.bisect(self.starts, place) - 1
+        return self.folder / ("source" if concept < 0 else self.concepts[concept]["name"]) / self.names[self.photo_of[place]]
+
+    def load(self, place):
+        return read_image(self.path(place), self.size)
+
+    def check(self) -> str:
+        """A hash of names, prompts, and each PNG's ends and length. The ends hold the size and zlib's checksum of all pixels, so
+        a PNG of other pixels shows without being decoded; damage in the middle of a file does not. UserError where a picture
+        is cut short or of another size."""
+        def ends(place: int) -> bytes:
+            found = file_ends(self.path(place), 20)     # Adler-32 of the pixels, CRC-32 of their last chunk, end chunk
+            if found[16:24] != 2 * self.size.to_bytes(4, "big") or found[-16:-8] != b"IEND\xaeB`\x82":
+                self.load(place)                        # says what is wrong, if anything is
+            return found
+        return fingerprint([self.names, self.concepts], ends, range(self.places))
 
 
 def read_concepts(pairs: Path) -> dict[str, dict]:
@@ -522,10 +580,7 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[
 
 def load_pairs(pairs: Path, split: str, names: Sequence[str], samples: Sequence[str] | None = None) -> Pairs:
     """The same, decoded into the process's memory."""
-    found = find_pairs(pairs, split, names, samples)
-    found.pixels = torch.empty(found.starts[-1], 3, found.size, found.size, dtype=torch.uint8)
-    found.decode(found.pixels.__setitem__, range(found.starts[-1]))
-    return found
+    return find_pairs(pairs, split, names, samples).decoded()
 
 
 def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
