@@ -19,11 +19,14 @@ Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune
     torchrun --nproc_per_node=8 05_prune_coronet.py --keep 0.25 --batch 128
 """
 import copy
+import dataclasses
 import json
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import common
@@ -42,6 +45,173 @@ DEMO = dict(
 )
 LOG_EVERY = 50
 MOST = 0.05         # the largest amount by which one step may shrink a latent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data in the field's usual layouts: pix2pix's, CycleGAN's, a folder of pictures, CIFAR-10
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
+LAYOUTS = ("train/ and test/ or val/ of pictures that hold A|B side by side (pix2pix), trainA/ trainB/ testA/ testB/ (cyclegan), "
+           "two or more pictures or cifar-10-batches-py/ (dcgan)")
+
+
+def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
+    """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders too."""
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def fit(picture: Image.Image, size: int) -> torch.Tensor:
+    """The middle square of a picture, RGB, its short side scaled to `size`, as uint8 (3, size, size)."""
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def header(path: Path, side_by_side: bool = False) -> bytes:
+    """What a picture file adds to the fingerprint; JPEG has no checksum, so more of its end than of our PNGs'. UserError where
+    it is no picture, or does not hold two squares side by side."""
+    with common.opened(path) as picture:
+        if side_by_side and picture.width != 2 * picture.height:
+            raise common.UserError(f"{path} is {picture.width}x{picture.height}; A|B side by side is twice as wide as high")
+    return common.file_ends(path, 4096)
+
+
+@dataclasses.dataclass(kw_only=True)
+class SideBySide(common.Pairs):
+    """pix2pix's layout: each file holds A and B side by side, two squares. AtoB: A is the photo and B its edit."""
+    direction: str                          # AtoB or BtoA
+
+    def path(self, place):
+        return self.folder / self.names[place % len(self.names)]
+
+    def load(self, place):
+        with common.opened(self.path(place)) as picture:
+            picture = common.upright(picture)
+        half = picture.width // 2
+        left = 0 if (place < len(self.names)) == (self.direction == "AtoB") else half
+        return fit(picture.crop((left, 0, left + half, picture.height)), self.size)
+
+    def check(self):
+        return common.fingerprint([self.names, self.concepts, self.size, self.direction],
+                                  lambda name: header(self.folder / name, True), self.names)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Flat(common.Pictures):
+    """Pictures of any size in any format, a place each; the middle square counts."""
+    files: list[Path]
+
+    def __post_init__(self):
+        self.places, self.counts = len(self.files), [len(self.files)]
+        names = [f"{path.parent.name}/{path.name}" for path in self.files]
+        self.fingerprint = common.fingerprint([names, self.concepts, self.size], header, self.files)
+
+    def load(self, place):
+        with common.opened(self.files[place]) as picture:
+            picture.draft(None, (2 * self.size, 2 * self.size))     # JPEG decodes several times faster at 1/2, 1/4, 1/8
+            return fit(common.upright(picture), self.size)
+
+    def plan(self, step, batch, seed):
+        picks, flips = common.draw_picks(self.counts, batch, step, seed)
+        return picks[:, 1:], flips[:, None], picks[:, 0]            # the one concept is 0
+
+
+@dataclasses.dataclass(kw_only=True)
+class Unpaired(Flat):
+    """CycleGAN's layout: pictures of two kinds, A's files before B's. A row of a batch is an A and a B drawn independently, and
+    mirrored each for itself; an epoch passes over the larger set once."""
+    first_b: int                            # how many are A's
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sets = self.first_b, self.places - self.first_b
+        self.counts = [max(self.sets)]
+
+    @property
+    def photos(self) -> torch.Tensor:
+        """A's pictures (nA, 3, S, S) uint8, once decoded."""
+        return self.pixels[:self.first_b]
+
+    @property
+    def others(self) -> torch.Tensor:
+        """B's pictures (nB, 3, S, S) uint8, once decoded; none of them belongs to one of A's."""
+        return self.pixels[self.first_b:]
+
+    def plan(self, step, batch, seed):
+        picks, flips = common.draw_picks(self.sets, 2 * batch, step, seed)      # A and B take turns
+        places = picks[:, 1].view(batch, 2) + torch.tensor([0, self.first_b])
+        return places, flips.view(batch, 2), torch.zeros(batch, dtype=torch.long)
+
+
+class Cifar(Flat):
+    """The same of an array (N, H, W, 3) uint8 in the place of files."""
+
+    def __post_init__(self):
+        self.places, self.counts = len(self.files), [len(self.files)]
+        self.fingerprint = common.fingerprint([self.concepts, self.size], np.ndarray.tobytes, [self.files])
+
+    def load(self, place):
+        return fit(Image.fromarray(self.files[place]), self.size)
+
+
+def unpaired_from_pairs(pairs: Path, concept: str) -> tuple[Unpaired, common.Pairs]:
+    """Unpaired training data whose truth is known: A is the photos of the first half of the training pairs, B the edits of the
+    others'. The test pairs stay pairs, decoded."""
+    data, test = common.find_pairs(pairs, "train", [concept]), common.load_pairs(pairs, "test", [concept])
+    n = len(data.names)
+    if n < 2:
+        raise common.UserError(f"{pairs / 'train'} holds {n} pair of {concept!r}; it takes two to take them apart")
+    files = [data.path(place) for place in (*range(n // 2), *range(n + n // 2, 2 * n))]
+    return Unpaired(files=files, first_b=n // 2, size=data.size, concepts=data.concepts), test
+
+
+def cifar10(root: Path, download: bool, size: int) -> tuple[Cifar, Cifar]:
+    """CIFAR-10's 50,000 training pictures, and the first 1000 of its test pictures. Its files are pickles: torchvision compares
+    each one's MD5 with the one it knows before it unpickles anything."""
+    from torchvision import datasets
+    several = torch.distributed.is_initialized()
+    try:
+        if download and not (several and torch.distributed.get_rank()):
+            datasets.CIFAR10(root, download=True)
+        if several:
+            torch.distributed.barrier()     # the first process downloads for all
+        train, test = (datasets.CIFAR10(root, train=split).data for split in (True, False))
+    except (RuntimeError, OSError) as error:
+        raise common.UserError(f"CIFAR-10 cannot be {'downloaded to' if download else 'read from'} {root} ({error}); unpack "
+                               f"{datasets.CIFAR10.url} there")
+    return tuple(Cifar(files=part, size=size, concepts=[{"name": "cifar10", "prompt": ""}]) for part in (train, test[:1000]))
+
+
+def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tuple[common.Pictures, common.Pictures]:
+    """A folder's training pictures, not decoded yet, and its held-out ones, decoded, in the layout that the task reads:
+    pix2pix: SideBySide; cyclegan: Unpaired; dcgan: Flat, a tenth of them held out, at most 1000; or CIFAR-10, which torchvision
+    downloads to runs/cifar10 if `folder` is "cifar10". The one concept bears the folder's name."""
+    if task == "dcgan" and (size < 8 or size & (size - 1)):
+        raise common.UserError(f"--size {size}: dcgan needs a power of two from 8 on")
+    if size % 8 or size < 24 and task != "dcgan":
+        raise common.UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
+    same = dict(size=size, concepts=[{"name": folder.resolve().name, "prompt": ""}])
+    found = {name: list_pictures(folder / name) for name in ("train", "test", "val", "trainA", "trainB", "testA", "testB")}
+    download = folder == Path("cifar10") and not folder.exists()
+    if task == "dcgan" and (download or (folder / "cifar-10-batches-py").is_dir()):
+        train, test = cifar10(Path("runs/cifar10") if download else folder, download, size)
+    elif not folder.is_dir():
+        raise common.UserError(f"{folder} does not exist")
+    elif task == "pix2pix" and found["train"] and (held_out := "test" if found["test"] else "val" if found["val"] else ""):
+        train, test = (SideBySide(folder=folder / split, names=[path.name for path in found[split]],
+                                  rows=[torch.arange(len(found[split]))], direction=direction, **same)
+                       for split in ("train", held_out))
+    elif task == "cyclegan" and all(found[split + kind] for split in ("train", "test") for kind in "AB"):
+        train, test = (Unpaired(files=found[split + "A"] + found[split + "B"], first_b=len(found[split + "A"]), **same)
+                       for split in ("train", "test"))
+    elif task == "dcgan" and len(files := list_pictures(folder, "**/*")) > 1:
+        order, tenth = np.random.default_rng(0).permutation(len(files)), max(1, min(1000, len(files) // 10))
+        train, test = (Flat(files=[files[i] for i in sorted(part)], **same) for part in (order[tenth:], order[:tenth]))
+    else:
+        there = sorted(path.name for path in folder.iterdir())
+        raise common.UserError(f"--task {task} finds no data in {folder}; looked for {LAYOUTS}; found "
+                               f"{', '.join(there[:8]) or 'nothing'}{', ...' * (len(there) > 8)}")
+    return train, test.decoded()
 
 
 def mac_terms(generator: common.Generator, size: int) -> list[tuple[tuple, tuple, int]]:
