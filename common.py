@@ -323,7 +323,7 @@ def ahead(pool: Executor, function: Callable, items: Iterable, depth: int = 32) 
 
 
 def fingerprint(about: object, part: Callable[..., bytes], items: Iterable) -> str:
-    """A hash of `about` (JSON) and of part(item) of each item, called in threads: runs on different data have different settings."""
+    """A hash of `about` (JSON) and part(item) of each item, called in threads: runs on different data have different settings."""
     digest = hashlib.sha256(json.dumps(about).encode())
     with ThreadPoolExecutor() as pool:
         for found in ahead(pool, part, items):
@@ -342,7 +342,7 @@ def file_ends(path: Path, tail: int) -> bytes:
 @dataclasses.dataclass(kw_only=True)
 class Pictures:
     """Pictures in numbered places, read from their files until `decoded` or `hold` gives them a faster home. A subclass sets
-    `places` and `counts` (their numbers: of all, and as steps_per_epoch wants them) and `fingerprint`, and has `load` and `plan`."""
+    `places` (how many), `counts` (as steps_per_epoch takes them) and `fingerprint`, and has `load` and `plan`."""
     size: int                               # S
     concepts: list[dict]                    # [{"name": "sketch", "prompt": "..."}, ...]
     pixels: torch.Tensor | None = None      # (places, 3, S, S) uint8, where they are held in memory

@@ -196,7 +196,8 @@ def test_two_processes_train_as_one_in_the_later_stages(world, stage, tmp_path, 
     one, two = ([json.loads(line) for line in (tmp_path / name / log).read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=1e-5)
+        assert a.get("MACs %") == b.get("MACs %")
+        assert {**a, "MACs %": 0} == pytest.approx({**b, "MACs %": 0}, rel=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["resnet9", "unet256"])
@@ -363,11 +364,11 @@ def test_pruning_meets_its_target_and_keeps_what_was_learned(world, stage, tmp_p
     small = common.load_generator(tmp_path / "out/generator.safetensors")
     full = common.load_generator(world / "base/generator.safetensors")
     share = common.count_macs(small, 32) / common.count_macs(full, 32)
-    assert 0.35 < share <= 0.4
+    assert 0.39 < share <= 0.4
     assert small.config["full"] == full.config["widths"] and small.config["concepts"] == full.config["concepts"]
-    for row in table(tmp_path / "out", "Pruned generator, held-out photos"):
+    for row in table(tmp_path / "out", "Pruned generator, held-out pictures"):
         assert row["PSNR dB"] > row["photo unchanged dB"] + 2, row
-    assert (tmp_path / "out/channels.png").exists()
+    assert (tmp_path / "out/pruning.png").exists()
 
 
 @pytest.mark.parametrize("arch", list(common.ARCHITECTURES))
@@ -375,7 +376,7 @@ def test_pruning_from_scratch_meets_its_target(world, stage, tmp_path, arch):
     stage("05", *prune(world, tmp_path / "out", "--generator", arch, "--width", 8, "--concept", "dark", "--keep", "0.3",
                        "--search-epochs", 8, "--epochs", 1))
     [row] = table(tmp_path / "out", "Pruning")
-    assert 25 < row["MACs %"] <= 30
+    assert 29 < row["MACs %"] <= 30
 
 
 @pytest.mark.parametrize("state", ["search.safetensors", "converge.safetensors"])
@@ -383,7 +384,7 @@ def test_pruning_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_p
     flags = ["--generator", world / "base/generator.safetensors", "--keep", "0.5", "--search-epochs", 10, "--epochs", 12, "--save-every", 5]
     stage("05", *prune(world, tmp_path / "whole", *flags))
     kill_midway_and_continue(stage, "05", prune(world, tmp_path / "killed", *flags), tmp_path / "killed", state)
-    assert_same_files(tmp_path / "whole", tmp_path / "killed", "sliced.safetensors", "generator.safetensors", "search.jsonl",
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", "sliced/generator.safetensors", "generator.safetensors", "search.jsonl",
                       "converge.jsonl")
 
 
