@@ -39,7 +39,7 @@ import common
 
 PAPER = dict(
     task="pix2pix", pairs=Path("runs/pairs"), concept=[], generator="auto", out=Path("runs/coronet"),
-    data=None, direction="AtoB", size=0, method="coronet",
+    data=None, direction="AtoB", size=0, method="coronet", start="weights",
     keep=0.25, width=64, clip="ViT-B-32:openai",
     search_epochs=20, epochs=180,   # together pix2pix's 200
     batch=16, lr=2e-4, lr_search=1e-4, lr_d=2e-4, lr_z=1e-2, l1=100.0, cycle=10.0, identity=0.5,
@@ -357,7 +357,7 @@ class Dcgan:
     def __init__(self, args, data: Flat, device: torch.device):
         generator = common.new_generator("dcgan", args.width, data.size, [], "none", device)
         self.generators, self.discriminators = {"generator": generator}, {"discriminator": common.new_discriminator(generator)}
-        self.pools, self.names = {}, {}
+        self.pools, self.names = {}, {"L1": ""}
 
     def fakes(self, g, batch):
         return [g["generator"](torch.randn(len(batch[0]), common.FIXED["noise"], device=batch[0].device))]
@@ -469,19 +469,18 @@ def channel_importance(network: common.Network) -> dict[str, torch.Tensor]:
 class Latents(torch.nn.ParameterDict):
     """One vector per channel group, {group: (channels,)}: what the search shrinks."""
 
-    def __init__(self, generator: common.Generator, trained: bool):
-        """N(0, 1) as in the paper. For a trained generator: its channels ranked by importance and spread evenly over two decades,
-        0.01 to 1, so that half of them can fade while the others barely move (a choice of ours)."""
+    def __init__(self, network: common.Network, start: str):
+        """start "paper": N(0, 1). "weights": the network's channels ranked by importance and spread evenly over two decades, 0.01
+        to 1, so that half of them can fade while the others barely move (a choice of ours)."""
         def spread(importance):
             ranks = importance.argsort().argsort()
             return 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
-        importance = channel_importance(generator) if trained else {}
-        super().__init__({group: spread(importance[group]) if trained else torch.randn(n)
-                          for group, n in generator.config["widths"].items()})
+        super().__init__({group: torch.randn(network.config["widths"][group]) if start == "paper" else spread(importance)
+                          for group, importance in channel_importance(network).items()})
 
-    def with_fixed(self, generator: common.Generator) -> dict[str, torch.Tensor]:
+    def with_fixed(self, network: common.Network) -> dict[str, torch.Tensor]:
         """The latents and ones for the groups that are never pruned: RGB and text."""
-        widths, device = common.all_widths(generator.config), next(self.parameters()).device
+        widths, device = common.all_widths(network.config), next(self.parameters()).device
         return {g: self[g] if g in self else torch.ones(n, device=device) for g, n in widths.items()}
 
 
@@ -621,7 +620,7 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
             row = common.check_health(sums / summed, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world)
-            log.append({task.names.get(key, key): value for key, value in row.items()})
+            log.append({task.names.get(key, key): value for key, value in row.items() if task.names.get(key, key)})
             bar.set_postfix({key: f"{value:.4g}" for key, value in log[-1].items() if key in ("G", "D", "L1", "cycle")})
             sums, summed = torch.zeros_like(sums), 0
         if save and rank == 0:
@@ -652,8 +651,8 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
         slice_task(task, {name: target.kept(scores_of(args, networks[name]), args.keep) for name, target in targets.items()})
     latents = {}
     for name, network in networks.items() if args.method == "coronet" else ():
-        latents[name] = network.latents = Latents(network, task.trained).to(device)     # saved, and averaged over processes, with it
-        common.add_hypernetwork(network, latents[name].with_fixed(network), task.trained)
+        latents[name] = network.latents = Latents(network, args.start).to(device)       # saved, and averaged over processes, with it
+        common.add_hypernetwork(network, latents[name].with_fixed(network), args.start == "weights")
     opt_g, opt_d = (common.adam([p for network in kind.values() for key, p in network.named_parameters() if not key.startswith("latents.")], lr)
                     for kind, lr in ((task.generators, args.lr_search if latents else args.lr), (task.discriminators, args.lr_d)))
     optimizers = [opt_g, opt_d]
@@ -711,6 +710,8 @@ def check_generator(args) -> None:
             "cyclegan": list(common.ARCHITECTURES), "dcgan": ["dcgan"]}[args.task]
     if args.generator not in fits:
         raise common.UserError(f"--task {args.task} takes --generator {', '.join(fits)}, not {args.generator}")
+    if args.start == "paper" and Path(args.generator).suffix:
+        raise common.UserError(f"--start paper would forget what {args.generator} has learned: leave it out, or give --generator an architecture")
     if args.method == "uniform" and Path(args.generator).suffix:
         raise common.UserError("--method uniform trains a narrower network from scratch: give --generator an architecture, not a file")
 
@@ -766,12 +767,14 @@ def main() -> None:
                         f"{', '.join(common.ARCHITECTURES)}, dcgan; auto: stage 3's base, unet256 with --data, resnet9 for cyclegan")
     parser.add_argument("--method", choices=["coronet", "uniform", "random", "magnitude"], help="what chooses the channels; the other "
                         "three are for comparison: all groups narrowed alike from the start, or the channels cut after the search phase")
+    parser.add_argument("--start", choices=["weights", "paper"], help="what the hypernetworks make at first: the weights that the network "
+                        "has, trained or not, or the paper's random ones")
     parser.add_argument("--keep", type=float, help="share of the MACs to keep")
     parser.add_argument("--prune-discriminator", action="store_true", help="prune the discriminators to the same share")
     parser.add_argument("--width", type=int, help="channels of the first layer (dcgan: of the last hidden one), for a new architecture")
     parser.add_argument("--clip", help="text tower for a new e2gan as open_clip's MODEL:WEIGHTS; none: an e2gan without text")
     parser.add_argument("--search-epochs", type=int, help="passes over all pictures while pruning")
-    parser.add_argument("--epochs", type=int, help="passes after it; the learning rates fall to 0 in the second half")
+    parser.add_argument("--epochs", type=int, help="passes after it, and what the search did not need; the learning rates fall to 0 in the second half")
     parser.add_argument("--batch", type=int, help="pictures or pairs a step, all processes together")
     parser.add_argument("--lr", type=float, help="the generator's learning rate while converging")
     parser.add_argument("--lr-search", type=float, help="the hypernetworks' learning rate: a weight is a sum of nine terms, and all of them move")
@@ -817,7 +820,9 @@ def main() -> None:
     after_slice = task.measure(test, False)
     optimizers = [common.adam([p for network in kind.values() for p in network.parameters()], lr)
                   for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))]
-    steps = args.epochs * common.steps_per_epoch(data.counts, args.batch)
+    # what the search did not need is added: runs of equal flags have equal steps
+    steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
+    steps -= common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
     pace |= train(task, optimizers, lambda step: ({}, False), data, test, args, "converge", steps, args.lr, True, device, rank, world)
     if rank > 0:
         return

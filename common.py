@@ -765,8 +765,9 @@ class Generator(Network):
             self.register_buffer("tokens", torch.zeros(len(config["concepts"]), config["tokens"], config["text_dim"]))
             self.register_buffer("mask", torch.ones(len(config["concepts"]), config["tokens"], dtype=torch.bool))
 
-    def forward(self, photo: torch.Tensor, concept: torch.Tensor) -> torch.Tensor:
-        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, the concept's place in config["concepts"] -> like photo."""
+    def forward(self, photo: torch.Tensor, concept: torch.Tensor | None = None) -> torch.Tensor:
+        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, the concept's place in config["concepts"] (a generator without text
+        needs none) -> like photo."""
         return self.edit(photo, self.tokens[concept], self.mask[concept]) if "text_dim" in self.config else self.edit(photo)
 
     def example(self, size=None, batch=1, device="meta"):

@@ -1,0 +1,159 @@
+"""Stage 5's three tasks on data that takes seconds: the target is met by every network, a killed run ends in the same bytes, unpaired
+training finds an edit that it never saw a pair of."""
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from conftest import script
+from test_03_04_05_training import assert_same_files, kill_midway_and_continue, table
+
+EDITS = {"dark": lambda x: 0.25 * x}
+SMALL = ["--width", 8, "--batch", 4, "--fid", "off", "--device", "cpu", "--lr", "1e-3", "--lr-search", "2e-4", "--search-epochs", 6, "--epochs", 2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_pairs):
+    """Pairs of one edit, and the same pictures in the layouts of pix2pix, CycleGAN and DCGAN."""
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root / "pairs", EDITS, train=24, test=6)
+    for split in ("train", "test"):
+        pairs = common.load_pairs(root / "pairs", split, ["dark"])
+        for i, (photo, edit) in enumerate(zip(pairs.photos, pairs.edits[0])):
+            common.write_png(root / "sides" / split / f"{i}.png", common.to_pil(torch.cat([photo, edit], 2)))
+            common.write_png(root / "unpaired" / f"{split}A" / f"{i}.png", common.to_pil(photo))
+            if i < 20:                      # the sets need not be equally large
+                common.write_png(root / "unpaired" / f"{split}B" / f"{i}.png", common.to_pil(edit))
+            common.write_png(root / "flat" / split / f"{i}.png", common.to_pil(photo))
+    return root
+
+
+@pytest.fixture
+def prune(load_stage, monkeypatch, tmp_path):
+    """prune(*flags) runs stage 5 in this process; returns its folder."""
+    module = load_stage("05")
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", [str(script("05")), *map(str, [*SMALL, "--out", tmp_path / "out", *flags])])
+        module.main()
+        return tmp_path / "out"
+    call.module = module
+    return call
+
+
+TASKS = {
+    "A|B, unet256": ["--task", "pix2pix", "--data", "sides", "--generator", "unet256", "--size", 32],
+    "pairs, resnet9": ["--task", "pix2pix", "--pairs", "pairs", "--generator", "resnet9"],
+    "pairs, e2gan": ["--task", "pix2pix", "--pairs", "pairs", "--generator", "e2gan", "--clip", "ViT-S-32:random", "--width", 16],
+    "trainA trainB, resnet9": ["--task", "cyclegan", "--data", "unpaired", "--size", 32],
+    "pairs taken apart, e2gan without text": ["--task", "cyclegan", "--pairs", "pairs", "--concept", "dark", "--generator", "e2gan"],
+    "flat, dcgan": ["--task", "dcgan", "--data", "flat", "--size", 32, "--epochs", 6],
+}
+
+
+@pytest.mark.parametrize("flags", TASKS.values(), ids=TASKS)
+def test_every_task_meets_its_target_from_below_for_all_networks(data, prune, flags):
+    flags = [data / flag if flag in ("sides", "pairs", "unpaired", "flat") else flag for flag in flags]
+    out = prune(*flags, "--prune-discriminator", "--keep", "0.3")
+    rows = table(out, "Pruning")
+    assert len(rows) == (4 if "cyclegan" in flags else 2)
+    for row in rows:
+        assert 29 < row["MACs %"] <= 30, row
+    for path in out.glob("generator*.safetensors"):
+        kind = "dcgan generator" if "dcgan" in flags else "generator"
+        network = common.load_network(path, torch.device("cpu"), kind)
+        assert network.config["widths"] != network.config["full"]
+    assert len(list(out.glob("generator*.safetensors"))) == (2 if "cyclegan" in flags else 1)
+    path = [row["MACs %"] for row in map(json.loads, (out / "search.jsonl").read_text().splitlines()) if "MACs %" in row]
+    for name in path[0]:
+        assert path[0][name] > 80 and path[-1][name] <= 30
+    for name in ("pruning.png", "search.png", "converge.png"):
+        assert common.read_image(out / name).shape[1] > 100
+    [*_, measured] = table(out, "Pruned generator, held-out pictures")
+    assert all(np.isfinite(value) for value in measured.values() if isinstance(value, float))
+
+
+def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(data, prune):
+    out = prune(*TASKS["pairs taken apart, e2gan without text"][:2], "--pairs", data / "pairs", "--concept", "dark", "--generator", "e2gan",
+                "--keep", "0.5", "--search-epochs", 10, "--epochs", 30)
+    there, back = table(out, "Pruned generator, held-out pictures")
+    assert there["PSNR dB"] > there["picture unchanged dB"] + 3 and back["PSNR dB"] > back["picture unchanged dB"] + 1
+
+
+@pytest.mark.parametrize("task, state", [("cyclegan", "search.safetensors"), ("dcgan", "converge.safetensors")])
+def test_unpaired_and_unconditional_runs_killed_and_continued_end_in_the_same_bytes(data, stage, tmp_path, task, state):
+    folder = data / ("unpaired" if task == "cyclegan" else "flat")
+    flags = [*SMALL, "--task", task, "--data", folder, "--size", 32, "--keep", "0.5", "--save-every", 4, "--prune-discriminator", "--width", 4]
+    flags += ["--search-epochs", 6, "--epochs", 2] if task == "cyclegan" else ["--search-epochs", 6, "--epochs", 24]
+    stage("05", *flags, "--out", tmp_path / "whole")
+    kill_midway_and_continue(stage, "05", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed", state)
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")]
+    assert len(files) >= 5
+    assert_same_files(tmp_path / "whole", tmp_path / "killed", *files, "search.jsonl", "converge.jsonl")
+
+
+@pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start paper"])
+def test_methods_to_compare_with_meet_the_same_target(data, prune, method):
+    out = prune("--pairs", data / "pairs", "--generator", "resnet9", "--keep", "0.25", "--method", *method.split())
+    [row] = table(out, "Pruning")
+    assert 24 < row["MACs %"] <= 25 and row["method"] == method.split()[0]
+    if method == "uniform":
+        shares = [row["after"] / row["before"] for row in table(out, "Channels")]
+        assert max(shares) - min(shares) < 0.2
+        assert len((out / "search.jsonl").read_text().splitlines()) > 0         # it trains as long as the others
+
+
+def test_the_last_channel_that_fits_is_kept(prune):
+    network = common.new_generator("unet256", 8, 32, [{"name": "a", "prompt": ""}], "none", torch.device("cpu"))
+    target = prune.module.Target(network, 0.37)
+    torch.manual_seed(0)
+    latents = {g: torch.randn(n) for g, n in network.config["widths"].items()}
+    kept = target.kept(latents, 0.37)
+    widths = {**target.full, **{g: len(indices) for g, indices in kept.items()}}
+    assert target.share(widths) <= 0.37
+    for g, n in network.config["widths"].items():
+        if widths[g] < n:
+            assert target.share({**widths, g: widths[g] + 1}) > 0.37
+        magnitude = latents[g].abs()
+        assert magnitude[kept[g]].min() >= magnitude.sort(descending=True).values[len(kept[g]) - 1]
+
+
+def test_a_full_pool_gives_half_earlier_fakes_back(prune, monkeypatch):
+    monkeypatch.setattr(prune.module, "POOL", 8)
+    torch.manual_seed(0)
+    pool = prune.module.Pool(2, torch.device("cpu"))
+    picture = torch.arange(108.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    assert torch.equal(pool.swap(picture[:8]), picture[:8])                     # while it fills
+    given = torch.cat([pool.swap(part) for part in picture[8:].split(4)])[:, 0, 0, 0]
+    earlier = given != picture[8:, 0, 0, 0]
+    assert 30 < earlier.sum() < 70
+    assert (given[earlier] < picture[8:, 0, 0, 0][earlier]).all() and len(set(given.tolist())) == len(given)
+
+
+def test_thumbnails_tell_colours_apart(prune):
+    torch.manual_seed(0)
+    pictures = torch.randint(0, 256, (6000, 3, 16, 16), dtype=torch.uint8)
+    one, other = pictures[:3000], pictures[3000:]
+    same, darker = prune.module.thumbnail_distance(one, other), prune.module.thumbnail_distance(one, other // 2)
+    assert 0 <= same < 1 and darker > 40        # 192 dimensions, whose mean falls from 0 to about -1/2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--task", "dcgan", "--pairs", "pairs"], "give --data"),
+    (["--task", "cyclegan", "--pairs", "pairs"], "one --concept"),
+    (["--task", "cyclegan", "--data", "unpaired", "--generator", "dcgan"], "takes --generator e2gan, resnet9, unet256"),
+    (["--task", "dcgan", "--data", "flat", "--generator", "e2gan"], "takes --generator dcgan"),
+    (["--task", "pix2pix", "--data", "unpaired"], "looked for train/"),
+    (["--task", "cyclegan", "--data", "sides"], "looked for train/"),
+    (["--task", "dcgan", "--data", "flat", "--size", 32, "--keep", "0.001"], "not under 0.0"),
+    (["--pairs", "pairs", "--generator", "x.safetensors", "--method", "uniform"], "from scratch"),
+    (["--pairs", "pairs", "--generator", "x.safetensors", "--start", "paper"], "would forget"),
+    (["--pairs", "pairs", "--generator", "e2gan", "--clip", "none", "--concept", "nothing"], "no concept 'nothing'"),
+])
+def test_bad_input_is_one_line(data, error_of, tmp_path, flags, words):
+    flags = [data / flag if flag in ("sides", "pairs", "unpaired", "flat") else flag for flag in flags]
+    assert words in error_of("05", *SMALL, *flags, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
