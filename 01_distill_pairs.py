@@ -311,14 +311,17 @@ def save(path: Path, image: Image.Image, about: dict) -> None:
 
 def load(path: Path) -> tuple[Image.Image, dict]:
     """A picture that `save` wrote, RGB, and what it says of itself."""
-    with Image.open(path) as image:
-        return image.convert("RGB"), json.loads(image.info["about"])
+    return common.to_pil(common.read_image(path)), about(path)
 
 
 def about(path: Path) -> dict:
-    """The same without decoding the pixels."""
-    with Image.open(path) as image:
-        return json.loads(image.info["about"])
+    """The same without decoding the pixels. UserError where it says nothing."""
+    try:
+        with Image.open(path) as image:
+            told = json.loads(image.info["about"])
+        return {**told, "photo": str(told["photo"])}
+    except Exception as error:              # a decoder may raise anything
+        raise UserError(f"{path} is no picture that this stage wrote ({error!r}): delete it")
 
 
 def numbered(folder: Path) -> Iterator[Path]:
@@ -585,7 +588,7 @@ def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
         return False
     if not (args.out / "concepts.json").exists() or common.read_json(args.out / "settings.json") != settings:
         return common.prepare_folder(args.out, settings, overwrite=False)
-    known = common.read_json(args.out / "concepts.json")
+    known = common.read_concepts(args.out)
     for name in concepts.keys() & known.keys():
         for key in sorted((concepts[name].keys() | known[name].keys()) - set(GATE)):
             there, here = known[name].get(key), concepts[name].get(key)
@@ -600,7 +603,7 @@ def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
 def preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -> None:
     """Writes samples.png alone, made of the photos and the noise that the run will use for its first test pictures."""
     there = set(os.listdir(args.out)) if args.out.is_dir() else set()
-    if there and not there & {"settings.json", "samples.png"}:
+    if there and not there & {"settings.json", "samples.png", common.LOCK}:
         raise UserError(f"{args.out} holds files that no stage made; give another --out")
     with tempfile.TemporaryDirectory() as folder:
         skipped = make_sources(Path(folder), names, lambda name: read(name, args.size), test=args.preview, train=0)
@@ -648,10 +651,8 @@ def main() -> None:
         if args.out.is_dir() and os.listdir(args.out) == ["samples.png"]:
             (args.out / "samples.png").unlink()                     # a preview's
         common.prepare_folder(args.out, settings, args.overwrite)
-        known = common.read_json(args.out / "concepts.json") if (args.out / "concepts.json").exists() else {}
+        known = common.read_concepts(args.out) if (args.out / "concepts.json").exists() else {}
         common.write_json(args.out / "concepts.json", known | concepts)
-        for part in args.out.rglob(".*.part"):                      # of a process that was killed while it wrote
-            part.unlink()
         share = min(1, len(names) / (args.train + args.test))       # of what is asked for; the proportion stays
         test = max(1, round(share * args.test))
         train = min(args.train, len(names) - test)
@@ -675,7 +676,7 @@ def main() -> None:
 
 def finish(args, counts: dict[str, int], skipped: dict[str, str], start: float) -> None:
     """metadata.jsonl, samples.png and result.json, of all concepts in the folder."""
-    concepts = common.read_json(args.out / "concepts.json")
+    concepts = common.read_concepts(args.out)
     rows, reasons = write_metadata(args.out, counts, concepts)
     common.write_png(args.out / "samples.png", samples(args.out, concepts, min(6, counts["test"])))
     for row in rows:

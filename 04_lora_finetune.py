@@ -67,7 +67,7 @@ def chosen_concepts(args) -> list[str]:
     if args.concept:
         return list(dict.fromkeys(args.concept))
     new = common.read_json(args.clusters / "concepts.json").get("new")
-    if not isinstance(new, list) or not new:
+    if not isinstance(new, list) or not new or not all(isinstance(name, str) for name in new):
         raise common.UserError(f"{args.clusters / 'concepts.json'} lists no new concepts; name one with --concept")
     return new
 

@@ -86,7 +86,7 @@ def load_sources(generators: list[Path], adapters: list[Path], strength: float =
     bases = {generator.sha256: generator for generator in sources}
     for path in adapters:
         base = common.read_tensors(path, "adapter")[1].get("base")
-        if base not in bases:
+        if str(base) not in bases:
             raise common.UserError(f"{path} belongs to a base with SHA-256 {str(base)[:12]}..., which is none of "
                                    f"{', '.join(map(str, generators))}; give that one with --generator too")
         adapted = copy.deepcopy(bases[base])
@@ -405,7 +405,7 @@ def read_picture(path: Path) -> tuple[torch.Tensor, Image.Image | None]:
                 image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
             alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), alpha
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:              # a decoder may raise anything
         raise common.UserError(f"{path} is not a picture that can be read: {error}")
 
 

@@ -18,17 +18,20 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter, deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NoReturn, Sequence
 
+import filelock
 import numpy as np
 import psutil
 import torch
@@ -40,6 +43,9 @@ from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+Image.MAX_IMAGE_PIXELS = 50_000_000         # Pillow refuses twice as many, 1.4 GB once decoded, and warns from here on
+warnings.filterwarnings("ignore", module="PIL")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,11 +148,17 @@ def read_json(path: Path, kind: type = dict):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}")
     if not isinstance(value, kind):
         raise UserError(f"{path} should hold a JSON {kind.__name__}, not a {type(value).__name__}")
     return value
+
+
+def check_name(name: object, where: object) -> None:
+    """UserError unless a concept's name, which becomes a file's, can lead nowhere else."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]{0,63}", name):
+        raise UserError(f"{where}: concept {str(name)[:80]!r} cannot be a file's name: use up to 64 letters, digits, - and _")
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -178,23 +190,57 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
 
 
 def prepare_folder(out: Path, settings: dict, overwrite: bool) -> bool:
+    """begin_run in one process. The folder is looked at again under its lock: another process may have had it until then."""
     settings = json.loads(json.dumps(settings, default=str))
-    if out.is_dir() and {path.name for path in out.iterdir()} - {"settings.json"}:       # alone: a run that never began
-        if not (out / "settings.json").exists():
-            raise UserError(f"{out} holds files that no stage made; give another --out")
-        there = read_json(out / "settings.json")
-        differ = [f"{key} {there.get(key)!r} there, {settings.get(key)!r} here"
-                  for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
-        if overwrite:
-            shutil.rmtree(out)
-        elif differ:
-            raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}); "
-                            "give another --out, or --overwrite to delete it")
-        elif (out / "result.json").exists():
-            print(f"done already: {out / 'result.json'} (--overwrite does it again)")
-            return True
+    done = is_complete(out, settings, overwrite)
+    if not done:
+        lock_folder(out)
+        done = is_complete(out, settings, overwrite)
+    if done:
+        print(f"done already: {out / 'result.json'} (--overwrite does it again)")
+        return True
+    for path in out.rglob(".*.part"):               # of a process that was killed while it wrote
+        path.unlink()
+    if overwrite:                                   # settings.json last: the same command can go on deleting
+        for path in sorted(out.iterdir(), key=lambda path: (path.name == "settings.json", path.name != "result.json")):
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(out / "settings.json", settings)
     return False
+
+
+def is_complete(out: Path, settings: dict, overwrite: bool) -> bool:
+    """Whether the folder holds this run, complete. UserError if it holds something else."""
+    names = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    if not names - {"settings.json"}:               # alone: a run that never began
+        return False
+    if "settings.json" not in names:
+        raise UserError(f"{out} holds files that no stage made; give another --out")
+    if overwrite:
+        return False
+    there = read_json(out / "settings.json")
+    differ = [f"{key} {there.get(key)!r} there, {settings.get(key)!r} here"
+              for key in sorted({*there, *settings}) if there.get(key) != settings.get(key)]
+    if differ:
+        raise UserError(f"{out} holds a run with other settings ({'; '.join(differ[:3])}); "
+                        "give another --out, or --overwrite to delete it")
+    return "result.json" in names
+
+
+LOCK = ".lock"
+LOCKS: dict[Path, filelock.FileLock] = {}
+
+
+def lock_folder(out: Path) -> None:
+    """Keeps other processes out of a run's folder until this one ends. The operating system holds the lock (flock; msvcrt on
+    Windows), so nothing is left to clean up after SIGKILL; the empty file stays. NFS passes flock on to its server; on a file
+    system that knows no locks filelock warns and goes by the file's existence."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = LOCKS.setdefault(out.resolve(), filelock.FileLock(out / LOCK))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {out}: wait until it ends, or give another --out")
 
 
 def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
@@ -221,7 +267,10 @@ def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
     marks = ["demo"] if args.demo else []
     for folder in folders:
         if (folder / "result.json").exists():
-            marks += read_json(folder / "result.json").get("marks", [])
+            found = read_json(folder / "result.json").get("marks", [])
+            if not isinstance(found, list) or not all(isinstance(mark, str) for mark in found):
+                raise UserError(f"{folder / 'result.json'} is no stage's result: marks {str(found)[:80]!r}")
+            marks += found
     return marks + clip_mark(getattr(args, "clip", ""))
 
 
@@ -251,7 +300,9 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
     except FileNotFoundError:
         raise UserError(f"{path} does not exist")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:                       # the block's own
+        raise
+    except Exception as error:              # a decoder may raise anything
         raise UserError(f"{path} is not a picture that can be read: {error}")
 
 
@@ -525,6 +576,7 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
         raise UserError(f"{pairs} does not exist; 01_distill_pairs.py makes it")
     concepts = read_json(pairs / "concepts.json")
     for name, entry in concepts.items():
+        check_name(name, pairs / "concepts.json")
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
             raise UserError(f"{pairs / 'concepts.json'}: concept {name!r} has no prompt")
     if not concepts:
@@ -540,7 +592,7 @@ def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
         listed = sorted(Path(row["file_name"]).name for row in map(json.loads, lines) if row["concept"] == concept)
     except FileNotFoundError:
         raise UserError(f"{pairs / split / 'metadata.jsonl'} does not exist; 01_distill_pairs.py makes it")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{pairs / split / 'metadata.jsonl'} is broken: {error!r}")
     for there, what in (({p.name for p in folder.glob("*.png")}, folder),
                         ({p.name for p in (pairs / split / "source").glob("*.png")}, pairs / split / "source")):
@@ -1036,22 +1088,39 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> 
     the same run would not give the same bytes.)"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"about": json.dumps(about, ensure_ascii=False)}
-    replace_file(path, lambda aside: save_file(tensors, aside, metadata))
+
+    def write(aside: Path) -> None:
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as error:        # a full disk, among others
+            raise OSError(f"{path} cannot be written: {error}")
+    replace_file(path, write)
+
+
+LARGEST = 2 ** 31           # bytes of a checkpoint: a file says how much memory it takes to look at
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and about of a file that write_tensors wrote with about["kind"] == kind; UserError for anything else."""
+    """Tensors and about of a file that write_tensors wrote with about["kind"] == kind; UserError for anything else, such as
+    weights that are no finite fp32 or fp16 numbers."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
+    if kind != "state" and Path(path).stat().st_size > LARGEST:         # a state holds hypernetworks and their optimizers
+        raise UserError(f"{path} is no {kind} of ours: {Path(path).stat().st_size / 1e9:.1f} GB")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
+            there = about.get("kind") if isinstance(about, dict) else None
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if there == kind else {}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is truncated or no checkpoint of ours: {error}")
-    there = about.get("kind") if isinstance(about, dict) else None
     if there != kind:
-        raise UserError(f"{path} is no {kind} of ours" + (f" but a {there}" if there else ""))
+        raise UserError(f"{path} is no {kind} of ours" + (f" but a {str(there)[:80]}" if there else ""))
+    for name, tensor in tensors.items() if kind != "state" else ():
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bool, torch.int64):
+            raise UserError(f"{path}: {name} holds {tensor.dtype} numbers")
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds numbers that are not finite")
     return tensors, about
 
 
@@ -1071,15 +1140,38 @@ def load_network(path: Path, device: torch.device, kind: str) -> Network:
         missing = {"width", "size", "widths", "full", *(["concepts"] if kind == Generator.kind else [])} - about["config"].keys()
         if missing:
             raise KeyError(f"config lacks {', '.join(sorted(missing))}")
+        check_config(about["config"])
         with torch.device("meta"):      # no memory until the shapes are known to match the tensors that the file holds
             network = build_network(about["config"])
+        dtypes = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+        if wrong := [name for name in dtypes.keys() & tensors.keys() if tensors[name].dtype != dtypes[name]]:
+            raise ValueError(f"{min(wrong)} holds {tensors[min(wrong)].dtype} numbers")
         network.load_state_dict(tensors, assign=True)
+        if not getattr(network, "mask", torch.ones(1, 1)).any(1).all():
+            raise ValueError("a prompt has no token")
+        count_macs(network)                                     # raises where the layers do not fit each other
     except UserError as error:
         raise UserError(f"{path}: {error}")
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, ArithmeticError) as error:
         raise UserError(f"{path} does not hold the weights that its config describes: {str(error).splitlines()[0]}")
     network.sha256 = sha256(path)
     return network.to(device).eval()
+
+
+def check_config(config: dict) -> None:
+    """ValueError or UserError where a stranger's config is no network's: a count that is none, or a name that is none."""
+    counts = {key: config[key] for key in ("width", "size", "depth", "heads", "tokens", "text_dim") if key in config}
+    for name, count in [*counts.items(), *config["widths"].items(), *config["full"].items()]:
+        if type(count) is not int or not 0 < count < 2 ** 16:
+            raise ValueError(f"its {name} is {str(count)[:80]}")
+    if config["widths"].keys() != config["full"].keys() or any(n > config["full"][g] for g, n in config["widths"].items()):
+        raise ValueError("its widths are none of a network pruned from the full ones")
+    if not isinstance(config.get("concepts", []), list) or len(config.get("blocks", ())) > 100:
+        raise ValueError("its concepts or blocks are no list of sane length")
+    for concept in config.get("concepts", []):
+        check_name(concept["name"], "config")
+        if not isinstance(concept["prompt"], str):
+            raise ValueError(f"the prompt of {concept['name']!r} is no text")
 
 
 def save_state(path: Path, step: int, **parts) -> None:
@@ -1109,8 +1201,10 @@ def load_state(path: Path, **parts) -> int:
                     entries.setdefault(int(index), {})[name] = x
                 state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
             value.load_state_dict(state)
-        return int(about["step"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        if type(about["step"]) is not int or about["step"] < 0:
+            raise ValueError(f"step {about['step']}")
+        return about["step"]
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} is no state of this run ({str(error).splitlines()[0]}): --overwrite starts the run again")
 
 
@@ -1200,14 +1294,20 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
                         f"{generator.sha256[:12]}...); give --generator the base it was trained on")
     try:
         adapters = {}
+        check_name(about["name"], path)
+        if not isinstance(about["prompt"], str) or type(about["alpha"]) not in (int, float) or not 0 < about["alpha"] < 1e6:
+            raise ValueError(f"prompt {about['prompt']!r}, alpha {about['alpha']!r}")
         for name, rank in about["ranks"].items():
             module = named_layer(generator, name)
-            lora = LoRA(module, tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], strength * about["alpha"] / rank)
+            a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+            if type(rank) is not int or not 0 < rank <= min(a.shape[1], len(b)) or a.shape[0] != rank:
+                raise ValueError(f"{name} has rank {rank!r}, and A {tuple(a.shape)}, B {tuple(b.shape)}")
+            lora = LoRA(module, a, b, strength * about["alpha"] / rank)
             lora(module.weight)                 # raises where the shapes differ
             adapters[name] = module, lora.requires_grad_(False)
         prompts = {key: getattr(generator, key) for key in ("config", "tokens", "mask") if hasattr(generator, key)}
         index = add_concept(generator, about["name"], about["prompt"], tensors.get("tokens"))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
         raise UserError(f"{path} does not fit the generator: {str(error).splitlines()[0]}")
     generator.unadapted = getattr(generator, "unadapted", None) or prompts
     for module, lora in adapters.values():
@@ -1227,7 +1327,7 @@ def add_concept(generator: Generator, name: str, prompt: str, tokens: torch.Tens
     """Teaches the generator a concept's prompt: tokens (T, D), its text features. A concept of that name is replaced."""
     concepts = [c for c in generator.config["concepts"] if c["name"] != name] + [{"name": name, "prompt": prompt}]
     if "text_dim" in generator.config:
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != generator.config["text_dim"]:
+        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != generator.config["text_dim"] or not 0 < len(tokens) < 2 ** 16:
             raise UserError(f"the prompt's text features do not fit the generator, which takes {generator.config['text_dim']} a token")
         kept = [generator.tokens[i][generator.mask[i]] for i, c in enumerate(generator.config["concepts"]) if c["name"] != name]
         set_tokens(generator, [*kept, tokens.to(generator.tokens)])

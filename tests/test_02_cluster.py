@@ -111,7 +111,7 @@ def test_run_as_users_do(stage, run_stage, pairs, tmp_path):
 def test_same_seed_same_files(run_stage):
     a, b = (run_stage("--base", 2, "--samples", 5, name=name)[0] for name in "ab")
     names = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file() and path.name != "result.json")
-    assert len(names) == 9 and all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    assert len(names) == 10 and all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
 def test_bad_input(error_of, run_stage, pairs, tmp_path):
