@@ -165,8 +165,8 @@ def test_hypernetwork_is_the_papers_formula():
     made = hyper(conv.weight)
     for o, i, k in ((0, 0, 0), (4, 2, 8), (2, 1, 5)):
         z = latents["b"][o] * latents["a"][i] + hyper.b0[o, i]
-        e = z * hyper.w1[o, i] + hyper.b1[o, i]
-        assert torch.isclose(made[o, i].flatten()[k], (hyper.w2[o, i, k] * e).sum(), atol=1e-5)
+        e = z * hyper.w1[:, o, i] + hyper.b1[:, o, i]
+        assert torch.isclose(made[o, i].flatten()[k], (hyper.w2[k, :, o, i] * e).sum(), atol=1e-5)
 
 
 def test_hypernetwork_from_scratch_keeps_the_variance_of_fan_in():
