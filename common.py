@@ -279,8 +279,13 @@ def read_log(path: Path, step: int) -> list[dict]:
     if not step or not path.exists():
         return []
     try:
-        return [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] <= step]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] <= step]
+        for value in (value for row in rows for value in row.values()):         # numbers, or a measure's by concept
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if not isinstance(number, (int, float, type(None))):
+                    raise ValueError(f"{number!r} is no number")
+        return rows
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is broken ({error!r}): delete it, or --overwrite starts the run again")
 
 
@@ -1168,6 +1173,8 @@ def check_config(config: dict) -> None:
         raise ValueError("its widths are none of a network pruned from the full ones")
     if not isinstance(config.get("concepts", []), list) or len(config.get("blocks", ())) > 100:
         raise ValueError("its concepts or blocks are no list of sane length")
+    if not isinstance(config.get("clip", ""), str):
+        raise ValueError("its text tower is no name")
     for concept in config.get("concepts", []):
         check_name(concept["name"], "config")
         if not isinstance(concept["prompt"], str):

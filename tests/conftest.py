@@ -14,6 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked slow are left out unless -m speaks of them."""
+    if "slow" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def script(number: str) -> Path:
     return next(ROOT.glob(f"{number}_*.py"))
 
