@@ -1212,6 +1212,9 @@ class Hypernetwork(nn.Module):
     0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
     channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
 
+    The embedding size is 8, but no more than a layer has k (a choice of ours: a linear layer, which the paper's networks lack, has
+    1; with 8 numbers to make one of, a search at width 64 held 29 million more parameters and learned no better).
+
     In memory o and i come last, (K, E, O, I): sums over short axes are faster when these come first.
     """
 
@@ -1224,6 +1227,7 @@ class Hypernetwork(nn.Module):
             weight = self.out_first(module.weight)
             weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
             k, o, i = weight.shape
+            size = min(size, k)
             self.b0 = nn.Parameter(torch.zeros(o, i, device=weight.device))
             self.b1 = nn.Parameter(torch.zeros(size, o, i, device=weight.device))
             self.w1 = nn.Parameter(torch.empty(size, o, i, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
