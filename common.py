@@ -1208,9 +1208,14 @@ class Hypernetwork(nn.Module):
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
     b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. From scratch w1 and w2 start as in
-    DHP. From a trained weight V (`trained=True`, a choice of ours) w1[..., 0] = 1 / (z_out z_in) and w2[..., 0] = V, the other w2
+    DHP. From a trained weight V (`trained=True`, a choice of ours) w1 = 1 / (z_out z_in) and w2 = V for e = 0, the other w2
     0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
     channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
+
+    The embedding size is 8, but no more than a layer has k (a choice of ours: a linear layer, which the paper's networks lack, has
+    1; with 8 numbers to make one of, a search at width 64 held 29 million more parameters and learned no better).
+
+    In memory o and i come last, (K, E, O, I): sums over short axes are faster when these come first.
     """
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool, size: int = 8):
@@ -1220,15 +1225,16 @@ class Hypernetwork(nn.Module):
         self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
         with torch.no_grad():
             weight = self.out_first(module.weight)
-            weight = weight.reshape(*weight.shape[:2], -1)
-            o, i, k = weight.shape
+            weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
+            k, o, i = weight.shape
+            size = min(size, k)
             self.b0 = nn.Parameter(torch.zeros(o, i, device=weight.device))
-            self.b1 = nn.Parameter(torch.zeros(o, i, size, device=weight.device))
-            self.w1 = nn.Parameter(torch.empty(o, i, size, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
-            self.w2 = nn.Parameter(torch.zeros(o, i, k, size, device=weight.device))
+            self.b1 = nn.Parameter(torch.zeros(size, o, i, device=weight.device))
+            self.w1 = nn.Parameter(torch.empty(size, o, i, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
+            self.w2 = nn.Parameter(torch.zeros(k, size, o, i, device=weight.device))
             if trained:
-                self.w1[..., 0] = 1 / (self.z_out()[:, None] * self.z_in())
-                self.w2[..., 0] = weight
+                self.w1[0] = 1 / (self.z_out()[:, None] * self.z_in())
+                self.w2[:, 0] = weight
                 self.b0.requires_grad_(False)
             else:
                 bound = (3 / (size * i * k)) ** 0.5                             # hyperfan-in: Var W = 1 / fan_in
@@ -1240,8 +1246,8 @@ class Hypernetwork(nn.Module):
 
     def forward(self, b2):
         z = self.z_out()[:, None] * self.z_in() + self.b0                                         # (O, I)
-        e = z[..., None] * self.w1 + self.b1                                                      # (O, I, E)
-        made = (self.w2 * e[:, :, None]).sum(-1)                                                  # (O, I, K)
+        e = z * self.w1 + self.b1                                                                 # (E, O, I)
+        made = torch.stack((self.w2 * e).sum(1).unbind(), -1)                                     # (O, I, K)
         return b2 + self.out_first(made.view(self.out_first(b2).shape))
 
 

@@ -5,6 +5,7 @@
     python tests/bench.py train         stage 3's images/s beside a plain loop's, and how long it waits for its batches
     python tests/bench.py train --size 256 --width 64 --batch 4 --batch 8 --steps 10
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
+    python tests/bench.py prune         time and peak memory of a search step of stage 5 beside a plain training step's
     python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
 """
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils import parametrize
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -324,6 +326,66 @@ def best(call, rounds: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Stage 5
+
+def bench_prune(args) -> tuple[str, list[dict]]:
+    """A training step of e2gan as it is, and of one whose weights hypernetworks make. The step here has what costs something in
+    stage 5's (both networks' passes, least squares + L1, Adam) and leaves out what does not (data, schedule, thresholds).
+    Each in a process of its own, one thread on a CPU: the least time of the steps, the most memory."""
+    context, rows = multiprocessing.get_context("spawn"), []
+    for name in ("plain", "search"):
+        answer = context.SimpleQueue()
+        process = context.Process(target=prune_steps, args=(name == "search", args, answer))
+        process.start()
+        process.join()
+        rows.append({"step": name, **answer.get()})
+    for row in rows:
+        row |= {"x plain time": row["step ms"] / rows[0]["step ms"], "x plain memory": row["peak MiB"] / rows[0]["peak MiB"]}
+    return f"Stage 5, {args.size} pixels, width {args.width}, batch {(args.batch or [4])[0]}, {args.precision}, {args.device}", rows
+
+
+def prune_steps(search: bool, args, answer) -> None:
+    torch.set_num_threads(1)
+    device, size, batch = common.pick_device(args.device), args.size, (args.batch or [4])[0]
+    torch.manual_seed(0)
+    config = common.generator_config("e2gan", args.width, size, [{"name": "a", "prompt": "a"}], text_dim=512, tokens=9, clip="")
+    generator = common.build_network(config).to(device)
+    discriminator = common.new_discriminator(generator)
+    latents = torch.nn.ParameterDict()
+    if search:
+        latents = torch.nn.ParameterDict({g: torch.randn(n) for g, n in config["widths"].items()}).to(device)
+        ones = {g: torch.ones(n, device=device) for g, n in common.all_widths(config).items() if g not in latents}
+        common.add_hypernetwork(generator, {**latents, **ones}, trained=False)
+    opt_g, opt_d = (common.adam(parameters, 2e-4) for parameters in ([*generator.parameters(), *latents.parameters()],
+                                                                     discriminator.parameters()))
+    photo, concept = generator.example(batch=batch, device=device)
+    edit, text = torch.randn_like(photo), common.text_of(generator, concept)
+
+    def step():
+        with parametrize.cached():
+            with common.autocast(device, args.precision):
+                fake = generator(photo, concept)
+                score_real, score_fake = discriminator(photo.repeat(2, 1, 1, 1), torch.cat([edit, fake.detach()]),
+                                                       text.repeat(2, 1)).float().chunk(2)
+            ((score_real - 1).square().mean() + score_fake.square().mean()).backward()
+            opt_d.step()
+            opt_d.zero_grad()
+            discriminator.requires_grad_(False)
+            with common.autocast(device, args.precision):
+                score = discriminator(photo, fake, text).float()
+            ((score - 1).square().mean() + 100 * (fake.float() - edit).abs().mean()).backward()
+            opt_g.step()
+            opt_g.zero_grad()               # not before the next backward pass: a hypernetwork's gradients are as many as its weights
+            discriminator.requires_grad_(True)
+        synchronize(device)
+
+    step()
+    ms, cuda = 1000 * min(best(step, 1) for _ in range(args.steps)), device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    answer.put({"parameters M": common.count_parameters(generator) / 1e6, "step ms": ms, "peak MiB": peak})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def bench_size(_) -> tuple[str, list[dict]]:
     """The generators at 256 pixels and width 64; e2gan's with the text features of CLIP ViT-B/32 (512 numbers a token)."""
@@ -337,18 +399,21 @@ def bench_size(_) -> tuple[str, list[dict]]:
     return "Generators at 256 pixels, width 64", rows
 
 
-BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "lora": bench_lora}
+BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "prune": bench_prune, "lora": bench_lora}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    train = parser.add_argument_group("train")
-    train.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
-    train.add_argument("--width", type=int, default=32, help="channels of the first layer (default: 32)")
-    train.add_argument("--batch", type=int, action="append", help="can be repeated (default: 16)")
-    train.add_argument("--steps", type=int, default=30, help=f"the first {WARM} are not counted, nor is the last (default: 30)")
+    train = parser.add_argument_group("train, prune")
+    train.add_argument("--size", type=int, help="pixels (default: 64; prune: 256)")
+    train.add_argument("--width", type=int, help="channels of the first layer (default: 32; prune: 64)")
+    train.add_argument("--batch", type=int, action="append", help="can be repeated for train (default: 16; prune: 4)")
+    train.add_argument("--steps", type=int, help=f"the first {WARM} of train are not counted, nor is the last (default: 30; prune: 3)")
     train.add_argument("--precision", default="auto", help="as stage 3's")
     train.add_argument("--device", default="auto", help="as stage 3's")
     train.add_argument("--memory", type=int, metavar="PAIRS", help="measure the peak memory with so many pairs instead")
+    args = parser.parse_args()
+    defaults = dict(size=256, width=64, steps=3) if args.name == "prune" else dict(size=64, width=32, steps=30)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
     print(common.markdown(*BENCHMARKS[args.name](args)))
