@@ -932,9 +932,15 @@ class DcganGenerator(Network):
         return torch.randn(batch, FIXED["noise"], device=device),
 
 
-def generator_config(arch: str, width: int, size: int, concepts: list[dict], **text) -> dict:
+BLOCKS = {"e2gan": ("rb", "rb", "tb", "rb"), "resnet9": ("rb",) * 9}         # residual and transformer blocks of the trunk
+
+
+def generator_config(arch: str, width: int, size: int, concepts: list[dict], blocks: Sequence[str] | None = None, **text) -> dict:
     """The config of an unpruned generator. `width` is the stem's channels (the paper's: 64); dcgan's: those of the last map
-    before the picture. `text`, for e2gan only: tokens (length of the longest prompt), text_dim, clip."""
+    before the picture. `blocks`, of e2gan and resnet9: "rb" or "tb" each, in order, if not the usual ones. `text`, for e2gan
+    only: tokens (length of the longest prompt), text_dim, clip."""
+    if blocks is not None and (arch not in BLOCKS or not blocks or {*blocks} - {"rb", "tb"} or blocks.count("tb") > 1):
+        raise UserError(f"--blocks {','.join(blocks)}: {' and '.join(BLOCKS)} take rb and at most one tb, such as rb,rb,tb,rb")
     if arch == "dcgan":
         depth = (size // 4).bit_length() - 1
         if depth < 1 or size != 4 * 2 ** depth:
@@ -946,12 +952,13 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         widths |= {f"u{i}": width * min(2 ** (i - 1), 8) for i in range(1, depth)}
         shape = {"depth": depth}
     else:
-        shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
+        blocks = blocks or BLOCKS[arch]
+        shape = {"blocks": [kind if kind == "tb" else f"rb{blocks[:i].count('rb')}" for i, kind in enumerate(blocks)]}
         widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
         if arch == "resnet9":
             widths |= {"up2": width}
-        else:
+        if "tb" in blocks:
             shape["heads"] = 4
             attentions = ("self", "cross") if text else ("self",)
             widths |= {f"{a}_{b}": 4 * width // 4 for a in attentions for b in ("qk", "v")} | {"feed": 16 * width}
@@ -959,17 +966,18 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
             **shape, **text}
 
 
-def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device) -> Generator:
+def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device,
+                  blocks: Sequence[str] | None = None) -> Generator:
     """An untrained generator for some concepts; for e2gan their prompts go through CLIP's text tower once, here. With clip
     "none" it takes no prompt, like the others."""
     if arch != "e2gan" or clip == "none":
         if len(concepts) > 1:
             raise UserError(f"{arch} {'without CLIP ' if arch == 'e2gan' else ''}takes no prompt and learns one concept: "
                             f"give it one --concept, not {len(concepts)}")
-        return build_network(generator_config(arch, width, size, concepts)).to(device)
+        return build_network(generator_config(arch, width, size, concepts, blocks)).to(device)
     tower = Clip(clip, device)
     tokens = [tower.tokens(concept["prompt"]) for concept in concepts]
-    generator = build_network(generator_config(arch, width, size, concepts, text_dim=tokens[0].shape[1], clip=clip,
+    generator = build_network(generator_config(arch, width, size, concepts, blocks, text_dim=tokens[0].shape[1], clip=clip,
                                                tokens=max(map(len, tokens))))
     set_tokens(generator, tokens)
     return generator.to(device)
