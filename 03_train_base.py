@@ -184,7 +184,8 @@ def main() -> None:
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
         rows = rows or common.evaluate(generator, test, args.fid == "auto")
         add_wrong_prompts(rows, generator, test)
-        common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
+        marks = common.marks_of(args, args.pairs, clip=generator.config.get("clip", ""))
+        common.write_result(args.out, "03_train_base", began, marks, {
             "Base generator": [size], "Base concepts, held-out photos": rows})
 
 

@@ -262,8 +262,8 @@ def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tabl
                                      "seconds": round(time.time() - began, 1), **more, "tables": tables})
 
 
-def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
-    """This run's marks and those of the runs whose folders it reads."""
+def marks_of(args: argparse.Namespace, *folders: Path, clip: str = "") -> list[str]:
+    """This run's marks and those of the runs whose folders it reads. clip: the text or image tower that had a part in it."""
     marks = ["demo"] if args.demo else []
     for folder in folders:
         if (folder / "result.json").exists():
@@ -271,7 +271,7 @@ def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
             if not isinstance(found, list) or not all(isinstance(mark, str) for mark in found):
                 raise UserError(f"{folder / 'result.json'} is no stage's result: marks {str(found)[:80]!r}")
             marks += found
-    return marks + clip_mark(getattr(args, "clip", ""))
+    return marks + clip_mark(clip)
 
 
 def read_log(path: Path, step: int) -> list[dict]:
@@ -1742,7 +1742,7 @@ def markdown(title: str, rows: Sequence[dict]) -> str:
 def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).replace("|", "\\|")
 
 
 def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
@@ -1773,7 +1773,7 @@ def main() -> None:
                                                  "runs that differ in their seed alone share their rows.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
     folder = parser.parse_args().runs
-    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed, and marks -> marks, [(run, rows)]
+    tables: dict[tuple, dict] = {}          # (stage, title, first column) -> settings but the seed, and marks -> marks, [(run, rows)]
     notes: dict[str, int] = {}              # mark -> the number under which it stands below the tables
     copies: Counter = Counter()             # a run that was copied is no second seed
     for path in sorted(folder.rglob("result.json")):
@@ -1785,14 +1785,16 @@ def main() -> None:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
             alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
             for title, rows in result["tables"].items():
-                groups = tables.setdefault((result["stage"], title), {})
+                first = list(next(iter(rows), {}))[:1]          # what the rows are of: other tasks, other tables
+                groups = tables.setdefault((result["stage"], title, *first), {})
                 groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [dict(row) for row in rows]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}")
     unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
     if not tables and not unfinished:
         raise UserError(f"no result.json below {folder}")
-    for (stage, title), groups in sorted(tables.items(), key=lambda item: item[0][0]):
+    titles = list(dict.fromkeys(key[:2] for key in tables))
+    for (stage, title, *_), groups in sorted(tables.items(), key=lambda item: (item[0][0], titles.index(item[0][:2]))):
         print(markdown(f"{stage}.py: {title}", [{**row, "run": f"{row['run']} {marks or ''}".strip()}
                                                 for marks, runs in groups.values() for row in merge_seeds(runs)]))
     print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
