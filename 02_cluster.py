@@ -163,7 +163,7 @@ def main() -> None:
     common.write_png(args.out / "photos.png", contact_sheet(
         [[train / "source" / name for name in members] for members in shared], [], shown=3,
         strips=4 if len(shared) > 16 else 1, cell=56))
-    common.write_result(args.out, "02_cluster", began, common.marks_of(args, args.pairs), {
+    common.write_result(args.out, "02_cluster", began, common.marks_of(args, args.pairs, clip=args.clip), {
         "Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows})
 
 

@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--clusters", type=Path, help="folder that stage 2 wrote; names the base concepts")
     parser.add_argument("--concept", action="append", help="train on this concept instead; can be repeated")
     parser.add_argument("--arch", choices=list(common.ARCHITECTURES), help="e2gan takes prompts; the others learn one concept")
+    parser.add_argument("--blocks", help="the trunk's residual (rb) and transformer (tb) blocks, such as rb,rb,rb (default: "
+                                         "rb,rb,tb,rb for e2gan, nine rb for resnet9)")
     parser.add_argument("--width", type=int, help="channels of the first layer")
     parser.add_argument("--epochs", type=int, help="passes over all pairs; the learning rates fall to 0 in the second half")
     parser.add_argument("--batch", type=int, help="pairs a step, all processes together")
@@ -173,7 +175,8 @@ def main() -> None:
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
-    generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device)
+    blocks = args.blocks and tuple(args.blocks.split(","))
+    generator = common.new_generator(args.arch, args.width, train.size, train.concepts, args.clip, device, blocks)
     settings = common.settings_of(args, "03_train_base", data=[train.fingerprint, test.fingerprint])
     if common.begin_run(args.out, settings, args.overwrite):
         return
@@ -181,12 +184,13 @@ def main() -> None:
     train.hold(args.cache_gb, args.out, device, rank, world)
     pace, rows = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:
-        size = {"arch": args.arch, "width": args.width, "size px": train.size,
+        size = {"arch": " ".join(filter(None, (args.arch, args.blocks))), "width": args.width, "size px": train.size,
                 "parameters M": common.count_parameters(generator) / 1e6,
                 "GMACs": common.count_macs(generator, train.size) / 1e9, **pace}
         rows = rows or common.evaluate(generator, test, args.fid == "auto")
         add_wrong_prompts(rows, generator, test)
-        common.write_result(args.out, "03_train_base", began, common.marks_of(args, args.pairs), {
+        marks = common.marks_of(args, args.pairs, clip=generator.config.get("clip", ""))
+        common.write_result(args.out, "03_train_base", began, marks, {
             "Base generator": [size], "Base concepts, held-out photos": rows})
 
 

@@ -416,7 +416,8 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
         row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None, **after,
                "before dB": before["PSNR dB"], "trained weights": trained, "trained %": 100 * trained / whole,
                "file KB": file.stat().st_size / 1000, "samples": args.samples, "photos": len(train.names), **pace}
-        common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent),
+        marks = common.marks_of(args, args.pairs, args.base.parent, clip=generator.config.get("clip", ""))
+        common.write_result(out, "04_lora_finetune", began, marks,
                             {"New concepts, held-out photos": [row], **tables})
 
 

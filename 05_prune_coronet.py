@@ -408,8 +408,11 @@ def samples(generator: common.Generator, count: int) -> torch.Tensor:
     return torch.cat([common.to_uint8(generator.eval()(part.to(device))).cpu() for part in noise.split(100)])
 
 
-def thumbnail_distance(made: torch.Tensor, real: torch.Tensor) -> float:
-    """Frechet distance of two sets of uint8 pictures (N, 3, S, S), as 8x8 thumbnails with values in [-1, 1]."""
+def thumbnail_distance(made: torch.Tensor, real: torch.Tensor) -> float | None:
+    """Frechet distance of two sets of uint8 pictures (N, 3, S, S), as 8x8 thumbnails with values in [-1, 1]; None for a single
+    picture, which has no covariance."""
+    if min(len(made), len(real)) < 2:
+        return None
     sides = []
     for pictures in (made, real):
         x = F.adaptive_avg_pool2d(common.to_float(pictures), 8).flatten(1).double().numpy()          # (N, 192)
@@ -835,7 +838,9 @@ def main() -> None:
     for name, network in task.generators.items():
         common.save_network(args.out / f"{name}.safetensors", network)
     tables = result_tables(task, args, full, pace, before, after_slice, task.measure(test, with_fid))
-    common.write_result(args.out, "05_prune_coronet", began, common.marks_of(args, *([] if args.data else [args.pairs])), tables)
+    reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if task.trained else [])]
+    marks = common.marks_of(args, *reads, clip=next(iter(task.generators.values())).config.get("clip", ""))
+    common.write_result(args.out, "05_prune_coronet", began, marks, tables)
 
 
 if __name__ == "__main__":

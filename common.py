@@ -286,8 +286,8 @@ def write_result(out: Path, stage: str, began: float, marks: Sequence[str], tabl
                                      "seconds": round(time.time() - began, 1), **more, "tables": tables})
 
 
-def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
-    """This run's marks and those of the runs whose folders it reads."""
+def marks_of(args: argparse.Namespace, *folders: Path, clip: str = "") -> list[str]:
+    """This run's marks and those of the runs whose folders it reads. clip: the text or image tower that had a part in it."""
     marks = ["demo"] if args.demo else []
     for folder in folders:
         if (folder / "result.json").exists():
@@ -295,7 +295,7 @@ def marks_of(args: argparse.Namespace, *folders: Path) -> list[str]:
             if not isinstance(found, list) or not all(isinstance(mark, str) for mark in found):
                 raise UserError(f"{folder / 'result.json'} is no stage's result: marks {str(found)[:80]!r}")
             marks += found
-    return marks + clip_mark(getattr(args, "clip", ""))
+    return marks + clip_mark(clip)
 
 
 def read_log(path: Path, step: int) -> list[dict]:
@@ -956,9 +956,15 @@ class DcganGenerator(Network):
         return torch.randn(batch, FIXED["noise"], device=device),
 
 
-def generator_config(arch: str, width: int, size: int, concepts: list[dict], **text) -> dict:
+BLOCKS = {"e2gan": ("rb", "rb", "tb", "rb"), "resnet9": ("rb",) * 9}         # residual and transformer blocks of the trunk
+
+
+def generator_config(arch: str, width: int, size: int, concepts: list[dict], blocks: Sequence[str] | None = None, **text) -> dict:
     """The config of an unpruned generator. `width` is the stem's channels (the paper's: 64); dcgan's: those of the last map
-    before the picture. `text`, for e2gan only: tokens (length of the longest prompt), text_dim, clip."""
+    before the picture. `blocks`, of e2gan and resnet9: "rb" or "tb" each, in order, if not the usual ones. `text`, for e2gan
+    only: tokens (length of the longest prompt), text_dim, clip."""
+    if blocks is not None and (arch not in BLOCKS or not blocks or {*blocks} - {"rb", "tb"} or blocks.count("tb") > 1):
+        raise UserError(f"--blocks {','.join(blocks)}: {' and '.join(BLOCKS)} take rb and at most one tb, such as rb,rb,tb,rb")
     if arch == "dcgan":
         depth = (size // 4).bit_length() - 1
         if depth < 1 or size != 4 * 2 ** depth:
@@ -970,12 +976,13 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
         widths |= {f"u{i}": width * min(2 ** (i - 1), 8) for i in range(1, depth)}
         shape = {"depth": depth}
     else:
-        shape = {"blocks": ["rb0", "rb1", "tb", "rb2"] if arch == "e2gan" else [f"rb{i}" for i in range(9)]}
+        blocks = blocks or BLOCKS[arch]
+        shape = {"blocks": [kind if kind == "tb" else f"rb{blocks[:i].count('rb')}" for i, kind in enumerate(blocks)]}
         widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
         widths |= {name: 4 * width for name in shape["blocks"]}
         if arch == "resnet9":
             widths |= {"up2": width}
-        else:
+        if "tb" in blocks:
             shape["heads"] = 4
             attentions = ("self", "cross") if text else ("self",)
             widths |= {f"{a}_{b}": 4 * width // 4 for a in attentions for b in ("qk", "v")} | {"feed": 16 * width}
@@ -983,17 +990,18 @@ def generator_config(arch: str, width: int, size: int, concepts: list[dict], **t
             **shape, **text}
 
 
-def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device) -> Generator:
+def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: str, device: torch.device,
+                  blocks: Sequence[str] | None = None) -> Generator:
     """An untrained generator for some concepts; for e2gan their prompts go through CLIP's text tower once, here. With clip
     "none" it takes no prompt, like the others."""
     if arch != "e2gan" or clip == "none":
         if len(concepts) > 1:
             raise UserError(f"{arch} {'without CLIP ' if arch == 'e2gan' else ''}takes no prompt and learns one concept: "
                             f"give it one --concept, not {len(concepts)}")
-        return build_network(generator_config(arch, width, size, concepts)).to(device)
+        return build_network(generator_config(arch, width, size, concepts, blocks)).to(device)
     tower = Clip(clip, device)
     tokens = [tower.tokens(concept["prompt"]) for concept in concepts]
-    generator = build_network(generator_config(arch, width, size, concepts, text_dim=tokens[0].shape[1], clip=clip,
+    generator = build_network(generator_config(arch, width, size, concepts, blocks, text_dim=tokens[0].shape[1], clip=clip,
                                                tokens=max(map(len, tokens))))
     set_tokens(generator, tokens)
     return generator.to(device)
@@ -1768,7 +1776,7 @@ def markdown(title: str, rows: Sequence[dict]) -> str:
 def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).replace("|", "\\|")
 
 
 def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
@@ -1799,7 +1807,7 @@ def main() -> None:
                                                  "runs that differ in their seed alone share their rows.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"), help="folder to search (default: runs)")
     folder = parser.parse_args().runs
-    tables: dict[tuple, dict] = {}          # (stage, title) -> settings without the seed, and marks -> marks, [(run, rows)]
+    tables: dict[tuple, dict] = {}          # (stage, title, first column) -> settings but the seed, and marks -> marks, [(run, rows)]
     notes: dict[str, int] = {}              # mark -> the number under which it stands below the tables
     copies: Counter = Counter()             # a run that was copied is no second seed
     for path in sorted(folder.rglob("result.json")):
@@ -1811,14 +1819,16 @@ def main() -> None:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
             alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
             for title, rows in result["tables"].items():
-                groups = tables.setdefault((result["stage"], title), {})
+                first = list(next(iter(rows), {}))[:1]          # what the rows are of: other tasks, other tables
+                groups = tables.setdefault((result["stage"], title, *first), {})
                 groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [dict(row) for row in rows]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}")
     unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
     if not tables and not unfinished:
         raise UserError(f"no result.json below {folder}")
-    for (stage, title), groups in sorted(tables.items(), key=lambda item: item[0][0]):
+    titles = list(dict.fromkeys(key[:2] for key in tables))
+    for (stage, title, *_), groups in sorted(tables.items(), key=lambda item: (item[0][0], titles.index(item[0][:2]))):
         print(markdown(f"{stage}.py: {title}", [{**row, "run": f"{row['run']} {marks or ''}".strip()}
                                                 for marks, runs in groups.values() for row in merge_seeds(runs)]))
     print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),

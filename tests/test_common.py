@@ -77,6 +77,29 @@ def test_resnet9_is_the_papers_baseline():
     assert 49e9 < common.count_macs(generator, 256) < 50e9
 
 
+@pytest.mark.parametrize("arch", ["resnet9", "e2gan"])
+def test_blocks_make_the_papers_ablation(arch, load_stage, tmp_path):
+    nine, three, with_tb = (common.generator_config(arch, 16, 32, CONCEPTS[:1], blocks) for blocks in
+                            (("rb",) * 9, ("rb",) * 3, ("rb", "rb", "tb", "rb")))
+    assert three["blocks"] == ["rb0", "rb1", "rb2"] and with_tb["blocks"] == ["rb0", "rb1", "tb", "rb2"]
+    networks = [common.build_network(config).eval() for config in (nine, three, with_tb)]
+    block = 2 * (9 * 64 * 64 + 64)                                  # two 3x3 convolutions of 64 channels, with biases
+    parameters = [common.count_parameters(network) for network in networks]
+    assert parameters[0] - parameters[1] == 6 * block and parameters[1] < parameters[2] < parameters[0]
+    stage, tb = load_stage("05"), networks[2]
+    assert stage.macs_of(stage.mac_terms(tb), common.all_widths(with_tb)) == common.count_macs(tb)
+    common.save_network(tmp_path / "tb.safetensors", tb)
+    assert torch.equal(edit(common.load_generator(tmp_path / "tb.safetensors")), edit(tb))
+    usual = {"resnet9": nine, "e2gan": with_tb}[arch]
+    assert common.generator_config(arch, 16, 32, CONCEPTS[:1]) == usual
+
+
+@pytest.mark.parametrize("arch, blocks", [("unet256", ["rb"]), ("e2gan", []), ("e2gan", ["tb", "tb"]), ("resnet9", ["rb", "9"])])
+def test_blocks_that_no_network_has_are_refused(arch, blocks):
+    with pytest.raises(common.UserError, match="e2gan and resnet9 take rb and at most one tb"):
+        common.generator_config(arch, 8, 32, CONCEPTS[:1], blocks)
+
+
 @every_network
 def test_mac_formula_equals_flop_counter_full_and_pruned(name, load_stage):
     stage, network = load_stage("05"), make_network(name)

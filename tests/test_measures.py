@@ -1,4 +1,5 @@
 """FID through pytorch-fid, the curve of a log, and the tables of many runs."""
+import argparse
 import os
 import shutil
 import socket
@@ -170,6 +171,37 @@ def test_runs_that_differ_in_their_seed_alone_share_a_row(tmp_path, tables):
         "| s0, s1, s2 (mean ± sd, 3 seeds) | night | 32 ± 1 |  |  |",
         "| z | sepia | 30 |  | 150 |",
         "| z | night | 31 |  |  |", "", ""]
+
+
+def test_tasks_of_stage_5_have_tables_of_their_own_and_networks_rows_of_their_own(tmp_path, tables):
+    title, held_out = "Pruning", "Pruned generator, held-out pictures"
+    for run, keep, seed, first, rows in (("a", 0.1, 0, 10.0, [{"direction": "AtoB", "there and back dB": 21.0}]),
+                                         ("b", 0.1, 1, 12.0, [{"direction": "AtoB", "there and back dB": 22.0}]),
+                                         ("d", 0.1, 0, 30.0, [{"pictures": 24, "FID": None}])):
+        networks = [{"network": name, "keep": keep, "MACs %": first + i} for i, name in enumerate(("generator", "discriminator"))]
+        write_run(tmp_path / run, networks, {"task": run if run == "d" else "cyclegan", "seed": seed}, stage="05_prune", title=title)
+        common.write_json(tmp_path / run / "result.json", {"stage": "05_prune", "tables": {title: networks, held_out: rows}})
+    assert tables().splitlines() == [
+        "**05_prune.py: Pruning**", "", "| run | network | keep | MACs % |", "| --- | --- | --- | --- |",
+        "| a, b (mean ± sd, 2 seeds) | generator | 0.1 | 11 ± 1.4 |",
+        "| a, b (mean ± sd, 2 seeds) | discriminator | 0.1 | 12 ± 1.4 |",
+        "| d | generator | 0.1 | 30 |", "| d | discriminator | 0.1 | 31 |", "",
+        "**05_prune.py: " + held_out + "**", "", "| run | direction | there and back dB |", "| --- | --- | --- |",
+        "| a, b (mean ± sd, 2 seeds) | AtoB | 21.5 ± 0.71 |", "",
+        "**05_prune.py: " + held_out + "**", "", "| run | pictures | FID |", "| --- | --- | --- |", "| d | 24 |  |", "", ""]
+
+
+def test_marks_are_those_of_what_had_a_part_in_the_run(tmp_path):
+    common.write_json(tmp_path / "base/result.json", {"marks": ["demo", "built-in filters as teacher"]})
+    args = argparse.Namespace(demo=False, clip="ViT-S-32:random")
+    assert common.marks_of(args) == []                                  # a resnet9 asks no text tower
+    assert common.marks_of(args, tmp_path / "base", clip=args.clip) == [
+        "demo", "built-in filters as teacher", "stand-in CLIP (random weights)"]
+
+
+def test_a_bar_in_a_cell_is_no_column(tmp_path, tables):
+    write_run(tmp_path / "a", [{"x": "one|two", "n": 1}], {})
+    assert "| a | one\\|two | 1 |" in tables()
 
 
 @pytest.mark.parametrize("result", ["[]", "{}", '{"stage": "x", "tables": [1]}', '{"stage": "x", "tables": {"T": [1]}}', "{"])
