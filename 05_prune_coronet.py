@@ -829,9 +829,10 @@ def main() -> None:
     after_slice = task.measure(test, False)
     optimizers = [common.adam([p for network in kind.values() for p in network.parameters()], lr)
                   for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))]
-    # what the search did not need is added: runs of equal flags have equal steps
     steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
-    steps -= common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
+    searched = common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
+    pace = {"search steps": searched, **pace}
+    steps -= searched               # what the search did not need is added: runs of equal flags have equal steps
     pace |= train(task, optimizers, lambda step: ({}, False), data, test, args, "converge", steps, args.lr, True, device, rank, world)
     if rank > 0:
         return

@@ -329,13 +329,13 @@ def best(call, rounds: int) -> float:
 # Stage 5
 
 def bench_prune(args) -> tuple[str, list[dict]]:
-    """A training step of e2gan as it is, and of one whose weights hypernetworks make. The step here has what costs something in
+    """A training step of e2gan as it is, of one whose weights hypernetworks make, and of one cut to a quarter of its MACs. The step here has what costs something in
     stage 5's (both networks' passes, least squares + L1, Adam) and leaves out what does not (data, schedule, thresholds).
     Each in a process of its own, one thread on a CPU: the least time of the steps, the most memory."""
     context, rows = multiprocessing.get_context("spawn"), []
-    for name in ("plain", "search"):
+    for name in ("plain", "search", "converge"):
         answer = context.SimpleQueue()
-        process = context.Process(target=prune_steps, args=(name == "search", args, answer))
+        process = context.Process(target=prune_steps, args=(name, args, answer))
         process.start()
         process.join()
         rows.append({"step": name, **answer.get()})
@@ -344,7 +344,7 @@ def bench_prune(args) -> tuple[str, list[dict]]:
     return f"Stage 5, {args.size} pixels, width {args.width}, batch {(args.batch or [4])[0]}, {args.precision}, {args.device}", rows
 
 
-def prune_steps(search: bool, args, answer) -> None:
+def prune_steps(name: str, args, answer) -> None:
     torch.set_num_threads(1)
     device, size, batch = common.pick_device(args.device), args.size, (args.batch or [4])[0]
     torch.manual_seed(0)
@@ -352,7 +352,10 @@ def prune_steps(search: bool, args, answer) -> None:
     generator = common.build_network(config).to(device)
     discriminator = common.new_discriminator(generator)
     latents = torch.nn.ParameterDict()
-    if search:
+    if name == "converge":
+        order = {g: torch.arange(n, 0, -1.0) / n for g, n in config["widths"].items()}
+        generator = common.slice_network(generator, load_stage("05").Target(generator, 0.25).kept(order, 0.25))
+    if name == "search":
         latents = torch.nn.ParameterDict({g: torch.randn(n) for g, n in config["widths"].items()}).to(device)
         ones = {g: torch.ones(n, device=device) for g, n in common.all_widths(config).items() if g not in latents}
         common.add_hypernetwork(generator, {**latents, **ones}, trained=False)
