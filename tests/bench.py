@@ -187,6 +187,16 @@ def stage_3(pairs: Path, args, batch: int, home: str) -> tuple[float, float]:
     return (asked[-1] - asked[WARM]) / steps, sum(waited[WARM:-1]) / steps
 
 
+@contextlib.contextmanager
+def pytorchs_layers():
+    """Networks as one would write them first, also on a CPU."""
+    ours, common.for_cpu = common.for_cpu, lambda x: False
+    try:
+        yield
+    finally:
+        common.for_cpu = ours
+
+
 def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
     """The same two times of what one would write first: PNGs decoded in the loop, fp32, a pass of the discriminator each for
     real and fake, Adam as it comes."""
@@ -225,7 +235,8 @@ def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
 
 
 def bench_train(args) -> tuple[str, list[dict]]:
-    """Stage 3 with its pictures in each of their homes beside the plain loop, at each batch; or the memory that it takes."""
+    """Stage 3 with its pictures in each of their homes beside the plain loop with PyTorch's layers, at each batch, and that loop
+    with the networks as stage 3 computes them; or the memory that it takes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:
@@ -233,8 +244,9 @@ def bench_train(args) -> tuple[str, list[dict]]:
             return f"Stage 3, {args.memory:,} pairs at 256 pixels", [train_memory(pairs, args, home) for home in ("file", "PNGs")]
         for batch in args.batch or [16]:
             pairs = make_pairs(Path(folder, f"{batch}/pairs"), args.size, args.steps * batch)
-            loops = {"plain loop": lambda: plain_loop(pairs, args, batch), **{
-                f"stage 3, {home}": functools.partial(stage_3, pairs, args, batch, home) for home in ("memory", "file", "PNGs")}}
+            loops = {"plain loop": pytorchs_layers()(plain_loop), "plain loop, stage 3's networks": plain_loop}
+            loops = {name: functools.partial(loop, pairs, args, batch) for name, loop in loops.items()} | {
+                f"stage 3, {home}": functools.partial(stage_3, pairs, args, batch, home) for home in ("memory", "file", "PNGs")}
             slowest = None
             for name, loop in loops.items():
                 step, wait = loop()
