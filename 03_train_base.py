@@ -59,7 +59,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     per_epoch = common.steps_per_epoch(train.counts, args.batch)
     steps = args.epochs * per_epoch
-    state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
+    losses: list[torch.Tensor] = []         # G, D and L1 of each step since the log's last row
+    state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d, losses=losses)
     start = common.load_state(args.out / "state.safetensors", **state)
     log = common.read_log(args.out / "log.jsonl", start)
     if args.compile:
@@ -67,10 +68,16 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         discriminator.compile()
     # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
     ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
-    sums, summed, rows, aside, began = torch.zeros(3, device=device), 0, [], 0.0, time.time()
+    rows, aside, began, done = [], 0.0, time.time(), start
+
+    def save_state() -> None:
+        common.write_text(args.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+        common.save_state(args.out / "state.safetensors", done, **state)
+
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", disable=rank > 0)
     generator.train()
-    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
+    batches = zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device))
+    for step, (photo, edit, concept) in common.until_stopped(batches, save_state, world):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
@@ -95,15 +102,14 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += torch.stack([loss_g, loss_d, l1]).detach()
-        summed += 1
+        losses.append(torch.stack([loss_g, loss_d, l1]).detach())
         done = step + 1
         judge = done == steps or done % (args.eval_every * per_epoch) == 0
         save = judge or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            log.append(common.check_health(sums / summed, fake, edit, score_real, generator, done, args.out, world))
+            log.append(common.check_health(losses, fake, edit, score_real, generator, done, args.out, world))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
-            sums, summed = torch.zeros_like(sums), 0
+            losses.clear()
         if save and rank == 0:
             paused = time.time()
             if judge:
@@ -113,9 +119,8 @@ def train_base(generator, discriminator, train: common.Pairs, test: common.Pairs
                     common.save_network(args.out / "best.safetensors", generator)
                 common.write_png(args.out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test))
             common.save_network(args.out / "generator.safetensors", generator)
-            common.write_text(args.out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             common.write_curve(args.out / "curve.png", log)
-            common.save_state(args.out / "state.safetensors", done, **state)
+            save_state()
             generator.train()
             aside += time.time() - paused
     seconds = time.time() - began - aside

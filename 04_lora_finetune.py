@@ -315,15 +315,23 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
     opt_g = common.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = common.adam(discriminator.parameters(), args.lr_d)
     steps = args.steps or args.epochs * common.steps_per_epoch(train.counts, args.batch)
-    state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d)
+    losses: list[torch.Tensor] = []         # G, D and L1 of each step since the log's last row
+    state = dict(g=generator, d=discriminator, opt_g=opt_g, opt_d=opt_d, losses=losses)
     start = common.load_state(out / "state.safetensors", **state) if out else 0
     log = common.read_log(out / "log.jsonl", start) if out else []
     # the discriminator's own step goes through DDP; the generator's step passes through its plain weights
     ddp_g, ddp_d = (common.data_parallel(network, device, world) for network in (generator, discriminator))
-    sums, summed, began = torch.zeros(3, device=device), 0, time.time()
+    began, done = time.time(), start
+
+    def save_state() -> None:
+        if out:
+            common.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+            common.save_state(out / "state.safetensors", done, **state)
+
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=train.concepts[0]["name"], disable=rank > 0)
     generator.train()
-    for step, (photo, edit, concept) in zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
+    batches = zip(bar, train.batches(args.batch, range(start, steps), args.seed, rank, world, device))
+    for step, (photo, edit, concept) in common.until_stopped(batches, save_state, world):
         common.set_lr(opt_g, args.lr, step, steps)
         common.set_lr(opt_d, args.lr_d, step, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # for dropout: no generator state to save
@@ -347,19 +355,17 @@ def finetune(generator, train: common.Pairs, test: common.Pairs | None, args, ou
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        sums += torch.stack([loss_g, loss_d, l1]).detach()
-        summed += 1
+        losses.append(torch.stack([loss_g, loss_d, l1]).detach())
         done = step + 1
         save = done % args.save_every == 0 or done == steps
         if save or done % LOG_EVERY == 0:
-            log.append(common.check_health(sums / summed, fake, edit, score_real, generator, done, out or args.out, world))
+            log.append(common.check_health(losses, fake, edit, score_real, generator, done, out or args.out, world))
             bar.set_postfix({key: f"{log[-1][key]:.4g}" for key in ("G", "D", "L1")})
-            sums, summed = torch.zeros_like(sums), 0
+            losses.clear()
         if save and out and rank == 0:
             common.write_png(out / "samples" / f"{done:07d}.png", common.progress_picture(generator, test, per_concept=6))
-            common.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             common.write_curve(out / "curve.png", log)
-            common.save_state(out / "state.safetensors", done, **state)
+            save_state()
             generator.train()
     seconds = time.time() - began
     return {"steps": steps, "batch": args.batch,

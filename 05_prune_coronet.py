@@ -583,16 +583,24 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
     returns what to add to the log's row, and True to end the phase. Returns the pace as columns of the table."""
     opt_g, opt_d = optimizers[:2]
     judges = torch.nn.ModuleList(task.discriminators.values())
-    state = {**task.generators, **task.discriminators, **task.pools, **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)}}
+    losses: list[torch.Tensor] = []         # G, D and the distance of each step since the log's last row
+    state = {**task.generators, **task.discriminators, **task.pools, "losses": losses,
+             **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)}}
     start = common.load_state(args.out / f"{phase}.safetensors", **state)
     log = common.read_log(args.out / f"{phase}.jsonl", start)
     # the discriminators' own step goes through DDP; the generators' step passes through their plain weights
     ddp_g, ddp_d = ({name: common.data_parallel(network, device, world) for name, network in networks.items()}
                     for networks in (task.generators, task.discriminators))
-    sums, summed, began, done = torch.zeros(3, device=device), 0, time.time(), log[-1]["step"] if log else 0
+    began, done = time.time(), log[-1]["step"] if log else 0
+
+    def save_state(step: int) -> None:
+        common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+        common.save_state(args.out / f"{phase}.safetensors", step, **state)
+
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     set_training(task)
-    for step, batch in zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device)):
+    batches = zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device))
+    for step, batch in common.until_stopped(batches, lambda: save_state(done), world):
         common.set_lr(opt_g, lr, step if decay else 0, steps)
         common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # noise, pools, dropout: no generator state to save
@@ -618,19 +626,17 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
 
         if more and done % max(1, steps // 50) == 0:
             log.append({"step": done, **more})
-        sums += torch.stack([loss_g, loss_d, distance]).detach()
-        summed += 1
+        losses.append(torch.stack([loss_g, loss_d, distance]).detach())
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            row = common.check_health(sums / summed, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world)
+            row = common.check_health(losses, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world)
             log.append({task.names.get(key, key): value for key, value in row.items() if task.names.get(key, key)})
             bar.set_postfix({key: f"{value:.4g}" for key, value in log[-1].items() if key in ("G", "D", "L1", "cycle")})
-            sums, summed = torch.zeros_like(sums), 0
+            losses.clear()
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", task.picture(test))
-            common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             common.write_curve(args.out / f"{phase}.png", log)
-            common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
+            save_state(steps if ended else done)
             set_training(task)
         if ended:
             break

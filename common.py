@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -60,14 +59,38 @@ def run(main: Callable[[], None]) -> None:
     Ctrl-C and SIGTERM in one line that says how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main()
+        return main()
     except UserError as error:
-        fail(str(error))
+        message = str(error)
     except OSError as error:
-        fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
-        print("\nstopped: the same command continues", file=sys.stderr)
-        sys.exit(130)
+        message = None
+    if message is not None:         # only here: the exception is gone, and with it the progress bars, whose last line comes before
+        fail(message)
+    print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
+    sys.exit(130)
+
+
+def until_stopped(steps: Iterable, save: Callable[[], None], world: int) -> Iterator:
+    """The items of `steps`. SIGINT and SIGTERM wait until the loop's body has done with one; then save() is called and the run ends.
+    A second signal doesn't wait. Nor do several processes, which would wait for one another: they continue from the last save."""
+    caught = []
+
+    def catch(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)} if world == 1 else {}
+    try:
+        for item in steps:
+            yield item
+            if caught:
+                save()
+                raise KeyboardInterrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(message: str) -> NoReturn:
@@ -157,8 +180,9 @@ def read_json(path: Path, kind: type = dict):
 
 def check_name(name: object, where: object) -> None:
     """UserError unless a concept's name, which becomes a file's, can lead nowhere else."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w .+-]{0,63}", name):
-        raise UserError(f"{where}: concept {str(name)[:80]!r} cannot be a file's name: use up to 64 letters, digits, - and _")
+    if (not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= 200 or name[0] in ".- "
+            or set(name) & set('/\\:*?"<>|')):
+        raise UserError(f"{where}: concept {str(name)[:80]!r} cannot be a file's name: use letters, digits, - and _")
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -1179,21 +1203,22 @@ def check_config(config: dict) -> None:
             raise ValueError(f"its {name} is {str(count)[:80]}")
     if config["widths"].keys() != config["full"].keys() or any(n > config["full"][g] for g, n in config["widths"].items()):
         raise ValueError("its widths are none of a network pruned from the full ones")
-    if not isinstance(config.get("concepts", []), list) or len(config.get("blocks", ())) > 100:
+    concepts = config.get("concepts", [])
+    if not isinstance(concepts, list) or len(config.get("blocks", ())) > 100:
         raise ValueError("its concepts or blocks are no list of sane length")
     if not isinstance(config.get("clip", ""), str):
         raise ValueError("its text tower is no name")
-    for concept in config.get("concepts", []):
+    for concept in concepts:
         check_name(concept["name"], "config")
         if not isinstance(concept["prompt"], str):
             raise ValueError(f"the prompt of {concept['name']!r} is no text")
 
 
 def save_state(path: Path, step: int, **parts) -> None:
-    """What a run needs to continue after `step` steps: modules and optimizers by name."""
+    """What a run needs to continue after `step` steps: modules, optimizers and lists of tensors by name."""
     tensors = {}
     for part, value in parts.items():
-        state = value.state_dict()
+        state = {f"{i:06}": x for i, x in enumerate(value)} if isinstance(value, list) else value.state_dict()
         if isinstance(value, torch.optim.Optimizer):
             state = {f"{i}.{key}": torch.as_tensor(x) for i, entry in state["state"].items() for key, x in entry.items()
                      if x is not None}
@@ -1202,7 +1227,7 @@ def save_state(path: Path, step: int, **parts) -> None:
 
 
 def load_state(path: Path, **parts) -> int:
-    """Puts a saved state back into the same modules and optimizers; returns the steps done, 0 without a file."""
+    """Puts a saved state back into the same modules, optimizers and lists; returns the steps done, 0 without a file."""
     if not path.exists():
         return 0
     tensors, about = read_tensors(path, "state")
@@ -1215,7 +1240,10 @@ def load_state(path: Path, **parts) -> int:
                     index, name = key.split(".", 1)
                     entries.setdefault(int(index), {})[name] = x
                 state = {"state": entries, "param_groups": value.state_dict()["param_groups"]}
-            value.load_state_dict(state)
+            if isinstance(value, list):
+                value[:] = [state[key] for key in sorted(state)]
+            else:
+                value.load_state_dict(state)
         if type(about["step"]) is not int or about["step"] < 0:
             raise ValueError(f"step {about['step']}")
         return about["step"]
@@ -1383,8 +1411,10 @@ class Hypernetwork(nn.Module):
     0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
     channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
 
-    In memory o and i come last, (K, E, O, I): sums over short axes that come first take a quarter of the time of sums over
-    last ones, forward and backward.
+    The embedding size is 8, but no more than a layer has k (a choice of ours: a linear layer, which the paper's networks lack, has
+    1; with 8 numbers to make one of, a search at width 64 held 29 million more parameters and learned no better).
+
+    In memory o and i come last, (K, E, O, I): sums over short axes are faster when these come first.
     """
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool, size: int = 8):
@@ -1396,6 +1426,7 @@ class Hypernetwork(nn.Module):
             weight = self.out_first(module.weight)
             weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
             k, o, i = weight.shape
+            size = min(size, k)
             self.b0 = nn.Parameter(torch.zeros(o, i, device=weight.device))
             self.b1 = nn.Parameter(torch.zeros(size, o, i, device=weight.device))
             self.w1 = nn.Parameter(torch.empty(size, o, i, device=weight.device).uniform_(-3 ** 0.5, 3 ** 0.5))
@@ -1415,7 +1446,7 @@ class Hypernetwork(nn.Module):
     def forward(self, b2):
         z = self.z_out()[:, None] * self.z_in() + self.b0                                         # (O, I)
         e = z * self.w1 + self.b1                                                                 # (E, O, I)
-        made = (self.w2 * e).sum(1).movedim(0, -1)                                                # (O, I, K)
+        made = torch.stack((self.w2 * e).sum(1).unbind(), -1)                                     # (O, I, K)
         return b2 + self.out_first(made.view(self.out_first(b2).shape))
 
 
@@ -1581,18 +1612,21 @@ class Collapse(UserError):
     """Training that can't be saved."""
 
 
-def check_health(losses: torch.Tensor, fake: torch.Tensor, edit: torch.Tensor, score: torch.Tensor, generator: nn.Module,
+def check_health(losses: Sequence[torch.Tensor], fake: torch.Tensor, edit: torch.Tensor, score: torch.Tensor, generator: nn.Module,
                  step: int, out: Path, world: int) -> dict:
-    """losses (3,), the means of G, D and L1 since the last check -> the log's row, averaged over the processes. Collapse, before
-    anything is saved, if a loss or a weight is not finite or, in the last batch, a network has collapsed: fakes (B, 3, H, W)
-    that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or a score that is the same
-    everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
+    """losses, G, D and L1 (3,) of each step since the last check -> the log's row, their means, averaged over the processes.
+    Collapse, before anything is saved, if a loss or a weight is not finite (named by its step) or, in the last batch, a network has
+    collapsed: fakes (B, 3, H, W) that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or
+    a score that is the same everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
+    losses = torch.stack([loss.to(fake.device) for loss in losses]).view(-1, 3)         # those of a saved state lie on the CPU
     spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
-    means = torch.cat([losses, torch.stack(spreads).detach()])
+    means = torch.cat([losses.mean(0), torch.stack(spreads).detach()])
     average(means, world)               # all processes must come to the same verdict
     loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
     finite = torch.stack([parameter.isfinite().all() for parameter in generator.parameters()]).all()
-    reason = ("a loss is not finite" if not all(map(math.isfinite, (loss_g, loss_d))) else
+    broken = (~losses.isfinite().all(1)).nonzero()              # of this process's steps
+    first = f" in step {step - len(losses) + 1 + broken[0].item()}" if len(broken) else ""
+    reason = (f"a loss is not finite{first}" if not all(map(math.isfinite, (loss_g, loss_d))) else
               "a weight is not finite" if not finite else
               "the generator makes the same picture of every photo" if edits > 1 / 255 and fakes < 0.02 * edits else
               "the discriminator gives everything the same score" if scores < 1e-4 else "")

@@ -190,6 +190,9 @@ def test_hypernetwork_is_the_papers_formula():
         z = latents["b"][o] * latents["a"][i] + hyper.b0[o, i]
         e = z * hyper.w1[:, o, i] + hyper.b1[:, o, i]
         assert torch.isclose(made[o, i].flatten()[k], (hyper.w2[k, :, o, i] * e).sum(), atol=1e-5)
+    assert hyper.w2.shape == (9, 8, 5, 3)
+    linear = common.layer(torch.nn.Linear, {"a": 3, "b": 5}, "a", "b")
+    assert common.Hypernetwork(linear, latents, trained=False).w2.shape == (1, 1, 5, 3)
 
 
 def test_hypernetwork_from_scratch_keeps_the_variance_of_fan_in():

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import signal
 import struct
 import zlib
@@ -350,7 +351,6 @@ def commands(root: Path) -> dict[str, list]:
 
 @pytest.fixture
 def world(good, tmp_path):
-    import shutil
     shutil.copytree(good, tmp_path / "w")
     return tmp_path / "w"
 
@@ -369,11 +369,11 @@ def test_names_that_lead_elsewhere(world, error_of, name):
         assert tree(world) == clean
     concepts, base, adapter = world / "pairs/concepts.json", world / "base.safetensors", world / "adapter.safetensors"
     kept = {path: path.read_bytes() for path in (concepts, base, adapter)}
-    for number in ("02", "03", "05"):
+    for number in ("02", "05"):
         common.write_json(concepts, {"dark": {"prompt": "x"}, name: {"prompt": "x"}})
         ends(number, concepts)
     tensors, about = common.read_tensors(base, "generator")
-    for number in ("04", "05", "06"):
+    for number in ("04", "06"):
         common.write_tensors(base, tensors, {**about, "config": changed(about["config"], "concepts/0/name", name)})
         ends(number, base)
     tensors, about = common.read_tensors(adapter, "adapter")
