@@ -1,5 +1,6 @@
 """What the stages cost, measured: each sub-command prints one Markdown table.
 
+    python tests/bench.py               the ratios of those below, in one table, for the machine at hand (minutes)
     python tests/bench.py distill       stage 1's own time beside a diffusion pipeline's; memory with 100,000 photos
     python tests/bench.py size          parameters and MACs of each architecture at the papers' size
     python tests/bench.py train         stage 3's images/s beside a plain loop's, and how long it waits for its batches
@@ -7,6 +8,7 @@
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
     python tests/bench.py prune         time and peak memory of a search step of stage 5 beside a plain training step's
     python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
+    python tests/bench.py onnx          latency of stage 6's files of each architecture, and of e2gan at a quarter of its MACs
 """
 import argparse
 import contextlib
@@ -116,6 +118,7 @@ def memory(folder: Path, count: int) -> dict:
 
 CONCEPTS = ["sepia", "sketch"]
 WARM = 3                                # steps before the clock starts
+THREADS = 2                             # ONNX Runtime's, as stage 6 times files
 
 
 def call_stage(number: str, *flags) -> None:
@@ -132,7 +135,7 @@ def make_pairs(folder: Path, size: int, count: int) -> Path:
     concepts = [flag for name in CONCEPTS for flag in ("--concept", f"{name}=make it {name}")]
     call_stage("01", "--size", size, "--train", 16, "--test", 2, *concepts, "--out", folder)
     rows = []
-    for i in range(-(-count // len(CONCEPTS))):
+    for i in range(max(16, -(-count // len(CONCEPTS)))):
         for name in ("source", *CONCEPTS):
             if i >= 16:
                 os.link(folder / "train" / name / f"{i % 16:05}.png", folder / "train" / name / f"{i:05}.png")
@@ -401,34 +404,79 @@ def prune_steps(name: str, args, answer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Networks, and stage 6
+
+def untrained(arch: str, width: int, size: int) -> common.Generator:
+    """With random weights; e2gan's as for the text features of CLIP ViT-B/32 (512 numbers a token)."""
+    text = dict(text_dim=512, tokens=8, clip="none") if arch == "e2gan" else {}
+    return common.build_network(common.generator_config(arch, width, size, [{"name": "a", "prompt": "a"}], **text))
+
+
+def bench_onnx(args) -> tuple[str, list[dict]]:
+    """Median time of one picture by stage 6's fp32 files, untrained, which take turns; e2gan also with all groups narrowed alike."""
+    stage, pruning = load_stage("06"), load_stage("05")
+    networks = {arch: untrained(arch, args.width, args.size) for arch in common.ARCHITECTURES}
+    target = pruning.Target(networks["e2gan"], 0.25)
+    kept = target.kept({g: 1 - torch.arange(n) / n for g, n in networks["e2gan"].config["widths"].items()}, 0.25)
+    networks["e2gan, 25 % of the MACs"] = common.slice_network(networks["e2gan"], kept)
+    files = [stage.bake(stage.trace(network, args.size), network, stage.prompt_of(network, "a")[1]).SerializeToString()
+             for network in networks.values()]
+    photo = torch.randint(256, (1, 3, args.size, args.size), dtype=torch.uint8)
+    times = dict(zip(networks, stage.median_ms([stage.open_file(data, THREADS) for data in files], photo)))
+    return f"ONNX Runtime, {args.size} pixels, width {args.width}, {THREADS} threads", [
+        {"generator": name, "KB": len(data) / 1000, "ms": ms, "FPS": 1000 / ms, "/ resnet9": ms / times["resnet9"]}
+        for (name, ms), data in zip(times.items(), files)]
+
 
 def bench_size(_) -> tuple[str, list[dict]]:
-    """The generators at 256 pixels and width 64; e2gan's with the text features of CLIP ViT-B/32 (512 numbers a token)."""
+    """The generators at 256 pixels and width 64."""
     rows = []
     for arch in common.ARCHITECTURES:
-        text = dict(text_dim=512, tokens=8, clip="none") if arch == "e2gan" else {}
         with torch.device("meta"):
-            generator = common.build_network(common.generator_config(arch, 64, 256, [{"name": "a", "prompt": "a"}], **text))
+            generator = untrained(arch, 64, 256)
         rows.append({"generator": arch, "parameters M": common.count_parameters(generator) / 1e6,
                      "GMACs": common.count_macs(generator, 256) / 1e9})
     return "Generators at 256 pixels, width 64", rows
 
 
-BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "prune": bench_prune, "lora": bench_lora}
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+
+def bench_all(args) -> tuple[str, list[dict]]:
+    """A row per ratio, each at its sub-command's default setting, and what this project wants of it."""
+    train, onnx, lora, prune = (BENCHMARKS[name](with_defaults(args, name))[1] for name in ("train", "onnx", "lora", "prune"))
+    with tempfile.TemporaryDirectory() as folder:
+        share = overhead(Path(folder), 64, 1)["own share %"] / 100
+    ratios = [("stage 1: own share of the time beside a pipeline's calls of 50 ms", share, "0.03 at most"),
+              ("stage 3: images/s, x a plain loop's", train[1]["x plain"], "2.3 or more, on a CPU with bf16 units"),
+              ("stage 3: share of a step spent waiting for pictures", train[1]["waits %"] / 100, "0.05 at most"),
+              *((f"stage 4: {row['what']}, adapter / all weights", row["lora / full"], "1 at most") for row in lora if "lora / full" in row),
+              ("stage 5: time of a search step / a plain one's", prune[1]["x plain time"], "1.25 at most"),
+              ("stage 5: memory of a search step / a plain one's", prune[1]["x plain memory"], "1.5 at most"),
+              *((f"stage 6: latency of {row['generator']} / resnet9's", row["/ resnet9"], "0.5 at most" if row["generator"] == "e2gan" else None)
+                for row in onnx if row["generator"].startswith("e2gan"))]
+    return f"Ratios, {torch.get_num_threads()} threads, {args.device}", [dict(zip(("what", "ratio", "wanted"), row)) for row in ratios]
+
+
+def with_defaults(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The flags as given, the others as the sub-command has them."""
+    defaults = {"prune": dict(size=256, width=64, steps=3), "onnx": dict(size=256, width=64)}.get(name, dict(size=64, width=32, steps=30))
+    return argparse.Namespace(**{**vars(args), **{key: value for key, value in defaults.items() if getattr(args, key) is None}})
+
+
+BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "prune": bench_prune, "lora": bench_lora,
+              "onnx": bench_onnx}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
-    train = parser.add_argument_group("train, prune")
-    train.add_argument("--size", type=int, help="pixels (default: 64; prune: 256)")
-    train.add_argument("--width", type=int, help="channels of the first layer (default: 32; prune: 64)")
+    parser.add_argument("name", nargs="?", choices=BENCHMARKS, help="what to measure (default: the ratios of all)")
+    train = parser.add_argument_group("train, prune, onnx")
+    train.add_argument("--size", type=int, help="pixels (default: 64; prune, onnx: 256)")
+    train.add_argument("--width", type=int, help="channels of the first layer (default: 32; prune, onnx: 64)")
     train.add_argument("--batch", type=int, action="append", help="can be repeated for train (default: 16; prune: 4)")
     train.add_argument("--steps", type=int, help=f"the first {WARM} of train are not counted, nor is the last (default: 30; prune: 3)")
     train.add_argument("--precision", default="auto", help="as stage 3's")
     train.add_argument("--device", default="auto", help="as stage 3's")
     train.add_argument("--memory", type=int, metavar="PAIRS", help="measure the peak memory with so many pairs instead")
     args = parser.parse_args()
-    defaults = dict(size=256, width=64, steps=3) if args.name == "prune" else dict(size=64, width=32, steps=30)
-    parser.set_defaults(**defaults)
-    args = parser.parse_args()
-    print(common.markdown(*BENCHMARKS[args.name](args)))
+    print(common.markdown(*(BENCHMARKS[args.name](with_defaults(args, args.name)) if args.name else bench_all(args))))
