@@ -6,6 +6,8 @@
     python tests/bench.py train --size 256 --width 64 --batch 4 --batch 8 --steps 10
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
     python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
+    python tests/bench.py onnx          exported files beside resnet9's at 256 pixels on two threads; untrained networks unless
+    python tests/bench.py onnx --generator runs/base/generator.safetensors --generator runs/coronet/generator.safetensors
 """
 import argparse
 import contextlib
@@ -337,7 +339,30 @@ def bench_size(_) -> tuple[str, list[dict]]:
     return "Generators at 256 pixels, width 64", rows
 
 
-BENCHMARKS = {"distill": bench_distill, "size": bench_size, "train": bench_train, "lora": bench_lora}
+def bench_onnx(args) -> tuple[str, list[dict]]:
+    """ONNX Runtime on the CPU: resnet9 of width 64, and the files given, or e2gan of width 64 and all its groups narrowed alike.
+    `ms` is the median wall time; the files take turns, so that other work hits all alike."""
+    stage, size = load_stage("06"), 256
+    text = dict(text_dim=512, tokens=8, clip="none")
+    full = common.build_network(common.generator_config("e2gan", 64, size, [{"name": "a", "prompt": "a"}], **text))
+    networks = {f"e2gan, {percent} % of the channels": common.slice_network(
+        full, {g: torch.arange(max(2, round(n * percent / 100))) for g, n in full.config["widths"].items()}).eval()
+        for percent in (100, 50, 35, 25)}
+    if args.generator:
+        networks = {str(path): common.load_generator(path) for path in args.generator}
+    resnet9 = common.build_network(common.generator_config("resnet9", 64, size, [{"name": "a", "prompt": "a"}]))
+    runs, photo = [], torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    for network in (networks := {"resnet9": resnet9, **networks}).values():
+        file = stage.bake(stage.trace(network, size), network, stage.prompt_of(network, network.config["concepts"][0]["name"])[1])
+        session = stage.open_file(file.SerializeToString(), args.threads)
+        runs.append((session, stage.feed(session, photo)))
+    times = stage.median_ms(runs, 30)
+    return f"ONNX files at {size} pixels, {args.threads} threads", [
+        {"network": name, "GMACs": common.count_macs(network, size) / 1e9, "ms": ms, "FPS": 1000 / ms,
+         "of resnet9's time": ms / times[0]} for (name, network), ms in zip(networks.items(), times)]
+
+
+BENCHMARKS = {"onnx": bench_onnx, "distill": bench_distill, "size": bench_size, "train": bench_train, "lora": bench_lora}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,5 +375,8 @@ if __name__ == "__main__":
     train.add_argument("--precision", default="auto", help="as stage 3's")
     train.add_argument("--device", default="auto", help="as stage 3's")
     train.add_argument("--memory", type=int, metavar="PAIRS", help="measure the peak memory with so many pairs instead")
+    exported = parser.add_argument_group("onnx")
+    exported.add_argument("--generator", type=Path, action="append", help="a generator's file; can be repeated")
+    exported.add_argument("--threads", type=int, default=2, help="ONNX Runtime's (default: 2)")
     args = parser.parse_args()
     print(common.markdown(*BENCHMARKS[args.name](args)))
