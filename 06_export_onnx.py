@@ -2,9 +2,10 @@
 
 The network is traced once per generator, its inputs the photo and the prompt's text features. Each file is that graph
 with its concept's weights (LoRA merged) and its prompt as constants, and what depends on constants alone computed.
-A concept comes from the last file that knows it: the generators in the order given, then the adapters.
+A concept comes from the last file that knows it: the generators in the order given, then the adapters. DCGAN's generator knows
+one, `dcgan`: its file takes noise (N, 100) of N(0, 1) and gives pictures; no photo is needed to prove, time or calibrate it.
 
-Reads   generator.safetensors (stages 3, 4, 5), adapter.safetensors (stage 4; each finds its base by SHA-256), photos
+Reads   generator*.safetensors (stages 3, 4, 5), adapter.safetensors (stage 4; each finds its base by SHA-256), photos
 Writes  runs/onnx/<concept>.onnx    input photo (N, 3, H, W) in [-1, 1] or, with --io uint8, (N, H, W, 3) in 0..255;
                                     output edit, like it; its metadata says which, and concept, prompt and base
         runs/onnx/comparison.png    photo | teacher | base | adapter | pruned | ONNX          result.json
@@ -44,7 +45,7 @@ import common
 
 PAPER = dict(
     generator=[Path("runs/base/generator.safetensors")], pairs=Path("runs/pairs"), out=Path("runs/onnx"),
-    strength=1.0, size=256, precision="fp32", io="float32", threads=2,
+    photos=None, strength=1.0, size=256, precision="fp32", io="float32", threads=2,
 )
 DEMO = dict(
     generator=[Path("runs/demo/base/generator.safetensors"), Path("runs/demo/coronet/generator.safetensors")],
@@ -54,6 +55,7 @@ OPSET = 18                      # ONNX Runtime 1.14 (2023) and later, its web an
 BARS = dict(fp32=1e-3, fp16=45.0, int8=30.0)     # fp32: most difference from PyTorch, of a range of 2; others: least dB
 CALIBRATION = 32                # training photos that int8's ranges are measured on
 COMPARED = 4                    # test photos on which PyTorch runs too
+SAMPLES = 6                     # pictures of DCGAN's that are compared
 REFERENCE = "resnet9"           # whose latency the others are compared with
 
 
@@ -80,7 +82,7 @@ def load_sources(generators: list[Path], adapters: list[Path], strength: float =
     .adapter: the concept that it was adapted to, or None."""
     sources = []
     for path in generators:
-        generator = common.load_generator(path)
+        generator = common.load_network(path, torch.device("cpu"), common.Generator.kind, common.DcganGenerator.kind)
         generator.adapter = None
         sources.append(generator)
     bases = {generator.sha256: generator for generator in sources}
@@ -97,8 +99,14 @@ def load_sources(generators: list[Path], adapters: list[Path], strength: float =
     return sources
 
 
-def known_to(source: common.Generator) -> list[str]:
+def from_noise(source: common.Network) -> bool:
+    return isinstance(source, common.DcganGenerator)
+
+
+def known_to(source: common.Network) -> list[str]:
     """Names of a source's concepts; an adapted generator counts for the one that it was adapted to alone."""
+    if from_noise(source):
+        return [source.config["arch"]]
     return [source.adapter] if source.adapter else [concept["name"] for concept in source.config["concepts"]]
 
 
@@ -118,6 +126,8 @@ def choose(sources: list[common.Generator], wanted: list[str] | None) -> dict[st
 
 def prompt_of(source: common.Generator, concept: str) -> tuple[str, torch.Tensor | None]:
     """A concept's prompt and its text features (1, T, D), None for an architecture that takes no text."""
+    if from_noise(source):
+        return "", None
     index = source.concept(concept)
     text = source.tokens[index][source.mask[index]][None] if "text_dim" in source.config else None
     return source.config["concepts"][index]["prompt"], text
@@ -144,8 +154,12 @@ class RowConv(torch.nn.Module):
 
 
 class Network(torch.nn.Module):
-    """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit. Pictures are floats
-    (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
+    """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit; or noise (N, 100) -> picture.
+    Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3).
+
+    Other formulations were no faster in ONNX Runtime at 256 px. CPU time of one thread, e2gan of width 64 and one pruned to 14:
+    FiLM as the norm's own scale and bias x 1.00 and 1.02; transposed convolutions as 2 x 2 ones and a pixel shuffle 1.09 and
+    1.07; features and photo convolved apart before the last layer 1.00 and 1.10; padding rows after RowConv 1.02 and 1.02."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
@@ -154,9 +168,12 @@ class Network(torch.nn.Module):
             self.generator.out = RowConv(generator.out)
 
     def forward(self, photo, text=None):
+        if from_noise(self.generator):
+            edit = self.generator(photo)
+        else:
+            edit = self.generator.edit(photo.permute(0, 3, 1, 2).float() / 127.5 - 1 if self.bytes else photo, text, None)
         if not self.bytes:
-            return self.generator.edit(photo, text, None)
-        edit = self.generator.edit(photo.permute(0, 3, 1, 2).float() / 127.5 - 1, text, None)
+            return edit
         return ((edit + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -173,12 +190,14 @@ def trace(generator: common.Generator, size: int, io: str = "float32", dynamic: 
         photo = torch.zeros(2, size, size, 3, dtype=torch.uint8)
         axes = {0: "batch"} | ({1: "height", 2: "width"} if dynamic else {})
     inputs = {"photo": (photo, axes)}
+    if from_noise(generator):
+        inputs = {"noise": (*generator.example(batch=2, device="cpu"), {0: "batch"})}
     if "text_dim" in generator.config:
         inputs["text"] = generator.tokens[:1], {1: "tokens"}
     examples, shapes = zip(*inputs.values())
     return torch.onnx.export(Network(generator, io).eval(), examples, None, input_names=list(inputs),
-                             output_names=["edit"], dynamic_shapes=shapes, opset_version=OPSET, optimize=False,
-                             verbose=False).model
+                             output_names=["picture" if from_noise(generator) else "edit"], dynamic_shapes=shapes,
+                             opset_version=OPSET, optimize=False, verbose=False).model
 
 
 def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None) -> onnx.ModelProto:
@@ -192,7 +211,8 @@ def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None
         ir.convenience.replace_all_uses_with(model.graph.inputs[1], constant)
         del model.graph.inputs[1]
         model.graph.register_initializer(constant)
-    model.graph.outputs[0].shape = model.graph.inputs[0].shape      # the tracer's is a formula of the same value
+    if not from_noise(generator):
+        model.graph.outputs[0].shape = model.graph.inputs[0].shape      # the tracer's is a formula of the same value
     optimizer.optimize(model, input_size_limit=2 ** 31, output_size_limit=2 ** 31)
     ClearMetadataAndDocStringPass()(model)
     return ir.to_proto(model)
@@ -203,12 +223,14 @@ def quantize(proto: onnx.ModelProto, feeds: list[dict]) -> tuple[onnx.ModelProto
 
     Kept in float, as measured on a trained e2gan: transposed convolutions, which ONNX Runtime has no int8 kernel for
     (37 dB with them, 56 dB without); the convolutions that read or write the picture (48 dB with them, and slower);
-    attention's products, whose factors are no weights; norms."""
+    attention's products, whose factors are no weights; norms. DCGAN consists of nothing else: its weights are int8 for the
+    file's size."""
     weights = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
     layers = [(node, weights.get(node.input[1], ())) for node in proto.graph.node
               if node.op_type in ("Conv", "ConvTranspose", "MatMul")]
     chosen = [node for node, dims in layers if node.op_type == "MatMul" and len(dims) == 2
               or node.op_type == "Conv" and dims[1] > 3 and not node.input[1].startswith("generator.out.")]
+    chosen = chosen or [node for node, _ in layers]
     reader = SimpleNamespace(get_next=partial(next, iter(feeds), None))
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(proto, f"{folder}/float.onnx")        # a model in memory would be altered
@@ -235,15 +257,17 @@ def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession
 
 
 def feed(session: onnxruntime.InferenceSession, photos: torch.Tensor, text: torch.Tensor | None = None) -> dict:
-    """uint8 photos (N, 3, H, W) as the file takes them, and the prompt's features if it is promptable."""
+    """uint8 photos (N, 3, H, W), or noise (N, 100), as the file takes them, and the prompt's features if it is promptable."""
     takes = {value.name: value.type for value in session.get_inputs()}
+    if "noise" in takes:
+        return {"noise": photos.numpy()}
     photos = photos.permute(0, 2, 3, 1).contiguous() if takes["photo"] == "tensor(uint8)" else common.to_float(photos)
     return {"photo": photos.numpy()} | ({"text": text.numpy()} if "text" in takes else {})
 
 
 def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, text: torch.Tensor | None = None,
              batch: int = 8) -> torch.Tensor:
-    """uint8 photos (N, 3, H, W) -> edits (N, 3, H, W) in [-1, 1]."""
+    """uint8 photos (N, 3, H, W), or noise (N, 100) -> pictures (N, 3, H, W) in [-1, 1]."""
     made = torch.cat([torch.from_numpy(session.run(None, feed(session, part, text))[0])
                       for part in photos.split(batch)])
     return common.to_float(made.permute(0, 3, 1, 2)) if made.dtype == torch.uint8 else made
@@ -252,20 +276,21 @@ def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, text: 
 @torch.no_grad()
 def run_torch(generator: common.Generator, photos: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor:
     """The same in PyTorch, in fp32."""
+    if from_noise(generator):
+        return generator(photos)
     return generator.edit(common.to_float(photos), text, None)
 
 
-def median_ms(sessions: list[onnxruntime.InferenceSession], photo: torch.Tensor, seconds: float = 1.0) -> list[float]:
-    """Median milliseconds for one photo (1, 3, H, W) uint8, after warm-up. The sessions take turns, so that whatever
+def median_ms(runs: list[tuple[onnxruntime.InferenceSession, dict]], seconds: float = 1.0) -> list[float]:
+    """Median milliseconds of each session with its inputs, after warm-up. The sessions take turns, so that whatever
     else the machine does hits all alike; at least 10 rounds, and as many as fit `seconds`."""
-    feeds = [feed(session, photo) for session in sessions]
-    took: list[list[float]] = [[] for _ in sessions]
+    took: list[list[float]] = [[] for _ in runs]
     for _ in range(3):
-        for session, inputs in zip(sessions, feeds):
+        for session, inputs in runs:
             session.run(None, inputs)
     began = time.perf_counter()
     while len(took[0]) < 10 or time.perf_counter() - began < seconds:
-        for session, inputs, times in zip(sessions, feeds, took):
+        for (session, inputs), times in zip(runs, took):
             start = time.perf_counter()
             session.run(None, inputs)
             times.append(1000 * (time.perf_counter() - start))
@@ -275,14 +300,23 @@ def median_ms(sessions: list[onnxruntime.InferenceSession], photo: torch.Tensor,
 # ---------------------------------------------------------------------------------------------------------------------
 # One concept
 
-def pairs_of(pairs: Path, split: str, concept: str, size: int, most: int | None = None):
-    """Photos and the teacher's edits, uint8 (N, 3, size, size); edits are None where the pairs lack the concept."""
-    known = common.read_concepts(pairs)
+def inputs_of(args, source: common.Network, split: str, concept: str, most: int | None = None):
+    """What to feed a generator with, and the teacher's edits of it, uint8 (N, 3, size, size): the pairs' photos, whose edits
+    are None where the pairs lack the concept; --photos', which have none; for DCGAN noise (N, 100), always the same."""
+    if from_noise(source):
+        rng = torch.Generator().manual_seed(int(split == "train"))
+        return torch.randn(most or SAMPLES, common.FIXED["noise"], generator=rng), None
+    if args.photos:                         # those at the front are for the test, the others for calibration
+        paths = find_pictures(args.photos)
+        chosen = paths[:COMPARED] if split == "test" else paths[COMPARED:] or paths
+        squares = [ImageOps.fit(common.to_pil(read_picture(path)[0]), (args.size, args.size)) for path in chosen[:most]]
+        return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2), None
+    known = common.read_concepts(args.pairs)
     name = concept if concept in known else next(iter(known))
-    loaded = common.load_pairs(pairs, split, [name], common.edit_names(pairs, split, name)[:most])
+    loaded = common.load_pairs(args.pairs, split, [name], common.edit_names(args.pairs, split, name)[:most])
     photos, edits = loaded.photos, loaded.edits[0] if concept in known else None
-    if loaded.size != size:
-        photos, edits = (None if x is None else resize(x, size, size) for x in (photos, edits))
+    if loaded.size != args.size:
+        photos, edits = (None if x is None else resize(x, args.size, args.size) for x in (photos, edits))
     return photos, edits
 
 
@@ -313,7 +347,7 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, referen
     """Writes <concept>.onnx once it is proved. Returns the table's row and its edits of the test photos, uint8.
     `timed` keeps the times, as files of one generator are one graph with different numbers."""
     prompt, text = prompt_of(source, name)
-    photos, edits = pairs_of(args.pairs, "test", name, args.size)
+    photos, edits = inputs_of(args, source, "test", name)
     proto, layers = bake(graph, source, text), "all float"
     if args.precision == "fp16":
         model = ir.from_proto(convert_float_to_float16(proto, keep_io_types=True))
@@ -321,13 +355,13 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, referen
         proto, layers = ir.to_proto(model), "all fp16"
     if args.precision == "int8":
         session = open_file(proto.SerializeToString(), args.threads)
-        calibration = pairs_of(args.pairs, "train", name, args.size, CALIBRATION)[0]
+        calibration, _ = inputs_of(args, source, "train", name, CALIBRATION)
         proto, layers = quantize(proto, [feed(session, photo[None]) for photo in calibration])
     onnx.helper.set_model_props(proto, {
         "concept": name, "prompt": prompt, "base sha256": source.sha256, "precision": args.precision,
         "value range": "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW",
         "size": "any" if args.dynamic else f"{args.size}x{args.size}", "multiple": str(multiple_of(source)),
-        "attention heads": str(source.config.get("heads", 0))})
+        "attention heads": str(source.config.get("heads", 0)), **({"input": "noise of N(0, 1)"} if from_noise(source) else {})})
     onnx.checker.check_model(proto, full_check=True)
     data = proto.SerializeToString()
     session = open_file(data, args.threads)
@@ -337,7 +371,8 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, referen
     common.replace_file(args.out / f"{name}.onnx", lambda aside: aside.write_bytes(data))
     made = run_onnx(session, photos)
     if source.sha256 not in timed:
-        timed[source.sha256] = median_ms([session, reference], photos[:1])
+        still = torch.zeros(1, 3, args.size, args.size, dtype=torch.uint8)
+        timed[source.sha256] = median_ms([(session, feed(session, photos[:1])), (reference, feed(reference, still))])
     ms, reference_ms = timed[source.sha256]
     return {"concept": name, "file": f"{name}.onnx", "from": kind(source), "layers": layers, "KB": len(data) / 1000,
             "GMACs": common.count_macs(source, args.size) / 1e9, **distance,
@@ -355,7 +390,7 @@ def export_promptable(source: common.Generator, graph: ir.Model, args) -> None:
     session = open_file(proto.SerializeToString(), args.threads)
     texts = {name: prompt_of(source, name)[1].contiguous() for name in known_to(source)}
     for name, text in texts.items():
-        photos = pairs_of(args.pairs, "test", name, args.size, 1)[0]
+        photos, _ = inputs_of(args, source, "test", name, 1)
         prove(name, session, source, text, photos, argparse.Namespace(**{**vars(args), "precision": "fp32"}))
     common.write_tensors(args.out / "prompts.safetensors", texts, {"kind": "prompts", "clip": source.config["clip"]})
     common.replace_file(args.out / "promptable.onnx", lambda aside: aside.write_bytes(proto.SerializeToString()))
@@ -371,7 +406,7 @@ def export_reference(size: int, threads: int) -> tuple[onnxruntime.InferenceSess
 
 def comparison_row(name: str, part: int, parts: int, sources: list[common.Generator], made: torch.Tensor, args) -> list:
     """photo | teacher | base | adapter | pruned | ONNX for the test photo with most contrast in this part of them."""
-    photos, edits = pairs_of(args.pairs, "test", name, args.size)
+    photos, edits = inputs_of(args, sources[0], "test", name)
     window = range(len(photos))[len(photos) * part // parts:][:max(1, len(photos) // parts)]
     i = max(window, key=lambda i: photos[i].float().std())
     kinds = {kind(source): source for source in sources if name in known_to(source)}
@@ -381,19 +416,26 @@ def comparison_row(name: str, part: int, parts: int, sources: list[common.Genera
     return [photos[i], None if edits is None else edits[i], *pictures, made[i]]
 
 
+def sample_rows(sources: list[common.Network], made: torch.Tensor, args) -> dict[str, list]:
+    """DCGAN's pictures from the same noise: each generator's in PyTorch, and the file's."""
+    noise, _ = inputs_of(args, sources[0], "test", "")
+    rows = {kind(source): common.to_uint8(run_torch(source, noise, None)) for source in sources}
+    return {label: list(pictures) for label, pictures in (rows | {"ONNX": made}).items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures of any size
 
 def find_pictures(path: Path) -> list[Path]:
     """A picture file itself, or all below a folder, by their suffixes, sorted."""
     if not path.exists():
-        raise common.UserError(f"--apply {path} does not exist")
+        raise common.UserError(f"{path} does not exist")
     if path.is_file():
         return [path]
     known = Image.registered_extensions()
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
     if not found:
-        raise common.UserError(f"--apply {path} holds no pictures")
+        raise common.UserError(f"{path} holds no pictures")
     return found
 
 
@@ -440,6 +482,9 @@ def apply_files(files: list[Path], pictures: Path, out: Path) -> None:
     """Edits pictures with every file: <out>/<file's name>/<picture's path>.png; <out>/comparison.png shows six."""
     paths, root = find_pictures(pictures), pictures if pictures.is_dir() else pictures.parent
     sessions = {file.stem: open_file(file, 0) for file in files}
+    for name, session in sessions.items():
+        if (takes := [value.name for value in session.get_inputs()]) != ["photo"]:
+            raise common.UserError(f"--apply edits photos, and {name}.onnx takes {' and '.join(takes)}")
     taken, shown = Counter(path.relative_to(root).with_suffix("") for path in paths), []
     with tqdm(total=len(paths) * len(files), unit="picture") as bar:
         for path in paths:
@@ -472,10 +517,17 @@ def export_all(args, began: float) -> list[Path]:
     adapters = find_adapters(args)
     sources = load_sources(args.generator, adapters, args.strength)
     chosen = choose(sources, args.concept)
+    noise = any(map(from_noise, chosen.values()))
+    sources = [source for source in sources if from_noise(source) == noise]
+    if noise:
+        if len(chosen) > 1 or args.apply or args.dynamic or args.promptable:
+            raise common.UserError("dcgan makes pictures of one size from noise: give its generator alone, without --apply, "
+                                   "--dynamic and --promptable")
+        args.size = chosen["dcgan"].config["size"]
     multiple = max(map(multiple_of, chosen.values()))
     if args.size < 8 or args.size % multiple:
         raise common.UserError(f"--size {args.size}: this generator takes multiples of {multiple}")
-    pairs_of(args.pairs, "test", next(iter(chosen)), args.size, 1)
+    inputs_of(args, next(iter(chosen.values())), "test", next(iter(chosen)), 1)
     reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
     settings = common.settings_of(args, "06_export_onnx", reads=reads)
     files = [args.out / f"{name}.onnx" for name in chosen]
@@ -483,22 +535,25 @@ def export_all(args, began: float) -> list[Path]:
         return files
     logging.disable(logging.WARNING)            # the tracer and the quantizer address their developers
     reference, reference_row = export_reference(args.size, args.threads)
-    graphs, timed, rows, pictures = {}, {}, [], []
+    graphs, timed, rows, pictures = {}, {}, [], {}
     for name, source in chosen.items():
         if source.sha256 not in graphs:         # an adapted generator has its base's
             graphs[source.sha256] = trace(source, args.size, args.io, args.dynamic)
         row, made = export_concept(name, source, graphs[source.sha256], reference, timed, args)
         print(f"{row['file']} ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB to PyTorch")
         rows.append(row)
-        pictures.append(comparison_row(name, len(pictures), len(chosen), sources, made, args))
+        if noise:
+            pictures = sample_rows(sources, made, args)
+        else:
+            pictures[name] = comparison_row(name, len(pictures), len(chosen), sources, made, args)
     if args.promptable:
         source = next((source for source in sources if "text_dim" in source.config), None)
         if source is None:
             raise common.UserError("--promptable: none of the generators takes a prompt")
         export_promptable(source, graphs.get(source.sha256) or trace(source, args.size, args.io, args.dynamic), args)
-    common.write_png(args.out / "comparison.png", common.picture_grid(
-        pictures, ["photo", "teacher", "base", "adapter", "pruned", "ONNX"], list(chosen)))
-    marks = common.marks_of(args, args.pairs, *[path.parent for path in args.generator])
+    columns = [""] * SAMPLES if noise else ["photo", "teacher", "base", "adapter", "pruned", "ONNX"]
+    common.write_png(args.out / "comparison.png", common.picture_grid(list(pictures.values()), columns, list(pictures)))
+    marks = common.marks_of(args, *([] if args.photos or noise else [args.pairs]), *[path.parent for path in args.generator])
     ms = statistics.median(reference_ms for _, reference_ms in timed.values())
     reference_row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
     common.write_result(args.out, "06_export_onnx", began, marks, {"ONNX files": [*rows, reference_row]})
@@ -514,7 +569,8 @@ def main() -> None:
     parser.add_argument("--strength", type=float, help="how much of the adapters' change to merge, 0 to 1.5")
     parser.add_argument("--concept", action="append", help="a concept to export (default: every one); can be repeated")
     parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote: photos to prove, time and calibrate on")
-    parser.add_argument("--size", type=int, help="height and width of the photos, a multiple of 8")
+    parser.add_argument("--photos", type=Path, help="a folder of photos of any size and format, to do the same without pairs")
+    parser.add_argument("--size", type=int, help="height and width of the photos, a multiple of 8; dcgan has its own")
     parser.add_argument("--dynamic", action="store_true",
                         help="let the file take any height and width, multiples of 8; --size is what it is timed at")
     parser.add_argument("--precision", choices=list(BARS), help="of the layers; input and output are as --io says")

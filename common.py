@@ -1164,21 +1164,22 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict) -> 
 LARGEST = 2 ** 31           # bytes of a checkpoint: a file says how much memory it takes to look at
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and about of a file that write_tensors wrote with about["kind"] == kind; UserError for anything else, such as
+def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and about of a file that write_tensors wrote with about["kind"] one of the kinds; UserError for anything else, such as
     weights that are no finite fp32 or fp16 numbers."""
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist")
+    kind = " or ".join(kinds)
     if kind != "state" and Path(path).stat().st_size > LARGEST:         # a state holds hypernetworks and their optimizers
         raise UserError(f"{path} is no {kind} of ours: {Path(path).stat().st_size / 1e9:.1f} GB")
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
             there = about.get("kind") if isinstance(about, dict) else None
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if there == kind else {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if there in kinds else {}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is truncated or no checkpoint of ours: {error}")
-    if there != kind:
+    if there not in kinds:
         raise UserError(f"{path} is no {kind} of ours" + (f" but a {str(there)[:80]}" if there else ""))
     for name, tensor in tensors.items() if kind != "state" else ():
         if tensor.dtype not in (torch.float32, torch.float16, torch.bool, torch.int64):
@@ -1197,11 +1198,11 @@ def load_generator(path: Path, device: torch.device = torch.device("cpu")) -> Ge
     return load_network(path, device, Generator.kind)
 
 
-def load_network(path: Path, device: torch.device, kind: str) -> Network:
-    """The network of this kind in a file, full or pruned, in eval mode; .sha256 is the file's hash."""
-    tensors, about = read_tensors(path, kind)
+def load_network(path: Path, device: torch.device, *kinds: str) -> Network:
+    """The network of one of these kinds in a file, full or pruned, in eval mode; .sha256 is the file's hash."""
+    tensors, about = read_tensors(path, *kinds)
     try:
-        missing = {"width", "size", "widths", "full", *(["concepts"] if kind == Generator.kind else [])} - about["config"].keys()
+        missing = {"width", "size", "widths", "full", *(["concepts"] if about["kind"] == Generator.kind else [])} - about["config"].keys()
         if missing:
             raise KeyError(f"config lacks {', '.join(sorted(missing))}")
         check_config(about["config"])

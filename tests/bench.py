@@ -8,7 +8,8 @@
     python tests/bench.py train --memory 100000         (minutes, and 30 GB of disk) peak memory with so many pairs at 256 pixels
     python tests/bench.py prune         time and peak memory of a search step of stage 5 beside a plain training step's
     python tests/bench.py lora          stage 4's training step with an adapter and with all weights; edits with it merged
-    python tests/bench.py onnx          latency of stage 6's files of each architecture, and of e2gan at a quarter of its MACs
+    python tests/bench.py onnx          exported files beside resnet9's at 256 pixels on two threads; untrained networks unless
+    python tests/bench.py onnx --generator runs/base/generator.safetensors --generator runs/coronet/generator.safetensors
 """
 import argparse
 import contextlib
@@ -413,19 +414,26 @@ def untrained(arch: str, width: int, size: int) -> common.Generator:
 
 
 def bench_onnx(args) -> tuple[str, list[dict]]:
-    """Median time of one picture by stage 6's fp32 files, untrained, which take turns; e2gan also with all groups narrowed alike."""
+    """Median wall time of one picture by stage 6's fp32 files, which take turns, so that other work hits all alike: resnet9's, and those of
+    --generator or of the untrained architectures, e2gan also with all groups narrowed alike to a share of its MACs."""
     stage, pruning = load_stage("06"), load_stage("05")
-    networks = {arch: untrained(arch, args.width, args.size) for arch in common.ARCHITECTURES}
-    target = pruning.Target(networks["e2gan"], 0.25)
-    kept = target.kept({g: 1 - torch.arange(n) / n for g, n in networks["e2gan"].config["widths"].items()}, 0.25)
-    networks["e2gan, 25 % of the MACs"] = common.slice_network(networks["e2gan"], kept)
-    files = [stage.bake(stage.trace(network, args.size), network, stage.prompt_of(network, "a")[1]).SerializeToString()
-             for network in networks.values()]
-    photo = torch.randint(256, (1, 3, args.size, args.size), dtype=torch.uint8)
-    times = dict(zip(networks, stage.median_ms([stage.open_file(data, THREADS) for data in files], photo)))
-    return f"ONNX Runtime, {args.size} pixels, width {args.width}, {THREADS} threads", [
-        {"generator": name, "KB": len(data) / 1000, "ms": ms, "FPS": 1000 / ms, "/ resnet9": ms / times["resnet9"]}
-        for (name, ms), data in zip(times.items(), files)]
+    networks = {"resnet9": untrained("resnet9", args.width, args.size)}
+    if args.generator:
+        networks |= {str(path): common.load_generator(path) for path in args.generator}
+    else:
+        networks |= {arch: untrained(arch, args.width, args.size) for arch in ("unet256", "e2gan")}
+        order = {g: 1 - torch.arange(n) / n for g, n in networks["e2gan"].config["widths"].items()}
+        networks |= {f"e2gan, {100 * share:g} % of the MACs": common.slice_network(
+            networks["e2gan"], pruning.Target(networks["e2gan"], share).kept(order, share)) for share in (0.25, 0.08)}
+    runs, photo = [], torch.randint(256, (1, 3, args.size, args.size), dtype=torch.uint8)
+    for network in networks.values():
+        concept = network.config["concepts"][0]["name"]
+        data = stage.bake(stage.trace(network.eval(), args.size), network, stage.prompt_of(network, concept)[1]).SerializeToString()
+        runs.append((session := stage.open_file(data, args.threads), stage.feed(session, photo)))
+    times = stage.median_ms(runs, 30)
+    return f"ONNX Runtime, {args.size} pixels, width {args.width}, {args.threads} threads", [
+        {"generator": name, "GMACs": common.count_macs(network, args.size) / 1e9, "ms": ms, "FPS": 1000 / ms, "/ resnet9": ms / times[0]}
+        for (name, network), ms in zip(networks.items(), times)]
 
 
 def bench_size(_) -> tuple[str, list[dict]]:
@@ -478,5 +486,8 @@ if __name__ == "__main__":
     train.add_argument("--precision", default="auto", help="as stage 3's")
     train.add_argument("--device", default="auto", help="as stage 3's")
     train.add_argument("--memory", type=int, metavar="PAIRS", help="measure the peak memory with so many pairs instead")
+    exported = parser.add_argument_group("onnx")
+    exported.add_argument("--generator", type=Path, action="append", help="a generator's file; can be repeated")
+    exported.add_argument("--threads", type=int, default=2, help="ONNX Runtime's (default: 2)")
     args = parser.parse_args()
     print(common.markdown(*(BENCHMARKS[args.name](with_defaults(args, args.name)) if args.name else bench_all(args))))

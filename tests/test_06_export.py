@@ -58,8 +58,7 @@ def world(tmp_path_factory):
     common.write_json(root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in CONCEPTS})
     common.save_network(root / "base/generator.safetensors", new_generator())
     pruned = new_generator(concepts=("sketch",), seed=1)
-    common.save_network(root / "coronet/generator.safetensors", common.slice_network(
-        pruned, {group: torch.arange(0, n, 2) for group, n in pruned.config["widths"].items()}))
+    common.save_network(root / "coronet/generator.safetensors", halved(pruned))
     add_adapter(root / "lora", root / "base/generator.safetensors", "night")
     return root
 
@@ -108,6 +107,10 @@ def run_file(path, photo):
 def edit(generator, photo, concept):
     with torch.no_grad():
         return generator(photo, torch.full((len(photo),), generator.concept(concept))).numpy()
+
+
+def halved(network):
+    return common.slice_network(network, {group: torch.arange(0, n, 2) for group, n in network.config["widths"].items()})
 
 
 def test_each_file_equals_its_generator(world, exported):
@@ -162,6 +165,72 @@ def test_architectures_without_prompt(world, export, tmp_path, arch):
     out = export("--generator", tmp_path / "generator.safetensors", out=arch)
     photo = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
     assert np.abs(run_file(out / "oil.onnx", photo) - edit(generator, photo, "oil")).max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def directions(world):
+    """What a CycleGAN run of stage 5 leaves: resnet9 one way, a pruned e2gan without text the other."""
+    for arch, way, shape in (("resnet9", "AtoB", lambda network: network), ("e2gan without text", "BtoA", halved)):
+        generator = new_generator(arch, (way,))
+        generator.config["concepts"] = [{"name": way, "prompt": way}]
+        common.save_network(world / f"cyclegan/generator_{way}.safetensors", shape(generator))
+    picture(world / "photos/wide.png", 60, 40)
+    picture(world / "photos/high.jpg", 30, 50)
+    return [flag for way in ("AtoB", "BtoA") for flag in ("--generator", world / f"cyclegan/generator_{way}.safetensors")]
+
+
+def test_both_directions_of_cyclegan_without_pairs(world, export, directions):
+    """Photos of any kind prove and calibrate what never saw a pair; --apply edits with both files."""
+    photos = ("--photos", world / "photos", "--pairs", world / "none")
+    out = export(*directions, *photos, "--io", "uint8", "--apply", world / "photos", out="cyclegan-bytes")
+    photo = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    for way, kind in (("AtoB", "base"), ("BtoA", "pruned")):
+        generator = common.load_generator(world / f"cyclegan/generator_{way}.safetensors")
+        made = run_file(out / f"{way}.onnx", photo.permute(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        wanted = common.run_generator(generator, photo, 0).numpy()
+        assert np.abs(made.astype(int) - wanted).max() <= 1
+        assert {path.name for path in (out / "applied" / way).iterdir()} == {"wide.png", "high.png"}
+        row = next(row for row in common.read_json(out / "result.json")["tables"]["ONNX files"] if row["concept"] == way)
+        assert row["from"] == kind and row["PSNR dB"] is None
+    out = export(*directions, "--precision", "int8", *photos, out="cyclegan-int8")
+    for row in common.read_json(out / "result.json")["tables"]["ONNX files"][:2]:
+        assert row["dB to PyTorch"] >= 30
+
+
+@pytest.mark.parametrize("flags", [[], ["--io", "uint8"], ["--precision", "fp16"], ["--precision", "int8"]], ids=" ".join)
+def test_dcgan(world, export, tmp_path, flags):
+    """Noise in, pictures of its own size out, as many as one likes, without photos or pairs."""
+    generator = halved(common.build_network(common.generator_config("dcgan", 8, 16, [])))
+    for up in generator.ups:
+        torch.nn.init.normal_(up.weight, 0, 0.15)
+    for norm in generator.norms:
+        torch.nn.init.normal_(norm.running_mean, 0, 0.1)
+        torch.nn.init.uniform_(norm.running_var, 0.5, 1)
+    common.save_network(tmp_path / "generator.safetensors", generator)
+    out = export("--generator", tmp_path / "generator.safetensors", "--pairs", world / "none", *flags, out="-".join(["dcgan", *flags]))
+    noise = torch.randn(5, 100)
+    with torch.no_grad():
+        wanted = generator.eval()(noise)
+    session = onnxruntime.InferenceSession(out / "dcgan.onnx")
+    made = torch.from_numpy(session.run(["picture"], {"noise": noise.numpy()})[0])
+    if "uint8" in flags:
+        assert made.dtype == torch.uint8 and made.shape == (5, 16, 16, 3)
+        made = common.to_float(made.permute(0, 3, 1, 2))
+    assert common.psnr(made, wanted).mean() > (30 if "int8" in flags else 45) and wanted.std() > 0.1
+    assert flags or (made - wanted).abs().max() < 1e-3
+    assert session.get_modelmeta().custom_metadata_map["input"] == "noise of N(0, 1)"
+    row, reference = common.read_json(out / "result.json")["tables"]["ONNX files"]
+    assert row["size px"] == reference["size px"] == 16 and row["from"] == "pruned" and row["ms"] > 0
+    assert common.read_image(out / "comparison.png").shape[2] > 6 * 160
+    assert row["layers"] == {"fp16": "all fp16", "int8": "3 of 3 ConvTranspose"}.get(flags[-1] if flags else "", "all float")
+
+
+def test_dcgan_edits_no_photos(world, error_of, tmp_path):
+    common.save_network(tmp_path / "generator.safetensors", common.build_network(common.generator_config("dcgan", 4, 8, [])))
+    flags = ("--generator", tmp_path / "generator.safetensors", "--out", tmp_path / "out")
+    for more in (("--apply", world / "pairs"), ("--dynamic",), ("--promptable",), ("--generator", world / "base/generator.safetensors")):
+        assert "from noise" in error_of("06", *flags, *more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bytes_of_any_size(world, dynamic):
@@ -271,7 +340,7 @@ def test_bad_input(world, error_of, load_stage, tmp_path):
     assert "which is none of" in error_of("06", *flags, "--generator", other, "--adapter", lora)
     (tmp_path / "cut.safetensors").write_bytes(base.read_bytes()[:5000])
     assert "truncated" in error_of("06", *flags, "--generator", tmp_path / "cut.safetensors", "--adapter", lora)
-    assert "is no generator of ours" in error_of("06", *flags, "--generator", lora / "night/adapter.safetensors")
+    assert "is no generator or dcgan generator of ours" in error_of("06", *flags, "--generator", lora / "night/adapter.safetensors")
     assert "01_distill_pairs.py" in error_of("06", *flags, "--generator", base, "--pairs", tmp_path / "none")
     assert not (tmp_path / "out").exists()
 
@@ -285,6 +354,7 @@ def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert "broken.png is not a picture" in error_of("06", "--model", file, "--apply", tmp_path, *flags)
     assert "cannot run" in error_of("06", "--model", tmp_path / "broken.png", "--apply", tmp_path, *flags)
+    assert "takes photo and text" in error_of("06", "--model", dynamic / "promptable.onnx", "--apply", tmp_path / "broken.png", *flags)
     (tmp_path / "huge").mkdir()
     Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
     line = error_of("06", "--model", dynamic / "oil.onnx", "--apply", tmp_path / "huge", *flags)
