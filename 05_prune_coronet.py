@@ -558,19 +558,21 @@ def slice_task(task, kept: dict[str, dict[str, torch.Tensor]]) -> None:
 def write_pruning(path: Path, configs: dict[str, dict], log: list[dict]) -> None:
     """The path of the MACs during the search, and bars of every group's channels before and after, network by network."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(4 + sum(0.35 * len(config["full"]) + 1 for config in configs.values()), 3.8), layout="constrained")
-    panels = figure.subplots(1, 1 + len(configs), width_ratios=[10, *(3 + len(config["full"]) for config in configs.values())])
+    sizes = [0.3 * len(config["full"]) + 1.2 for config in configs.values()]
+    figure = Figure(figsize=(4 + sum(sizes), 3.8), layout="constrained")
+    macs, *panels = figure.subplots(1, 1 + len(configs), width_ratios=[4, *sizes])
     path_of = [(row["step"], row["MACs %"]) for row in log if "MACs %" in row]
     for name in configs if path_of else ():
-        panels[0].plot([step for step, _ in path_of], [shares[name] for _, shares in path_of], marker=".", label=name)
-    panels[0].set(xlabel="search step", ylabel="MACs %", ylim=(0, 105))
-    panels[0].grid(alpha=0.3)
-    for axes, (name, config) in zip(panels[1:], configs.items()):
+        macs.plot([step for step, _ in path_of], [shares[name] for _, shares in path_of], marker=".", label=name)
+    macs.set(xlabel="search step", ylabel="MACs %", ylim=(0, 105))
+    macs.grid(alpha=0.3)
+    macs.legend(loc="lower left", fontsize="small")
+    for axes, (name, config) in zip(panels, configs.items()):
         axes.bar(list(config["full"]), list(config["full"].values()), color="lightgrey", label="before")
         axes.bar(list(config["full"]), [config["widths"][g] for g in config["full"]], color="tab:blue", label="after")
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
-    figure.legend(loc="outside upper right")
+        axes.legend(loc="upper left", fontsize="small")
     common.replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
 
 
@@ -829,9 +831,10 @@ def main() -> None:
     after_slice = task.measure(test, False)
     optimizers = [common.adam([p for network in kind.values() for p in network.parameters()], lr)
                   for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))]
-    # what the search did not need is added: runs of equal flags have equal steps
     steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
-    steps -= common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
+    searched = common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
+    pace = {"search steps": searched, **pace}
+    steps -= searched               # what the search did not need is added: runs of equal flags have equal steps
     pace |= train(task, optimizers, lambda step: ({}, False), data, test, args, "converge", steps, args.lr, True, device, rank, world)
     if rank > 0:
         return

@@ -165,6 +165,7 @@ def multiple_of(generator: common.Generator) -> int:
     return 2 ** generator.config.get("depth", 3)
 
 
+@torch.no_grad()                        # the networks' way through PyTorch's own layers, see common.for_cpu
 def trace(generator: common.Generator, size: int, io: str = "float32", dynamic: bool = False) -> ir.Model:
     """The generator as a graph, its prompt an input, its parameters initializers named as in the module."""
     photo, axes = torch.zeros(2, 3, size, size), {0: "batch"} | ({2: "height", 3: "width"} if dynamic else {})

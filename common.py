@@ -748,6 +748,29 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
+def for_cpu(x: torch.Tensor) -> bool:
+    """Whether x is in a training step on a CPU. There the next two and Attention reach the same numbers by another way than
+    PyTorch's own layers, whose kernels are slow: a step takes 0.83 of the time (64 pixels; tests/bench.py train has both)."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def instance_norm(x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, x.shape[1]) if for_cpu(x) else F.instance_norm(x)
+
+
+class ToRGB(nn.Conv2d):
+    """A 7x7 convolution to 3 channels, reflecting at the borders. A CPU's kernels compute 16 channels at a time: it is given
+    12, which are 2x2 pixels, by an 8x8 convolution of stride 2 that holds the 7x7 weights at four places."""
+
+    def forward(self, x):
+        if not for_cpu(x):
+            return super().forward(x)
+        weight = self.weight
+        weight = torch.stack([F.pad(weight, (j, 1 - j, i, 1 - i)) for i in (0, 1) for j in (0, 1)], 1)      # (3, 4, C, 8, 8)
+        x = F.conv2d(F.pad(x, (3,) * 4, mode="reflect"), weight.flatten(0, 1), self.bias.repeat_interleave(4), stride=2)
+        return F.pixel_shuffle(x, 2)                                                              # (B, 3, H, W)
+
+
 class ConvNorm(nn.Module):
     """Convolution (transposed: doubling), instance norm, ReLU, the latter two unless told otherwise. No affine parameters:
     the norm works channel by channel, so dropping a channel leaves the others as they were."""
@@ -763,7 +786,7 @@ class ConvNorm(nn.Module):
     def forward(self, x, film=None, skip=None):
         """film (B, 2C): what to scale by (less 1) and to add after the norm; skip (B, C, H, W): features to add before the ReLU."""
         x = self.conv(x)
-        x = F.instance_norm(x) if self.norm else x
+        x = instance_norm(x) if self.norm else x
         if film is not None:
             scale, shift = film[..., None, None].chunk(2, 1)
             x = x * (1 + scale) + shift
@@ -797,7 +820,11 @@ class Attention(nn.Module):
         q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p, y in
                    ((self.q, x), (self.k, source), (self.v, source)))                             # (B, heads, N or M, d)
         mask = None if mask is None else mask[:, None, None]                                      # (B, 1, 1, M)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        if for_cpu(x):
+            scores = q @ k.mT * self.scale                                                        # (B, heads, N, M)
+            y = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -889,7 +916,7 @@ class ResnetGenerator(Generator):
         if widths["text"]:
             self.film1 = layer(nn.Linear, widths, "text", ("up1", "up1"))
             self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
-        self.out = layer(nn.Conv2d, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
+        self.out = layer(ToRGB, widths, (up2, "rgb") if self.ours else up2, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
         stem = self.stem(photo)                                                                   # (B, C, H, W)
@@ -922,12 +949,12 @@ class UNetGenerator(Generator):
         for i, down in enumerate(self.downs):
             x = down(F.leaky_relu(x, 0.2) if i else x)
             if 0 < i < depth - 1:
-                x = F.instance_norm(x)
+                x = instance_norm(x)
             skips.append(x)
         for i in reversed(range(depth)):
             x = self.ups[i](F.relu(x if i == depth - 1 else torch.cat([x, skips[i]], 1)))
             if i:
-                x = F.instance_norm(x)
+                x = instance_norm(x)
                 x = F.dropout(x, 0.5, self.training and depth - 4 <= i < depth - 1)
         return torch.tanh(x)
 
@@ -1031,11 +1058,11 @@ class Discriminator(Network):
         x = torch.cat([photo, edit], 1) if self.config["photo"] else edit
         for i, conv in enumerate(self.convs):
             x = conv(x)
-            x = F.leaky_relu(F.instance_norm(x) if i else x, 0.2)
+            x = F.leaky_relu(instance_norm(x) if i else x, 0.2)
         score = self.score(x)
         if self.project is not None:
-            patches = F.avg_pool2d(x, 2, 1)                                                       # as many as scores
-            score = score + (self.project(F.normalize(text))[:, :, None, None] * patches).sum(1, keepdim=True)
+            match = (self.project(F.normalize(text))[:, :, None, None] * x).sum(1, keepdim=True)
+            score = score + F.avg_pool2d(match, 2, 1)                                             # as many as scores
         return score
 
     def example(self, size=None, batch=1, device="meta"):

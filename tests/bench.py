@@ -190,6 +190,16 @@ def stage_3(pairs: Path, args, batch: int, home: str) -> tuple[float, float]:
     return (asked[-1] - asked[WARM]) / steps, sum(waited[WARM:-1]) / steps
 
 
+@contextlib.contextmanager
+def pytorchs_layers():
+    """Networks as one would write them first, also on a CPU."""
+    ours, common.for_cpu = common.for_cpu, lambda x: False
+    try:
+        yield
+    finally:
+        common.for_cpu = ours
+
+
 def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
     """The same two times of what one would write first: PNGs decoded in the loop, fp32, a pass of the discriminator each for
     real and fake, Adam as it comes."""
@@ -228,7 +238,8 @@ def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:
 
 
 def bench_train(args) -> tuple[str, list[dict]]:
-    """Stage 3 with its pictures in each of their homes beside the plain loop, at each batch; or the memory that it takes."""
+    """Stage 3 with its pictures in each of their homes beside the plain loop with PyTorch's layers, at each batch, and that loop
+    with the networks as stage 3 computes them; or the memory that it takes."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:
@@ -236,8 +247,9 @@ def bench_train(args) -> tuple[str, list[dict]]:
             return f"Stage 3, {args.memory:,} pairs at 256 pixels", [train_memory(pairs, args, home) for home in ("file", "PNGs")]
         for batch in args.batch or [16]:
             pairs = make_pairs(Path(folder, f"{batch}/pairs"), args.size, args.steps * batch)
-            loops = {"plain loop": lambda: plain_loop(pairs, args, batch), **{
-                f"stage 3, {home}": functools.partial(stage_3, pairs, args, batch, home) for home in ("memory", "file", "PNGs")}}
+            loops = {"plain loop": pytorchs_layers()(plain_loop), "plain loop, stage 3's networks": plain_loop}
+            loops = {name: functools.partial(loop, pairs, args, batch) for name, loop in loops.items()} | {
+                f"stage 3, {home}": functools.partial(stage_3, pairs, args, batch, home) for home in ("memory", "file", "PNGs")}
             slowest = None
             for name, loop in loops.items():
                 step, wait = loop()
@@ -332,13 +344,13 @@ def best(call, rounds: int) -> float:
 # Stage 5
 
 def bench_prune(args) -> tuple[str, list[dict]]:
-    """A training step of e2gan as it is, and of one whose weights hypernetworks make. The step here has what costs something in
+    """A training step of e2gan as it is, of one whose weights hypernetworks make, and of one cut to a quarter of its MACs. The step here has what costs something in
     stage 5's (both networks' passes, least squares + L1, Adam) and leaves out what does not (data, schedule, thresholds).
     Each in a process of its own, one thread on a CPU: the least time of the steps, the most memory."""
     context, rows = multiprocessing.get_context("spawn"), []
-    for name in ("plain", "search"):
+    for name in ("plain", "search", "converge"):
         answer = context.SimpleQueue()
-        process = context.Process(target=prune_steps, args=(name == "search", args, answer))
+        process = context.Process(target=prune_steps, args=(name, args, answer))
         process.start()
         process.join()
         rows.append({"step": name, **answer.get()})
@@ -347,7 +359,7 @@ def bench_prune(args) -> tuple[str, list[dict]]:
     return f"Stage 5, {args.size} pixels, width {args.width}, batch {(args.batch or [4])[0]}, {args.precision}, {args.device}", rows
 
 
-def prune_steps(search: bool, args, answer) -> None:
+def prune_steps(name: str, args, answer) -> None:
     torch.set_num_threads(1)
     device, size, batch = common.pick_device(args.device), args.size, (args.batch or [4])[0]
     torch.manual_seed(0)
@@ -355,7 +367,10 @@ def prune_steps(search: bool, args, answer) -> None:
     generator = common.build_network(config).to(device)
     discriminator = common.new_discriminator(generator)
     latents = torch.nn.ParameterDict()
-    if search:
+    if name == "converge":
+        order = {g: torch.arange(n, 0, -1.0) / n for g, n in config["widths"].items()}
+        generator = common.slice_network(generator, load_stage("05").Target(generator, 0.25).kept(order, 0.25))
+    if name == "search":
         latents = torch.nn.ParameterDict({g: torch.randn(n) for g, n in config["widths"].items()}).to(device)
         ones = {g: torch.ones(n, device=device) for g, n in common.all_widths(config).items() if g not in latents}
         common.add_hypernetwork(generator, {**latents, **ones}, trained=False)

@@ -110,6 +110,23 @@ def test_mac_formula_equals_flop_counter_full_and_pruned(name, load_stage):
     assert common.count_macs(small) < 0.5 * common.count_macs(network)
 
 
+@every_network
+def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
+    """Outputs and gradients of what common.for_cpu chooses, in double precision."""
+    network = make_network(name).double()
+    inputs = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in network.example(batch=2, device="cpu")]
+
+    def results():
+        network.zero_grad()
+        result = network(*inputs)
+        (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+        return [result.detach(), *(p.grad.clone() for p in network.parameters())]
+    ours = results()
+    monkeypatch.setattr(common, "for_cpu", lambda x: False)
+    for a, b in zip(ours, results(), strict=True):
+        assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
+
+
 class Mask(torch.nn.Module):
     """Parametrizes a weight (out first, unless transposed) as itself with some output channels 0."""
 
