@@ -297,7 +297,7 @@ def lora_rows(width: int, size: int, device: torch.device, rounds: int, steps: i
         pairs = common.load_pairs(make_pairs(Path(folder, "pairs"), size, 32), "train", CONCEPTS[:1])
     concept, pictures = pairs.concepts[0], pairs.photos[:batch]
     config = common.generator_config("e2gan", width, size, [concept], text_dim=512, tokens=9, clip="")
-    args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, steps=steps, precision="auto", save_every=10 ** 6)
+    args = argparse.Namespace(lr=1e-3, lr_d=2e-4, l1=100.0, seed=0, batch=batch, steps=steps, precision="auto", save_every=10 ** 6, out=None)
 
     def network(mode):
         generator = common.build_network(config).to(device)
@@ -463,7 +463,7 @@ def bench_all(args) -> tuple[str, list[dict]]:
               ("stage 5: memory of a search step / a plain one's", prune[1]["x plain memory"], "1.5 at most"),
               *((f"stage 6: latency of {row['generator']} / resnet9's", row["/ resnet9"], "0.5 at most" if row["generator"] == "e2gan" else None)
                 for row in onnx if row["generator"].startswith("e2gan"))]
-    return f"Ratios, {torch.get_num_threads()} threads, {args.device}", [dict(zip(("what", "ratio", "wanted"), row)) for row in ratios]
+    return f"Ratios, {common.pick_device(args.device)}, {os.cpu_count()} cores", [dict(zip(("what", "ratio", "wanted"), row)) for row in ratios]
 
 
 def with_defaults(args: argparse.Namespace, name: str) -> argparse.Namespace:
