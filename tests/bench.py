@@ -119,7 +119,6 @@ def memory(folder: Path, count: int) -> dict:
 
 CONCEPTS = ["sepia", "sketch"]
 WARM = 3                                # steps before the clock starts
-THREADS = 2                             # ONNX Runtime's, as stage 6 times files
 
 
 def call_stage(number: str, *flags) -> None:
