@@ -166,7 +166,8 @@ def main() -> None:
     parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")
     parser.add_argument("--eval-every", type=int, help="epochs between evaluations on the held-out photos, with progress pictures")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or so to start, then faster")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both networks: a minute or more to start; "
+                        "measure whether your machine gains by it")
     args = parser.parse()
 
     began = time.time()

@@ -24,6 +24,7 @@ Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune
 """
 import copy
 import dataclasses
+import itertools
 import json
 import time
 from pathlib import Path
@@ -198,13 +199,14 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
         raise common.UserError(f"--size {size}: dcgan needs a power of two from 8 on")
     if size % 8 or size < 24 and task != "dcgan":
         raise common.UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
+    common.check_name(folder.resolve().name, folder)            # the generator's concept will bear it
     same = dict(size=size, concepts=[{"name": folder.resolve().name, "prompt": ""}])
     found = {name: list_pictures(folder / name) for name in ("train", "test", "val", "trainA", "trainB", "testA", "testB")}
     download = folder == Path("cifar10") and not folder.exists()
     if task == "dcgan" and (download or (folder / "cifar-10-batches-py").is_dir()):
         train, test = cifar10(Path("runs/cifar10") if download else folder, download, size)
     elif not folder.is_dir():
-        raise common.UserError(f"{folder} does not exist")
+        raise common.UserError(f"--data {folder} is no folder")
     elif task == "pix2pix" and found["train"] and (held_out := "test" if found["test"] else "val" if found["val"] else ""):
         train, test = (SideBySide(folder=folder / split, names=[path.name for path in found[split]],
                                   rows=[torch.arange(len(found[split]))], direction=direction, **same)
@@ -232,6 +234,8 @@ class Pix2pix:
         self.l1, self.trained = args.l1, args.generator not in common.ARCHITECTURES
         if self.trained:
             generator = common.load_generator(Path(args.generator), device)
+            if generator.config["size"] != data.size:
+                raise common.UserError(f"{args.generator} was trained at {generator.config['size']} pixels, and the data has {data.size}")
         else:
             generator = common.new_generator(args.generator, args.width, data.size, data.concepts, args.clip, device)
         self.generators = {"generator": generator}
@@ -247,8 +251,8 @@ class Pix2pix:
         photo, edit, concept = batch
         text = common.text_of(self.generators["generator"], self.concepts[concept])
         score = d["discriminator"](photo, fakes[0], text).float()
-        l1 = (fakes[0].float() - edit).abs().mean()
-        return (score - 1).square().mean() + self.l1 * l1, l1
+        distance = l1(fakes[0], edit)
+        return (score - 1).square().mean() + self.l1 * distance, distance
 
     def discriminator_loss(self, d, batch, fakes):
         photo, edit, concept = batch
@@ -311,10 +315,10 @@ class CycleGan:
             made = common.run_generator(there, x, 0)
             row = {"direction": way}
             if truth:
-                row |= {"PSNR dB": psnr(made, y), "picture unchanged dB": psnr(x, y)}
+                row |= {"PSNR dB": mean_psnr(made, y), "picture unchanged dB": mean_psnr(x, y)}
             if with_fid:
                 row["FID"] = common.fid(made, y, next(there.parameters()).device)
-            rows.append({**row, "PSNR dB there and back": psnr(common.run_generator(home, made, 0), x)})
+            rows.append({**row, "PSNR dB there and back": mean_psnr(common.run_generator(home, made, 0), x)})
         return rows
 
     def picture(self, test):
@@ -373,7 +377,7 @@ class Dcgan:
     def measure(self, test, with_fid: bool) -> list[dict]:
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees colours and layout, no more."""
         made = samples(self.generators["generator"], len(test.pixels))
-        row = {"pictures": len(made), "Frechet distance of thumbnails": thumbnail_distance(made, test.pixels)}
+        row = {"pictures": len(made), "Frechet distance of thumbnails (lower is better)": thumbnail_distance(made, test.pixels)}
         if with_fid:
             row["FID"] = common.fid(made, test.pixels, next(self.generators["generator"].parameters()).device)
         return [row]
@@ -390,7 +394,7 @@ def l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x.float() - y).abs().mean()
 
 
-def psnr(made: torch.Tensor, truth: torch.Tensor) -> float:
+def mean_psnr(made: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
     return common.psnr(common.to_float(made), common.to_float(truth)).mean().item()
 
@@ -495,8 +499,8 @@ class Target:
         self.floor = {g: min(n, max(2, n // 16)) for g, n in network.config["widths"].items()}
         smallest = self.share({**self.full, **self.floor})
         if not 0 < keep < 1 or keep < smallest:
-            raise common.UserError(f"--keep {keep}: give a share of the MACs below 1 and not under {smallest:.3f}, what is left "
-                                   f"of the {type(network).__name__} with a sixteenth of the channels")
+            raise common.UserError(f"--keep {keep}: give a share of the MACs below 1 and not under {smallest:.3f}, what a "
+                                   f"{network.kind} keeps with the fewest channels, a sixteenth of each group and at least 2")
 
     def share(self, widths: dict[str, int]) -> float:
         return macs_of(self.terms, widths) / macs_of(self.terms, self.full)
@@ -555,21 +559,22 @@ def slice_task(task, kept: dict[str, dict[str, torch.Tensor]]) -> None:
             networks[name] = common.slice_network(networks[name], kept[name])
 
 
-def write_pruning(path: Path, configs: dict[str, dict], log: list[dict]) -> None:
-    """The path of the MACs during the search, and bars of every group's channels before and after, network by network."""
+def write_pruning(path: Path, widths: dict[str, tuple[dict, dict]], log: list[dict]) -> None:
+    """The path of the MACs during the search, and bars of every group's channels, {network: (before, after)}."""
     from matplotlib.figure import Figure
-    sizes = [0.3 * len(config["full"]) + 1.2 for config in configs.values()]
+    sizes = [0.3 * len(before) + 1.2 for before, _ in widths.values()]
     figure = Figure(figsize=(4 + sum(sizes), 3.8), layout="constrained")
-    macs, *panels = figure.subplots(1, 1 + len(configs), width_ratios=[4, *sizes])
+    macs, *panels = figure.subplots(1, 1 + len(widths), width_ratios=[4, *sizes])
     path_of = [(row["step"], row["MACs %"]) for row in log if "MACs %" in row]
-    for name in configs if path_of else ():
+    for name in widths if path_of else ():
         macs.plot([step for step, _ in path_of], [shares[name] for _, shares in path_of], marker=".", label=name)
     macs.set(xlabel="search step", ylabel="MACs %", ylim=(0, 105))
     macs.grid(alpha=0.3)
-    macs.legend(loc="lower left", fontsize="small")
-    for axes, (name, config) in zip(panels, configs.items()):
-        axes.bar(list(config["full"]), list(config["full"].values()), color="lightgrey", label="before")
-        axes.bar(list(config["full"]), [config["widths"][g] for g in config["full"]], color="tab:blue", label="after")
+    if path_of:                             # the other methods cut once, at the end
+        macs.legend(loc="lower left", fontsize="small")
+    for axes, (name, (before, after)) in zip(panels, widths.items()):
+        axes.bar(list(before), list(before.values()), color="lightgrey", label="before")
+        axes.bar(list(before), [after[g] for g in before], color="tab:blue", label="after")
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
         axes.legend(loc="upper left", fontsize="small")
@@ -582,9 +587,10 @@ def write_pruning(path: Path, configs: dict[str, dict], log: list[dict]) -> None
 def train(task, optimizers: list, after_step, data: common.Pictures, test, args, phase: str, steps: int, lr: float, decay: bool,
           device, rank: int, world: int) -> dict:
     """The loop of both phases. optimizers: the generators', the discriminators', then any that `after_step(step)` steps; it
-    returns what to add to the log's row, and True to end the phase. Returns the pace as columns of the table."""
+    returns what to add to the log's row, and True to end the phase. Returns the pace as columns of the table. The generators
+    step first here: their activations are gone when the discriminators' pass begins."""
     opt_g, opt_d = optimizers[:2]
-    judges = torch.nn.ModuleList(task.discriminators.values())
+    judges = [p for network in task.discriminators.values() for p in network.parameters() if p.requires_grad]
     losses: list[torch.Tensor] = []         # G, D and the distance of each step since the log's last row
     state = {**task.generators, **task.discriminators, **task.pools, "losses": losses,
              **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)}}
@@ -593,36 +599,37 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
     # the discriminators' own step goes through DDP; the generators' step passes through their plain weights
     ddp_g, ddp_d = ({name: common.data_parallel(network, device, world) for name, network in networks.items()}
                     for networks in (task.generators, task.discriminators))
-    began, done = time.time(), log[-1]["step"] if log else 0
+    began, done, ended = time.time(), log[-1]["step"] if log else start, start == steps
 
-    def save_state(step: int) -> None:
+    def save_state() -> None:
         common.write_text(args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log))
-        common.save_state(args.out / f"{phase}.safetensors", step, **state)
+        common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
 
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     set_training(task)
-    batches = zip(bar, data.batches(args.batch, range(start, steps), args.seed, rank, world, device))
-    for step, batch in common.until_stopped(batches, lambda: save_state(done), world):
+    batches = zip(itertools.takewhile(lambda _: not ended, bar), data.batches(args.batch, range(start, steps), args.seed, rank, world, device))
+    for step, batch in common.until_stopped(batches, save_state, world):
         common.set_lr(opt_g, lr, step if decay else 0, steps)
         common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # noise, pools, dropout: no generator state to save
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-
-        judges.requires_grad_(False)
+        for parameter in judges:
+            parameter.requires_grad_(False)
         with parametrize.cached():          # a generator's weights are made once, however often it is called
             with common.autocast(device, args.precision):
                 fakes = task.fakes(ddp_g, batch)
                 loss_g, distance = task.generator_loss(ddp_g, task.discriminators, batch, fakes)
             loss_g.backward()
         opt_g.step()
-        judges.requires_grad_(True)
+        opt_g.zero_grad()                   # now, not before the next pass: a hypernetwork's gradients are as many as its weights
+        for parameter in judges:
+            parameter.requires_grad_(True)
 
         fakes = [fake.detach() for fake in fakes]
         with common.autocast(device, args.precision):
             loss_d, score = task.discriminator_loss(ddp_d, batch, fakes)
         loss_d.backward()
         opt_d.step()
+        opt_d.zero_grad()
         more, ended = after_step(step)
         ended, done = ended or step + 1 == steps, step + 1
 
@@ -638,10 +645,8 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
         if save and rank == 0:
             common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", task.picture(test))
             common.write_curve(args.out / f"{phase}.png", log)
-            save_state(steps if ended else done)
+            save_state()
             set_training(task)
-        if ended:
-            break
     seconds = time.time() - began
     return {f"{phase} steps": done, f"{phase} s": None if start else seconds}
 
@@ -676,6 +681,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
         for group in latents.values():
             torch.nn.utils.clip_grad_norm_(group.parameters(), 1.0)
         optimizers[2].step()
+        optimizers[2].zero_grad()
         line = 1 - (1 - args.keep) * min(1.0, (step + 1) / (0.9 * steps))
         shares = {}
         for name, target in targets.items():
@@ -717,33 +723,41 @@ def check_generator(args) -> None:
     base = f"runs/{'demo/' if args.demo else ''}base/generator.safetensors"
     if args.generator == "auto":
         args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task) or ("unet256" if args.data else base)
-    fits = {"pix2pix": [*common.ARCHITECTURES, args.generator if args.generator != "dcgan" else ""],
-            "cyclegan": list(common.ARCHITECTURES), "dcgan": ["dcgan"]}[args.task]
-    if args.generator not in fits:
-        raise common.UserError(f"--task {args.task} takes --generator {', '.join(fits)}, not {args.generator}")
-    if args.start == "paper" and Path(args.generator).suffix:
+    trained = args.generator not in common.NETWORKS and args.task == "pix2pix"
+    fits = ["dcgan"] if args.task == "dcgan" else list(common.ARCHITECTURES)
+    if not trained and args.generator not in fits:
+        raise common.UserError(f"--task {args.task} takes --generator {' or '.join(fits)}, not {args.generator}")
+    if trained and not Path(args.generator).is_file():
+        raise common.UserError(f"--generator {args.generator}: neither a file nor one of {', '.join(fits)}")
+    if trained and args.start == "paper":
         raise common.UserError(f"--start paper would forget what {args.generator} has learned: leave it out, or give --generator an architecture")
-    if args.method == "uniform" and Path(args.generator).suffix:
+    if trained and args.method == "uniform":
         raise common.UserError("--method uniform trains a narrower network from scratch: give --generator an architecture, not a file")
+    if args.data and args.concept:
+        raise common.UserError("--concept names concepts of --pairs: leave it out, or --data")
+    if args.size and not args.data:
+        raise common.UserError("--size scales --data; pairs have their own size")
 
 
-def save_task(task, folder: Path) -> None:
+def save_task(task, folder: Path, searched: int) -> None:
+    """All networks, and after how many steps the search ended: the last file, so that it says that all are there."""
     for name, network in (*task.generators.items(), *task.discriminators.items()):
         common.save_network(folder / f"{name}.safetensors", network)
+    common.write_json(folder / "search.json", {"steps": searched})
 
 
-def load_task(task, folder: Path, device: torch.device) -> bool:
-    """Puts the networks in a folder in the place of the task's, and empties the pools. False if they are not all there."""
-    files = {name: folder / f"{name}.safetensors" for name in (*task.generators, *task.discriminators)}
-    if not all(path.exists() for path in files.values()):
-        return False
+def load_task(task, folder: Path, device: torch.device) -> int | None:
+    """Puts the networks that save_task saved in the place of the task's, and empties the pools. The steps of the search; None if
+    it has not ended."""
+    if not (folder / "search.json").exists():
+        return None
     for networks in (task.generators, task.discriminators):
         for name in networks:
-            networks[name] = common.load_network(files[name], device, networks[name].kind).requires_grad_(True)
+            networks[name] = common.load_network(folder / f"{name}.safetensors", device, networks[name].kind).requires_grad_(True)
     for pool in task.pools.values():
         pool.filled.zero_()
         pool.pictures.zero_()
-    return True
+    return common.read_json(folder / "search.json")["steps"]
 
 
 def result_tables(task, args, full: dict, pace: dict, before: list, sliced: list, after: list) -> dict[str, list[dict]]:
@@ -819,20 +833,21 @@ def main() -> None:
     before = task.measure(test, with_fid) if task.trained else []
     full = {name: (network.config, common.count_macs(network), common.count_parameters(network)) for name, network in networks.items()}
     pace, sliced = {}, args.out / "sliced"
-    if not load_task(task, sliced, device):
+    searched = load_task(task, sliced, device)
+    if searched is None:
         pace = search(task, targets, data, test, args, device, rank, world)
         if rank == 0:
-            save_task(task, sliced)
-            configs = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items() if name in full}
-            write_pruning(args.out / "pruning.png", configs, common.read_log(args.out / "search.jsonl", 10 ** 9))
+            save_task(task, sliced, pace["search steps"])
+            after = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items()}
+            write_pruning(args.out / "pruning.png", {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
+                          common.read_log(args.out / "search.jsonl", pace["search steps"]))
         if world > 1:
             torch.distributed.barrier()
-        load_task(task, sliced, device)
+        searched = load_task(task, sliced, device)
     after_slice = task.measure(test, False)
     optimizers = [common.adam([p for network in kind.values() for p in network.parameters()], lr)
                   for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))]
     steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
-    searched = common.read_log(args.out / "search.jsonl", steps)[-1]["step"]
     pace = {"search steps": searched, **pace}
     steps -= searched               # what the search did not need is added: runs of equal flags have equal steps
     pace |= train(task, optimizers, lambda step: ({}, False), data, test, args, "converge", steps, args.lr, True, device, rank, world)

@@ -100,6 +100,7 @@ def fail(message: str) -> NoReturn:
 
 POSITIVE = {"batch", "epochs", "search_epochs", "width", "save_every", "eval_every", "probe_steps", "lr", "lr_d", "lr_z", "lr_search",
             "alpha"}           # flags of several stages that make no sense at 0 or below
+WEIGHTS = {"l1", "cycle", "identity"}       # of losses: 0 leaves one out
 FID_HELP = ("auto: FID on held-out photos if Inception's weights are in torch hub's cache or can be downloaded there (96 MB); "
             "a run that is done is not measured again")
 
@@ -121,7 +122,8 @@ class StageParser(argparse.ArgumentParser):
         key = names[0].lstrip("-").replace("-", "_")
         if key in getattr(self, "paper", {}):
             paper, demo = (" ".join(map(str, d[key])) if isinstance(d[key], list) else d[key] for d in (self.paper, self.demo))
-            options["help"] = f"{options['help']} (default: {paper}{f'; demo: {demo}' if demo != paper else ''})".replace("%", "%%")
+            default = f" (default: {paper}{f'; demo: {demo}' if demo != paper else ''})" if paper or demo else ""
+            options["help"] = (options["help"] + default).replace("%", "%%")
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -138,6 +140,9 @@ class StageParser(argparse.ArgumentParser):
             value = getattr(args, key)
             if isinstance(value, (int, float)) and not 0 < value < math.inf:
                 raise UserError(f"--{key.replace('_', '-')} {value}: give a number above 0")
+        for key in WEIGHTS & vars(args).keys():
+            if not 0 <= getattr(args, key) < math.inf:
+                raise UserError(f"--{key} {getattr(args, key)}: give a number from 0 on")
         if not 0 <= args.seed < 2 ** 31:
             raise UserError(f"--seed {args.seed}: give a number from 0 to {2 ** 31 - 1}")
         return args
@@ -310,7 +315,7 @@ def read_log(path: Path, step: int) -> list[dict]:
                     raise ValueError(f"{number!r} is no number")
         return rows
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is broken ({error!r}): delete it, or --overwrite starts the run again")
+        raise UserError(f"{path} is broken ({error!r}): --overwrite starts the run again")
 
 
 def sha256(path: Path) -> str:
@@ -1647,7 +1652,7 @@ def check_health(losses: Sequence[torch.Tensor], fake: torch.Tensor, edit: torch
     collapsed: fakes (B, 3, H, W) that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or
     a score that is the same everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
     losses = torch.stack([loss.to(fake.device) for loss in losses]).view(-1, 3)         # those of a saved state lie on the CPU
-    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0)]
+    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0) if score.numel() > 1 else score.new_ones(())]
     means = torch.cat([losses.mean(0), torch.stack(spreads).detach()])
     average(means, world)               # all processes must come to the same verdict
     loss_g, loss_d, l1, fakes, edits, scores = means.tolist()
