@@ -607,8 +607,9 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
 
     bar = tqdm(range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0)
     set_training(task)
-    batches = zip(itertools.takewhile(lambda _: not ended, bar), data.batches(args.batch, range(start, steps), args.seed, rank, world, device))
-    for step, batch in common.until_stopped(batches, save_state, world):
+    batches = data.batches(args.batch, range(start, steps), args.seed, rank, world, device)
+    until_ended = zip(itertools.takewhile(lambda _: not ended, bar), batches)
+    for step, batch in common.until_stopped(until_ended, save_state, world):
         common.set_lr(opt_g, lr, step if decay else 0, steps)
         common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
         torch.manual_seed((args.seed * 1_000_003 + step) * world + rank)    # noise, pools, dropout: no generator state to save
@@ -669,8 +670,10 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
     for name, network in networks.items() if args.method == "coronet" else ():
         latents[name] = network.latents = Latents(network, args.start).to(device)       # saved, and averaged over processes, with it
         common.add_hypernetwork(network, latents[name].with_fixed(network), args.start == "weights")
-    opt_g, opt_d = (common.adam([p for network in kind.values() for key, p in network.named_parameters() if not key.startswith("latents.")], lr)
-                    for kind, lr in ((task.generators, args.lr_search if latents else args.lr), (task.discriminators, args.lr_d)))
+    def without_latents(networks: dict) -> list:
+        return [p for network in networks.values() for key, p in network.named_parameters() if not key.startswith("latents.")]
+    opt_g = common.adam(without_latents(task.generators), args.lr_search if latents else args.lr)
+    opt_d = common.adam(without_latents(task.discriminators), args.lr_d)
     optimizers = [opt_g, opt_d]
     if latents:
         optimizers.append(torch.optim.SGD([z for group in latents.values() for z in group.values()], args.lr_z, momentum=0.9))
@@ -689,7 +692,8 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
             shares[name] = target.share(target.widths(on_cpu(latents[name]), 0.0))
         return {"MACs %": {name: 100 * share for name, share in shares.items()}}, max(shares.values()) <= args.keep
 
-    pace = train(task, optimizers, shrink, data, test, args, "search", steps, optimizers[0].param_groups[0]["lr"], False, device, rank, world)
+    lr = opt_g.param_groups[0]["lr"]
+    pace = train(task, optimizers, shrink, data, test, args, "search", steps, lr, False, device, rank, world)
     if args.method != "uniform":
         kept = {name: target.kept(on_cpu(latents[name]) if latents else scores_of(args, networks[name]), args.keep)
                 for name, target in targets.items()}
@@ -709,7 +713,8 @@ def read_data(args, task: str) -> tuple[common.Pictures, common.Pictures]:
     names = list(dict.fromkeys(args.concept))
     if task == "cyclegan":
         if len(names) != 1:
-            raise common.UserError("--task cyclegan: give --data, a folder with trainA, trainB, testA and testB, or one --concept of --pairs")
+            raise common.UserError("--task cyclegan: give --data, a folder with trainA, trainB, testA and testB, "
+                                   "or one --concept of --pairs")
         return unpaired_from_pairs(args.pairs, names[0])
     known = common.read_concepts(args.pairs)
     if not names and args.generator not in common.ARCHITECTURES:
@@ -730,7 +735,8 @@ def check_generator(args) -> None:
     if trained and not Path(args.generator).is_file():
         raise common.UserError(f"--generator {args.generator}: neither a file nor one of {', '.join(fits)}")
     if trained and args.start == "paper":
-        raise common.UserError(f"--start paper would forget what {args.generator} has learned: leave it out, or give --generator an architecture")
+        raise common.UserError(f"--start paper would forget what {args.generator} has learned: leave it out, "
+                               "or give --generator an architecture")
     if trained and args.method == "uniform":
         raise common.UserError("--method uniform trains a narrower network from scratch: give --generator an architecture, not a file")
     if args.data and args.concept:
@@ -766,14 +772,16 @@ def result_tables(task, args, full: dict, pace: dict, before: list, sliced: list
     sizes, channels = [], []
     for name, (config, macs, parameters) in full.items():
         small = networks[name]
-        sizes.append({"network": name, "architecture": config["arch"], "method": args.method, "keep": args.keep, "size px": config["size"],
-                      "GMACs before": macs / 1e9, "GMACs": common.count_macs(small) / 1e9, "MACs %": 100 * common.count_macs(small) / macs,
+        left = common.count_macs(small)
+        sizes.append({"network": name, "architecture": config["arch"], "method": args.method, "keep": args.keep,
+                      "size px": config["size"], "GMACs before": macs / 1e9, "GMACs": left / 1e9, "MACs %": 100 * left / macs,
                       "parameters M before": parameters / 1e6, "parameters M": common.count_parameters(small) / 1e6})
         channels += [{"network": name, "group": g, "before": n, "after": small.config["widths"][g]} for g, n in config["widths"].items()]
     sizes[0] |= {"batch": args.batch, **pace}
     rows = []
     for i, row in enumerate(after):
-        earlier = {f"{when} dB": there[i]["PSNR dB"] for when, there in (("before", before), ("sliced", sliced)) if there and "PSNR dB" in row}
+        earlier = {f"{when} dB": there[i]["PSNR dB"] for when, there in (("before", before), ("sliced", sliced))
+                   if there and "PSNR dB" in row}
         earlier |= {"FID before": before[i]["FID"]} if before and "FID" in before[i] else {}
         first = next(iter(row))
         rows.append({first: row[first], **earlier, **row})
@@ -792,22 +800,25 @@ def main() -> None:
                         f"{', '.join(common.ARCHITECTURES)}, dcgan; auto: stage 3's base, unet256 with --data, resnet9 for cyclegan")
     parser.add_argument("--method", choices=["coronet", "uniform", "random", "magnitude"], help="what chooses the channels; the other "
                         "three are for comparison: all groups narrowed alike from the start, or the channels cut after the search phase")
-    parser.add_argument("--start", choices=["weights", "paper"], help="what the hypernetworks make at first: the weights that the network "
-                        "has, trained or not, or the paper's random ones")
+    parser.add_argument("--start", choices=["weights", "paper"], help="what the hypernetworks make at first: the weights that the "
+                        "network has, trained or not, or the paper's random ones")
     parser.add_argument("--keep", type=float, help="share of the MACs to keep")
     parser.add_argument("--prune-discriminator", action="store_true", help="prune the discriminators to the same share")
     parser.add_argument("--width", type=int, help="channels of the first layer (dcgan: of the last hidden one), for a new architecture")
     parser.add_argument("--clip", help="text tower for a new e2gan as open_clip's MODEL:WEIGHTS; none: an e2gan without text")
     parser.add_argument("--search-epochs", type=int, help="passes over all pictures while pruning")
-    parser.add_argument("--epochs", type=int, help="passes after it, and what the search did not need; the learning rates fall to 0 in the second half")
+    parser.add_argument("--epochs", type=int, help="passes after it, and what the search did not need; the learning "
+                        "rates fall to 0 in the second half")
     parser.add_argument("--batch", type=int, help="pictures or pairs a step, all processes together")
     parser.add_argument("--lr", type=float, help="the generator's learning rate while converging")
-    parser.add_argument("--lr-search", type=float, help="the hypernetworks' learning rate: a weight is a sum of nine terms, and all of them move")
-    parser.add_argument("--lr-d", type=float, help="the discriminator's learning rate")
+    parser.add_argument("--lr-search", type=float, help="the generators' learning rate in the search: a weight is a sum "
+                        "of nine terms, and all of them move")
+    parser.add_argument("--lr-d", type=float, help="the discriminators' learning rate")
     parser.add_argument("--lr-z", type=float, help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)")
     parser.add_argument("--l1", type=float, help="pix2pix: weight of the L1 loss")
     parser.add_argument("--cycle", type=float, help="cyclegan: weight of the L1 of coming back")
-    parser.add_argument("--identity", type=float, help="cyclegan: weight, times --cycle, of the L1 of a picture that is on the other side already")
+    parser.add_argument("--identity", type=float, help="cyclegan: weight, times --cycle, of the L1 of a picture "
+                        "that is on the other side already")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="auto: bf16 autocast where the hardware has it")
     parser.add_argument("--cache-gb", type=float, help="most pixels to hold on the device; more are held in a file in --out")
     parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
@@ -839,7 +850,8 @@ def main() -> None:
         if rank == 0:
             save_task(task, sliced, pace["search steps"])
             after = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items()}
-            write_pruning(args.out / "pruning.png", {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
+            write_pruning(args.out / "pruning.png",
+                          {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
                           common.read_log(args.out / "search.jsonl", pace["search steps"]))
         if world > 1:
             torch.distributed.barrier()

@@ -901,8 +901,9 @@ class ResnetGenerator(Generator):
     Instance norm hides how bright a photo is, which an edit such as `night` must know: no norm after the stem, and the last
     layer sees the photo beside the features. It also erases what a prompt adds to a channel everywhere: so the two upsamplings
     are scaled and shifted from the prompt's mean token after their norms (FiLM), which costs nothing once a file holds one
-    prompt. (Without text, for one concept, it has neither FiLM nor cross-attention.) And fine lines pass round the quarter-size trunk: the stem's features are added to those of the same size on the way
-    up, where FiLM decides by concept which of them get through the ReLU."""
+    prompt. (Without text, for one concept, it has neither FiLM nor cross-attention.) And fine lines pass round the quarter-size
+    trunk: the stem's features are added to those of the same size on the way up, where FiLM decides by concept which of them
+    get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -1439,8 +1440,8 @@ class Hypernetwork(nn.Module):
         E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e]
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
-    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. From scratch w1 and w2 start as in
-    DHP. From a trained weight V (`trained=True`, a choice of ours) w1 = 1 / (z_out z_in) and w2 = V for e = 0, the other w2
+    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. w1 and w2 start as in DHP or, with
+    `trained=True` (a choice of ours), from the weight V that the layer has, trained or not: w1 = 1 / (z_out z_in) and w2 = V for e = 0, the other w2
     0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
     channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
 
@@ -1652,7 +1653,8 @@ def check_health(losses: Sequence[torch.Tensor], fake: torch.Tensor, edit: torch
     collapsed: fakes (B, 3, H, W) that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or
     a score that is the same everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
     losses = torch.stack([loss.to(fake.device) for loss in losses]).view(-1, 3)         # those of a saved state lie on the CPU
-    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(), score.std(correction=0) if score.numel() > 1 else score.new_ones(())]
+    spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(),
+               score.std(correction=0) if score.numel() > 1 else score.new_ones(())]
     means = torch.cat([losses.mean(0), torch.stack(spreads).detach()])
     average(means, world)               # all processes must come to the same verdict
     loss_g, loss_d, l1, fakes, edits, scores = means.tolist()

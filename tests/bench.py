@@ -344,9 +344,9 @@ def best(call, rounds: int) -> float:
 # Stage 5
 
 def bench_prune(args) -> tuple[str, list[dict]]:
-    """A training step of e2gan as it is, of one whose weights hypernetworks make, and of one cut to a quarter of its MACs. The step here has what costs something in
-    stage 5's (both networks' passes, least squares + L1, Adam) and leaves out what does not (data, schedule, thresholds).
-    Each in a process of its own, one thread on a CPU: the least time of the steps, the most memory."""
+    """A training step of e2gan as it is, of one whose weights hypernetworks make, and of one cut to a quarter of its MACs. The step
+    here has what costs something in stage 5's (both networks' passes, least squares + L1, Adam) and leaves out what does not
+    (data, schedule, thresholds). Each in a process of its own, one thread on a CPU: the least time of the steps, the most memory."""
     context, rows = multiprocessing.get_context("spawn"), []
     for name in ("plain", "search", "converge"):
         answer = context.SimpleQueue()
