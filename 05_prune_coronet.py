@@ -848,11 +848,11 @@ def main() -> None:
     if searched is None:
         pace = search(task, targets, data, test, args, device, rank, world)
         if rank == 0:
-            save_task(task, sliced, pace["search steps"])
             after = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items()}
             write_pruning(args.out / "pruning.png",
                           {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
                           common.read_log(args.out / "search.jsonl", pace["search steps"]))
+            save_task(task, sliced, pace["search steps"])      # last: from here on a continued run converges
         if world > 1:
             torch.distributed.barrier()
         searched = load_task(task, sliced, device)

@@ -66,7 +66,9 @@ def run(main: Callable[[], None]) -> None:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
         message = None
-    if message is not None:         # only here: the exception is gone, and with it the progress bars, whose last line comes before
+    for bar in list(tqdm._instances):           # a bar's last line comes before the message, not into it
+        bar.close()
+    if message is not None:
         fail(message)
     print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
     sys.exit(130)
@@ -1188,7 +1190,7 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, torch.Tensor], dict
     if there not in kinds:
         raise UserError(f"{path} is no {kind} of ours" + (f" but a {str(there)[:80]}" if there else ""))
     for name, tensor in tensors.items() if kind != "state" else ():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bool, torch.int64):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bool) and not name.endswith("num_batches_tracked"):
             raise UserError(f"{path}: {name} holds {tensor.dtype} numbers")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")

@@ -244,13 +244,6 @@ def test_other_modes_write_a_generator_of_one_concept(world, stage, tmp_path, mo
     assert [concept["name"] for concept in generator.config["concepts"]] == ["warm"]
 
 
-def test_adapter_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
-    flags = [*files(world), "--base", world / "base/generator.safetensors", "--epochs", 80, "--batch", 6, "--save-every", 10]
-    stage("04", *flags, "--out", tmp_path / "whole")
-    kill_midway_and_continue(stage, "04", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed/warm", "state.safetensors")
-    assert_same_files(tmp_path / "whole/warm", tmp_path / "killed/warm", "adapter.safetensors", "log.jsonl")
-
-
 def test_a_new_prompt_needs_no_new_base_and_no_new_clusters(world, stage, write_pairs, tmp_path):
     write_pairs(tmp_path / "pairs", {**EDITS, "bright": lambda x: 0.5 + 0.5 * x})
     before = {path: path.read_bytes() for folder in ("base", "clusters") for path in (world / folder).rglob("*") if path.is_file()}
@@ -379,11 +372,10 @@ def test_pruning_from_scratch_meets_its_target(world, stage, tmp_path, arch):
     assert 29 < row["MACs %"] <= 30
 
 
-@pytest.mark.parametrize("state", ["search.safetensors", "converge.safetensors"])
-def test_pruning_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path, state):
+def test_pruning_killed_and_continued_ends_in_the_same_bytes(world, stage, tmp_path):
     flags = ["--generator", world / "base/generator.safetensors", "--keep", "0.5", "--search-epochs", 10, "--epochs", 12, "--save-every", 5]
     stage("05", *prune(world, tmp_path / "whole", *flags))
-    kill_midway_and_continue(stage, "05", prune(world, tmp_path / "killed", *flags), tmp_path / "killed", state)
+    kill_midway_and_continue(stage, "05", prune(world, tmp_path / "killed", *flags), tmp_path / "killed", "search.safetensors")
     assert_same_files(tmp_path / "whole", tmp_path / "killed", "sliced/generator.safetensors", "generator.safetensors", "search.jsonl",
                       "converge.jsonl")
 

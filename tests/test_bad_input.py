@@ -102,7 +102,7 @@ BAD_FLAGS = [
     ("04", ["--layers", "down1,nosuch"], "no layer group 'nosuch'; this generator has stem, down1"),
     ("04", ["--rank", "0"], "--rank 0"),
     ("04", ["--samples", "random:99"], "--samples random:99: give a number from 1 to 4"),
-    ("05", ["--generator", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+    ("05", ["--generator", "nowhere.safetensors"], "nowhere.safetensors: neither a file nor one of"),
     ("05", ["--keep", "1.5"], "--keep 1.5"),
 ]
 

@@ -376,7 +376,7 @@ def add(folder, *names):
 
 
 BAD_FOLDERS = {
-    "no folder": ("cyclegan", lambda f: shutil.rmtree(f), 32, "data does not exist"),
+    "no folder": ("cyclegan", lambda f: shutil.rmtree(f), 32, "data is no folder"),
     "an empty folder": ("dcgan", lambda f: None, 32, "finds no data in .*looked for train/.*trainA/.*cifar.*; found nothing"),
     "one picture": ("dcgan", lambda f: add(f, "0.png"), 32, "two or more pictures.*found 0.png"),
     "nothing held out": ("pix2pix", lambda f: add(f, "train/0.png"), 32, "train/ and test/ or val/.*found train$"),
