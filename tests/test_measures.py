@@ -213,7 +213,7 @@ def test_a_result_that_is_not_ours_is_named(tmp_path, tables, result):
 
 @pytest.mark.slow
 def test_bench_prints_a_table_of_ratios():
-    command = [sys.executable, Path(__file__).with_name("bench.py"), "--size", "32", "--width", "8", "--steps", "6", "--batch", "4"]
+    command = [sys.executable, Path(__file__).with_name("bench.py"), "--size", "32", "--width", "16", "--steps", "6", "--batch", "4"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| stage")]
     assert {row[0][:9] for row in rows} == {f"| stage {i}" for i in (1, 3, 4, 5, 6)} and all(float(row[1]) >= 0 for row in rows)
