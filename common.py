@@ -242,7 +242,7 @@ def prepare_folder(out: Path, settings: dict, overwrite: bool) -> bool:
 
 def is_complete(out: Path, settings: dict, overwrite: bool) -> bool:
     """Whether the folder holds this run, complete. UserError if it holds something else."""
-    names = {path.name for path in out.iterdir()} - {LOCK} if out.is_dir() else set()
+    names = {path.name for path in out.iterdir() if not path.match(".*.part")} - {LOCK} if out.is_dir() else set()
     if not names - {"settings.json"}:               # alone: a run that never began
         return False
     if "settings.json" not in names:

@@ -153,7 +153,7 @@ def disturb(module, number: str, flags: list, root: Path, whole: dict, how: str,
     out.parent.mkdir()
     status, words, _ = run(module, number, flags, out, how, at, after)
     lines = [line for line in words.split("\n") if line.strip() and "\r" not in line]
-    if status != STATUS[how] and not (how in ("clock", "int", "term") and status == 0):         # came too late
+    if status != STATUS[how] and not (how in ("clock", "int", "term", "full") and status == 0):         # came too late
         return f"status {status}: {words[-1500:]}"
     if "Traceback" in words or status == 2 and not lines[-1].startswith("error: ") or status == 130 and "same command" not in lines[-1]:
         return f"no line that says what happened: {words[-1500:]}"
