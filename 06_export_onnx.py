@@ -157,9 +157,8 @@ class Network(torch.nn.Module):
     """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit; or noise (N, 100) -> picture.
     Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3).
 
-    Other formulations were no faster in ONNX Runtime at 256 px. CPU time of one thread, e2gan of width 64 and one pruned to 14:
-    FiLM as the norm's own scale and bias x 1.00 and 1.02; transposed convolutions as 2 x 2 ones and a pixel shuffle 1.09 and
-    1.07; features and photo convolved apart before the last layer 1.00 and 1.10; padding rows after RowConv 1.02 and 1.02."""
+    Other formulations were no faster in ONNX Runtime on a CPU at 256 px: FiLM as the norm's own scale and bias, transposed
+    convolutions as 2 x 2 ones and a pixel shuffle, features and photo convolved apart before the last layer."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()

@@ -757,7 +757,7 @@ class Network(nn.Module):
 
 def for_cpu(x: torch.Tensor) -> bool:
     """Whether x is in a training step on a CPU. There the next two and Attention reach the same numbers by another way than
-    PyTorch's own layers, whose kernels are slow: a step takes 0.83 of the time (64 pixels; tests/bench.py train has both)."""
+    PyTorch's own layers, whose kernels are slow; tests/bench.py train has a plain loop with both."""
     return x.device.type == "cpu" and torch.is_grad_enabled()
 
 
@@ -1044,10 +1044,9 @@ def new_generator(arch: str, width: int, size: int, concepts: list[dict], clip: 
 
 class Discriminator(Network):
     """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without sigmoid; on the picture alone
-    where config["photo"] is False (CycleGAN). For several
-    concepts the prompt's mean token, as a unit vector, is projected and multiplied with the last features (a choice of ours,
-    after the projection discriminator): score = conv(h) + <P text, h>. At CLIP's own length, about 18, that product
-    drowned the rest, and the discriminator learned to give everything one half."""
+    where config["photo"] is False (CycleGAN). For several concepts the prompt's mean token, as a unit vector, is projected and
+    multiplied with the last features (a choice of ours, after the projection discriminator): score = conv(h) + <P text, h>. At
+    CLIP's own length, about 18, that product drowned the rest, and the discriminator learned to give everything one half."""
     kind = "discriminator"
 
     def __init__(self, config):
@@ -1443,12 +1442,13 @@ class Hypernetwork(nn.Module):
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
     b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. w1 and w2 start as in DHP or, with
-    `trained=True` (a choice of ours), from the weight V that the layer has, trained or not: w1 = 1 / (z_out z_in) and w2 = V for e = 0, the other w2
-    0: the layer starts out computing V, and a latent that shrinks fades its channel out, so the latent's gradient is the
-    channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would be a leap of W.
+    `trained=True` (a choice of ours), from the weight V that the layer has, trained or not: w1 = 1 / (z_out z_in) and w2 = V for
+    e = 0, the other w2 0. Then the layer starts out computing V, and a latent that shrinks fades its channel out, so the
+    latent's gradient is the channel's first-order importance. There b0 stays 0: divided by small latents, a step of it would
+    be a leap of W.
 
     The embedding size is 8, but no more than a layer has k (a choice of ours: a linear layer, which the paper's networks lack, has
-    1; with 8 numbers to make one of, a search at width 64 held 29 million more parameters and learned no better).
+    1; with 8 numbers to make one of, a search at width 64 held 29 million more parameters).
 
     In memory o and i come last, (K, E, O, I): sums over short axes are faster when these come first.
     """
