@@ -38,6 +38,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxscript import optimizer
+from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -139,32 +140,69 @@ def prompt_of(source: common.Generator, concept: str) -> tuple[str, torch.Tensor
 class RowConv(torch.nn.Module):
     """A k x k convolution to the picture's 3 channels as a 1 x k one to 3k channels, whose rows are then shifted and
     added: the same sums in another order, and fast in ONNX Runtime, whose kernels dislike so few channels. At 256 px on
-    two CPU cores 7 x 7 takes 28 ms instead of 63 from 67 channels, and 27 instead of 65 from 19."""
+    two CPU cores 7 x 7 takes 28 ms instead of 63 from 67 channels, and 27 instead of 65 from 19. What it reads it need not be
+    given as one tensor; the borders are reflected by concatenation, as the runtime's Pad is slower."""
 
     def __init__(self, conv: torch.nn.Conv2d):
         super().__init__()
-        self.k, self.reach, self.mode, self.bias = conv.kernel_size[0], conv.padding[0], conv.padding_mode, conv.bias
+        self.k, self.reach, self.bias = conv.kernel_size[0], conv.padding[0], conv.bias
         rows = conv.weight.detach().permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]                 # (3k, C, 1, k)
-        self.weight = torch.nn.Parameter(rows.contiguous())
+        parts = [conv.in_channels - 3, 3] if "rgb" in conv.reads else [conv.in_channels]
+        self.weights = torch.nn.ParameterList([part.contiguous() for part in rows.split(parts, 1)])
+
+    def reflect(self, x, dim):
+        size = x.shape[dim]
+        return torch.cat([x.narrow(dim, 1, self.reach).flip(dim), x, x.narrow(dim, size - 1 - self.reach, self.reach).flip(dim)], dim)
+
+    def forward(self, *features):
+        rows = sum(F.conv2d(self.reflect(x, 3), weight) for x, weight in zip(features, self.weights))
+        rows, height = self.reflect(rows, 2), rows.shape[2]
+        return self.bias[:, None, None] + sum(part[:, :, i:i + height] for i, part in enumerate(rows.chunk(self.k, 1)))
+
+
+class PhaseConv(torch.nn.Module):
+    """A transposed convolution of stride 2 as four convolutions of the small picture, one for each place in a 2 x 2 block of
+    the large one: the same products without the zeros between. In ONNX Runtime on two CPU cores this takes 10 ms instead of 17 from
+    128 channels at 128 px to 64 at 256."""
+
+    def __init__(self, conv: torch.nn.ConvTranspose2d):
+        super().__init__()
+        reads = [[((place + conv.padding[0] - tap) // 2, tap) for tap in reversed(range(conv.kernel_size[0]))
+                  if (place + conv.padding[0] - tap) % 2 == 0] for place in (0, 1)]     # [(pixel read, relative; tap)] of a place
+        self.pads = [(-x[0][0], x[-1][0], -y[0][0], y[-1][0]) for y in reads for x in reads]
+        weight, self.bias = conv.weight.detach().transpose(0, 1), conv.bias
+        self.weights = torch.nn.ParameterList([weight[:, :, [tap for _, tap in y]][..., [tap for _, tap in x]].contiguous()
+                                               for y in reads for x in reads])
 
     def forward(self, x):
-        rows = F.conv2d(F.pad(x, (self.reach,) * 4, mode=self.mode), self.weight)         # (B, 3k, H + k - 1, W)
-        height = rows.shape[2] - self.k + 1
-        return self.bias[:, None, None] + sum(part[:, :, i:i + height] for i, part in enumerate(rows.chunk(self.k, 1)))
+        places = [F.conv2d(F.pad(x, pad), weight, self.bias) for pad, weight in zip(self.pads, self.weights)]
+        rows = [torch.stack(pair, -1).flatten(3) for pair in (places[:2], places[2:])]            # (B, C, H, 2W)
+        return torch.stack(rows, 3).flatten(2, 3)                                                 # (B, C, 2H, 2W)
+
+
+class FoldFilm(RewriteRuleClassBase):
+    """FiLM after an instance norm becomes the norm's own scale and shift, one pass over the picture instead of three."""
+
+    def pattern(self, op, x, one, zero, scale, shift):
+        return op.Add(op.Mul(op.InstanceNormalization(x, one, zero, _outputs=["normed"]), scale), shift)
+
+    def rewrite(self, op, x, one, zero, scale, shift, normed):
+        flat = op.Constant(value_ints=[-1])
+        return op.InstanceNormalization(x, op.Reshape(scale, flat), op.Reshape(shift, flat), **normed.producer().attributes)
 
 
 class Network(torch.nn.Module):
     """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit; or noise (N, 100) -> picture.
-    Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3).
-
-    Other formulations were no faster in ONNX Runtime on a CPU at 256 px: FiLM as the norm's own scale and bias, transposed
-    convolutions as 2 x 2 ones and a pixel shuffle, features and photo convolved apart before the last layer."""
+    Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
-        if hasattr(generator, "out"):
-            self.generator.out = RowConv(generator.out)
+        for name, module in list(self.generator.named_modules()):
+            if isinstance(module, common.ToRGB):
+                self.generator.set_submodule(name, RowConv(module))
+            elif isinstance(module, torch.nn.ConvTranspose2d) and module.stride == (2, 2):
+                self.generator.set_submodule(name, PhaseConv(module))
 
     def forward(self, photo, text=None):
         if from_noise(self.generator):
@@ -213,6 +251,8 @@ def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None
     if not from_noise(generator):
         model.graph.outputs[0].shape = model.graph.inputs[0].shape      # the tracer's is a formula of the same value
     optimizer.optimize(model, input_size_limit=2 ** 31, output_size_limit=2 ** 31)
+    model = rewrite(model, RewriteRuleSet([FoldFilm.rule()]))
+    optimizer.optimize(model, input_size_limit=2 ** 31, output_size_limit=2 ** 31)
     ClearMetadataAndDocStringPass()(model)
     return ir.to_proto(model)
 
@@ -220,16 +260,13 @@ def bake(graph: ir.Model, generator: common.Generator, text: torch.Tensor | None
 def quantize(proto: onnx.ModelProto, feeds: list[dict]) -> tuple[onnx.ModelProto, str]:
     """Static int8 (weights a scale per channel, QDQ) of the convolutions and linear layers: (model, what is int8).
 
-    Kept in float, as measured on a trained e2gan: transposed convolutions, which ONNX Runtime has no int8 kernel for
-    (37 dB with them, 56 dB without); the convolutions that read or write the picture (48 dB with them, and slower);
-    attention's products, whose factors are no weights; norms. DCGAN consists of nothing else: its weights are int8 for the
-    file's size."""
+    Kept in float, as measured on a trained e2gan: the convolutions that read or write the picture (48 dB with them, and slower);
+    attention's products, whose factors are no weights; norms; DCGAN's first layer."""
     weights = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
     layers = [(node, weights.get(node.input[1], ())) for node in proto.graph.node
               if node.op_type in ("Conv", "ConvTranspose", "MatMul")]
     chosen = [node for node, dims in layers if node.op_type == "MatMul" and len(dims) == 2
-              or node.op_type == "Conv" and dims[1] > 3 and not node.input[1].startswith("generator.out.")]
-    chosen = chosen or [node for node, _ in layers]
+              or node.op_type == "Conv" and min(dims[:2]) > 3 and not node.input[1].startswith("generator.out.")]
     reader = SimpleNamespace(get_next=partial(next, iter(feeds), None))
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(proto, f"{folder}/float.onnx")        # a model in memory would be altered
@@ -248,6 +285,7 @@ def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession
     """A session on the CPU from a file or its bytes; UserError if the runtime cannot take it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4       # it raises what it would log
+    options.add_session_config_entry("session.force_spinning_stop", "1")        # or idle sessions' threads slow the running one
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:                  # the runtime's exceptions have no common base class

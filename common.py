@@ -769,7 +769,9 @@ class ToRGB(nn.Conv2d):
     """A 7x7 convolution to 3 channels, reflecting at the borders. A CPU's kernels compute 16 channels at a time: it is given
     12, which are 2x2 pixels, by an 8x8 convolution of stride 2 that holds the 7x7 weights at four places."""
 
-    def forward(self, x):
+    def forward(self, *features):
+        """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
+        x = torch.cat(features, 1)
         if not for_cpu(x):
             return super().forward(x)
         weight = self.weight
@@ -936,7 +938,7 @@ class ResnetGenerator(Generator):
         text = None if tokens is None else mean_token(tokens, mask)
         x = self.up1(x, None if text is None else self.film1(text))                               # (B, 2C, H/2, W/2)
         x = self.up2(x, None if text is None else self.film2(text), stem)
-        return torch.tanh(self.out(torch.cat([x, photo], 1)))
+        return torch.tanh(self.out(x, photo))
 
 
 class UNetGenerator(Generator):
