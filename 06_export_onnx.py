@@ -137,29 +137,6 @@ def prompt_of(source: common.Generator, concept: str) -> tuple[str, torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 # Export
 
-class RowConv(torch.nn.Module):
-    """A k x k convolution to the picture's 3 channels as a 1 x k one to 3k channels, whose rows are then shifted and
-    added: the same sums in another order, and fast in ONNX Runtime, whose kernels dislike so few channels. At 256 px on
-    two CPU cores 7 x 7 takes 28 ms instead of 63 from 67 channels, and 27 instead of 65 from 19. What it reads it need not be
-    given as one tensor; the borders are reflected by concatenation, as the runtime's Pad is slower."""
-
-    def __init__(self, conv: torch.nn.Conv2d):
-        super().__init__()
-        self.k, self.reach, self.bias = conv.kernel_size[0], conv.padding[0], conv.bias
-        rows = conv.weight.detach().permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]                 # (3k, C, 1, k)
-        parts = [conv.in_channels - 3, 3] if "rgb" in conv.reads else [conv.in_channels]
-        self.weights = torch.nn.ParameterList([part.contiguous() for part in rows.split(parts, 1)])
-
-    def reflect(self, x, dim):
-        size = x.shape[dim]
-        return torch.cat([x.narrow(dim, 1, self.reach).flip(dim), x, x.narrow(dim, size - 1 - self.reach, self.reach).flip(dim)], dim)
-
-    def forward(self, *features):
-        rows = sum(F.conv2d(self.reflect(x, 3), weight) for x, weight in zip(features, self.weights))
-        rows, height = self.reflect(rows, 2), rows.shape[2]
-        return self.bias[:, None, None] + sum(part[:, :, i:i + height] for i, part in enumerate(rows.chunk(self.k, 1)))
-
-
 class PhaseConv(torch.nn.Module):
     """A transposed convolution of stride 2 as four convolutions of the small picture, one for each place in a 2 x 2 block of
     the large one: the same products without the zeros between. In ONNX Runtime on two CPU cores this takes 10 ms instead of 17 from
@@ -199,9 +176,7 @@ class Network(torch.nn.Module):
         super().__init__()
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
         for name, module in list(self.generator.named_modules()):
-            if isinstance(module, common.ToRGB):
-                self.generator.set_submodule(name, RowConv(module))
-            elif isinstance(module, torch.nn.ConvTranspose2d) and module.stride == (2, 2):
+            if isinstance(module, torch.nn.ConvTranspose2d) and module.stride == (2, 2):
                 self.generator.set_submodule(name, PhaseConv(module))
 
     def forward(self, photo, text=None):
@@ -266,7 +241,7 @@ def quantize(proto: onnx.ModelProto, feeds: list[dict]) -> tuple[onnx.ModelProto
     layers = [(node, weights.get(node.input[1], ())) for node in proto.graph.node
               if node.op_type in ("Conv", "ConvTranspose", "MatMul")]
     chosen = [node for node, dims in layers if node.op_type == "MatMul" and len(dims) == 2
-              or node.op_type == "Conv" and min(dims[:2]) > 3 and not node.input[1].startswith("generator.out.")]
+              or node.op_type == "Conv" and min(dims[:2]) > 3 and dims[3] < 7]
     reader = SimpleNamespace(get_next=partial(next, iter(feeds), None))
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(proto, f"{folder}/float.onnx")        # a model in memory would be altered
