@@ -230,6 +230,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
 
 class Pix2pix:
     """Paired pictures: one generator, photo -> edit, and a PatchGAN that sees both. Least-squares GAN + 100 L1 (pix2pix)."""
+
     def __init__(self, args, data: common.Pairs, device: torch.device):
         self.l1, self.trained = args.l1, args.generator not in common.ARCHITECTURES
         if self.trained:
@@ -427,7 +428,7 @@ def thumbnail_distance(made: torch.Tensor, real: torch.Tensor) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What there is to keep: MACs as a function of the widths, latents, targets
 
-def mac_terms(network: common.Network, size: int | None = None) -> list[tuple[tuple, tuple, int]]:
+def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
     """common.count_macs as a formula in the widths: a list of (reads, writes, unit), whose sum over
     channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
     terms, hooks = [], []
@@ -446,7 +447,7 @@ def mac_terms(network: common.Network, size: int | None = None) -> list[tuple[tu
         if hasattr(module, "reads") or isinstance(module, common.Attention):
             hooks.append(module.register_forward_hook(record))
     with torch.no_grad():
-        twin(*twin.example(size))
+        twin(*twin.example())
     return terms
 
 
@@ -496,6 +497,7 @@ class Target:
 
     def __init__(self, network: common.Network, keep: float):
         self.terms, self.full = mac_terms(network), common.all_widths(network.config)
+        self.macs = macs_of(self.terms, self.full)
         self.floor = {g: min(n, max(2, n // 16)) for g, n in network.config["widths"].items()}
         smallest = self.share({**self.full, **self.floor})
         if not 0 < keep < 1 or keep < smallest:
@@ -503,7 +505,7 @@ class Target:
                                    f"{network.kind} keeps with the fewest channels, a sixteenth of each group and at least 2")
 
     def share(self, widths: dict[str, int]) -> float:
-        return macs_of(self.terms, widths) / macs_of(self.terms, self.full)
+        return macs_of(self.terms, widths) / self.macs
 
     def widths(self, latents: dict[str, torch.Tensor], threshold: float) -> dict[str, int]:
         """Channels with |z| above the threshold, per group; never under the floor."""
@@ -662,7 +664,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
 
     The paper's threshold per step is lambda * lr with a constant lambda. Here it is the smallest amount that keeps the MACs on
     a straight line which reaches the target after nine tenths of the phase (a choice of ours: it meets any target on time)."""
-    networks = {name: network for kind in (task.generators, task.discriminators) for name, network in kind.items() if name in targets}
+    networks = {name: network for name, network in {**task.generators, **task.discriminators}.items() if name in targets}
     steps = args.search_epochs * common.steps_per_epoch(data.counts, args.batch)
     if args.method == "uniform":
         slice_task(task, {name: target.kept(scores_of(args, networks[name]), args.keep) for name, target in targets.items()})
@@ -688,8 +690,10 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
         line = 1 - (1 - args.keep) * min(1.0, (step + 1) / (0.9 * steps))
         shares = {}
         for name, target in targets.items():
-            soft_threshold(latents[name], target.threshold(on_cpu(latents[name]), line, MOST))
-            shares[name] = target.share(target.widths(on_cpu(latents[name]), 0.0))
+            there = on_cpu(latents[name])
+            amount = target.threshold(there, line, MOST)
+            shares[name] = target.share(target.widths(there, amount))       # now: on the CPU `there` is the latents, not a copy
+            soft_threshold(latents[name], amount)
         return {"MACs %": {name: 100 * share for name, share in shares.items()}}, max(shares.values()) <= args.keep
 
     lr = opt_g.param_groups[0]["lr"]
@@ -848,9 +852,9 @@ def main() -> None:
     if searched is None:
         pace = search(task, targets, data, test, args, device, rank, world)
         if rank == 0:
-            after = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items()}
+            after = {**task.generators, **task.discriminators}
             write_pruning(args.out / "pruning.png",
-                          {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
+                          {name: (config["widths"], after[name].config["widths"]) for name, (config, *_) in full.items()},
                           common.read_log(args.out / "search.jsonl", pace["search steps"]))
             save_task(task, sliced, pace["search steps"])      # last: from here on a continued run converges
         if world > 1:
