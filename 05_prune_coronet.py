@@ -59,14 +59,13 @@ POOL = 50           # CycleGAN's number of earlier fakes
 # ---------------------------------------------------------------------------------------------------------------------
 # Data in the field's usual layouts: pix2pix's, CycleGAN's, a folder of pictures, CIFAR-10
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 LAYOUTS = ("train/ and test/ or val/ of pictures that hold A|B side by side (pix2pix), trainA/ trainB/ testA/ testB/ (cyclegan), "
            "two or more pictures or cifar-10-batches-py/ (dcgan)")
 
 
 def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
     """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders too."""
-    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES and path.is_file()
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in common.SUFFIXES and path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

@@ -328,6 +328,9 @@ def sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and pairs
 
+SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .ppm .pgm .tga".split())      # of picture files
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture file for a `with` block; UserError where it, or what the block does with it, fails."""
@@ -342,14 +345,19 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} is not a picture that can be read: {error}")
 
 
-def upright(photo: Image.Image) -> Image.Image:
-    """An opened picture's first frame as RGB (colour profiles are ignored), turned as its EXIF says, on white where it is
-    transparent. Raises what Pillow raises if it is broken."""
+def turned(photo: Image.Image) -> Image.Image:
+    """An opened picture's first frame, turned as its EXIF says, with 8 bits a channel."""
     photo = ImageOps.exif_transpose(photo)
     if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey, which convert would clip
         values = np.asarray(photo, dtype=np.float32)
         top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
         photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    return photo
+
+
+def upright(photo: Image.Image) -> Image.Image:
+    """The same as RGB (colour profiles are ignored), on white where it is transparent. Raises what Pillow raises if it is broken."""
+    photo = turned(photo)
     if photo.has_transparency_data:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
