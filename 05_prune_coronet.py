@@ -225,19 +225,19 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The task: its networks, its losses, its measures. Batches are (pictures, ..., concept); the last but one are what fakes are
-# to look like. In the losses `g` and `d` are dictionaries of the networks, under DDP or plain.
+# to look like. In the losses `g` and `d` are dictionaries of the networks, under DDP or plain. For `grace` steps of a phase fakes that
+# hardly differ are no collapse: DCGAN starts with grey pictures, which at width 4 may differ 2 % as much as the real ones for 100 steps.
 
 class Pix2pix:
     """Paired pictures: one generator, photo -> edit, and a PatchGAN that sees both. Least-squares GAN + 100 L1 (pix2pix)."""
+    grace = 0
 
-    def __init__(self, args, data: common.Pairs, device: torch.device):
-        self.l1, self.trained = args.l1, args.generator not in common.ARCHITECTURES
-        if self.trained:
-            generator = common.load_generator(Path(args.generator), device)
-            if generator.config["size"] != data.size:
-                raise common.UserError(f"{args.generator} was trained at {generator.config['size']} pixels, and the data has {data.size}")
-        else:
-            generator = common.new_generator(args.generator, args.width, data.size, data.concepts, args.clip, device)
+    def __init__(self, args, data: common.Pairs, device: torch.device, trained: common.Generator | None):
+        self.l1 = args.l1
+        if trained and trained.config["size"] != data.size:
+            raise common.UserError(f"{args.generator} was trained at {trained.config['size']} pixels, and the data has {data.size}")
+        generator = trained.to(device) if trained else common.new_generator(
+            args.generator, args.width, data.size, data.concepts, args.clip, device)
         self.generators = {"generator": generator}
         self.discriminators = {"discriminator": common.new_discriminator(generator)}
         self.pools, self.names = {}, {}
@@ -271,9 +271,9 @@ class CycleGan:
     """Unpaired pictures of two kinds: two generators, and two PatchGANs that see the picture alone. Least-squares GAN + 10 times
     the L1 of coming back + half of that for changing what is on the other side already; the discriminators see new and
     earlier fakes (CycleGAN)."""
-    trained = False
+    grace = 0
 
-    def __init__(self, args, data: Unpaired, device: torch.device):
+    def __init__(self, args, data: Unpaired, device: torch.device, trained: None):
         self.weight, self.identity = args.cycle, args.identity
         self.generators = {f"generator_{way}": common.new_generator(
             args.generator, args.width, data.size, [{"name": way, "prompt": way}], "none", device) for way in ("AtoB", "BtoA")}
@@ -356,9 +356,9 @@ class Pool(torch.nn.Module):
 
 class Dcgan:
     """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
-    trained = False
+    grace = 1000
 
-    def __init__(self, args, data: Flat, device: torch.device):
+    def __init__(self, args, data: Flat, device: torch.device, trained: None):
         generator = common.new_generator("dcgan", args.width, data.size, [], "none", device)
         self.generators, self.discriminators = {"generator": generator}, {"discriminator": common.new_discriminator(generator)}
         self.pools, self.names = {}, {"L1": ""}
@@ -592,6 +592,7 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
     step first here: their activations are gone when the discriminators' pass begins."""
     opt_g, opt_d = optimizers[:2]
     judges = [p for network in task.discriminators.values() for p in network.parameters() if p.requires_grad]
+    rate = "--lr-search" if len(optimizers) > 2 else "--lr"
     losses: list[torch.Tensor] = []         # G, D and the distance of each step since the log's last row
     state = {**task.generators, **task.discriminators, **task.pools, "losses": losses,
              **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)}}
@@ -640,7 +641,8 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
         losses.append(torch.stack([loss_g, loss_d, distance]).detach())
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            row = common.check_health(losses, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world)
+            row = common.check_health(losses, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world,
+                                      rate, done > task.grace)
             log.append({task.names.get(key, key): value for key, value in row.items() if task.names.get(key, key)})
             bar.set_postfix({key: f"{value:.4g}" for key, value in log[-1].items() if key in ("G", "D", "L1", "cycle")})
             losses.clear()
@@ -707,7 +709,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
     return pace
 
 
-def read_data(args, task: str) -> tuple[common.Pictures, common.Pictures]:
+def read_data(args, task: str, trained: common.Generator | None) -> tuple[common.Pictures, common.Pictures]:
     """Training pictures, not decoded yet, and held-out ones, decoded."""
     if args.data:
         return find_data(task, args.data, args.size or (64 if task == "dcgan" else 256), args.direction)
@@ -720,14 +722,13 @@ def read_data(args, task: str) -> tuple[common.Pictures, common.Pictures]:
                                    "or one --concept of --pairs")
         return unpaired_from_pairs(args.pairs, names[0])
     known = common.read_concepts(args.pairs)
-    if not names and args.generator not in common.ARCHITECTURES:
-        names = [concept["name"] for concept in common.load_generator(Path(args.generator)).config["concepts"]]
-    names = names or list(known)
+    names = names or ([concept["name"] for concept in trained.config["concepts"]] if trained else list(known))
     return common.find_pairs(args.pairs, "train", names), common.load_pairs(args.pairs, "test", names)
 
 
-def check_generator(args) -> None:
-    """Fills in --generator, and refuses what the task has no use for."""
+def check_generator(args, given: set[str]) -> common.Generator | None:
+    """Fills in --generator, and refuses what the task has no use for, and flags `given` that a trained generator contradicts. The
+    trained generator, on the CPU; None where an architecture is to be trained from scratch."""
     base = f"runs/{'demo/' if args.demo else ''}base/generator.safetensors"
     if args.generator == "auto":
         args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task) or ("unet256" if args.data else base)
@@ -746,6 +747,14 @@ def check_generator(args) -> None:
         raise common.UserError("--concept names concepts of --pairs: leave it out, or --data")
     if args.size and not args.data:
         raise common.UserError("--size scales --data; pairs have their own size")
+    if not trained:
+        return None
+    generator = common.load_generator(Path(args.generator))
+    for flag, there in (("width", generator.config["width"]), ("clip", generator.config.get("clip", "none"))):
+        if flag in given and getattr(args, flag) != there:
+            raise common.UserError(f"--{flag} {getattr(args, flag)} is for a new network, and {args.generator} has --{flag} {there}: "
+                                   "leave it out, or give --generator an architecture")
+    return generator
 
 
 def save_task(task, folder: Path, searched: int) -> None:
@@ -766,7 +775,10 @@ def load_task(task, folder: Path, device: torch.device) -> int | None:
     for pool in task.pools.values():
         pool.filled.zero_()
         pool.pictures.zero_()
-    return common.read_json(folder / "search.json")["steps"]
+    steps = common.read_json(folder / "search.json").get("steps")
+    if type(steps) is not int or steps < 1:
+        raise common.UserError(f"{folder / 'search.json'} names no number of steps: --overwrite starts the run again")
+    return steps
 
 
 def result_tables(task, args, full: dict, pace: dict, before: list, sliced: list, after: list) -> dict[str, list[dict]]:
@@ -829,22 +841,22 @@ def main() -> None:
     args = parser.parse()
 
     began = time.time()
-    check_generator(args)
+    trained = check_generator(args, parser.given)
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
-    data, test = read_data(args, args.task)
-    task = TASKS[args.task](args, data, device)
+    data, test = read_data(args, args.task, trained)
+    task = TASKS[args.task](args, data, device, trained)
     networks = {**task.generators, **(task.discriminators if args.prune_discriminator else {})}
     targets = {name: Target(network, args.keep) for name, network in networks.items()}
-    source = common.sha256(Path(args.generator)) if task.trained else args.generator
-    settings = common.settings_of(args, "05_prune_coronet", generator=source, data=[data.fingerprint, test.fingerprint])
+    settings = common.settings_of(args, "05_prune_coronet", generator=trained.sha256 if trained else args.generator,
+                                  data=[data.fingerprint, test.fingerprint])
     if common.begin_run(args.out, settings, args.overwrite):
         return
 
     data.hold(args.cache_gb, args.out, device, rank, world)
     with_fid = args.fid == "auto" and rank == 0
-    before = task.measure(test, with_fid) if task.trained else []
+    before = task.measure(test, with_fid) if trained else []
     full = {name: (network.config, common.count_macs(network), common.count_parameters(network)) for name, network in networks.items()}
     pace, sliced = {}, args.out / "sliced"
     searched = load_task(task, sliced, device)
@@ -871,7 +883,7 @@ def main() -> None:
     for name, network in task.generators.items():
         common.save_network(args.out / f"{name}.safetensors", network)
     tables = result_tables(task, args, full, pace, before, after_slice, task.measure(test, with_fid))
-    reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if task.trained else [])]
+    reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if trained else [])]
     marks = common.marks_of(args, *reads, clip=next(iter(task.generators.values())).config.get("clip", ""))
     common.write_result(args.out, "05_prune_coronet", began, marks, tables)
 
