@@ -50,7 +50,6 @@ PAPER = dict(images="photos", teacher="timbrooks/instruct-pix2pix", size=256, tr
              clip="ViT-B-32:openai", save_memory="none", preview=0, out=Path("runs/pairs"))
 DEMO = dict(images="sklearn", teacher="filters", size=64, train=96, test=24, clip="none", out=Path("runs/demo/pairs"))
 SPLITS = ("train", "test")
-SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .ppm .pgm .tga".split())
 THREADS = 4         # decode photos and encode PNGs while the teacher works
 PIPELINE_FLAGS = dict(steps="num_inference_steps", guidance="guidance_scale", image_guidance="image_guidance_scale",
                       strength="strength")
@@ -278,11 +277,11 @@ def list_photos(folder: Path) -> tuple[list[str], str]:
     for path, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
+            if os.path.splitext(name)[1].lower() in common.SUFFIXES and not name.startswith("."):
                 file = Path(path, name)
                 sizes[file.relative_to(folder).as_posix()] = file.stat().st_size if file.exists() else None
     if not sizes:
-        raise UserError(f"{folder} holds no image files ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder} holds no image files ({' '.join(sorted(common.SUFFIXES))})")
     return sorted(sizes), hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
 
 

@@ -59,14 +59,13 @@ POOL = 50           # CycleGAN's number of earlier fakes
 # ---------------------------------------------------------------------------------------------------------------------
 # Data in the field's usual layouts: pix2pix's, CycleGAN's, a folder of pictures, CIFAR-10
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
 LAYOUTS = ("train/ and test/ or val/ of pictures that hold A|B side by side (pix2pix), trainA/ trainB/ testA/ testB/ (cyclegan), "
            "two or more pictures or cifar-10-batches-py/ (dcgan)")
 
 
 def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
     """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders too."""
-    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES and path.is_file()
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in common.SUFFIXES and path.is_file()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -226,18 +225,19 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The task: its networks, its losses, its measures. Batches are (pictures, ..., concept); the last but one are what fakes are
-# to look like. In the losses `g` and `d` are dictionaries of the networks, under DDP or plain.
+# to look like. In the losses `g` and `d` are dictionaries of the networks, under DDP or plain. For `grace` steps of a phase fakes that
+# hardly differ are no collapse: DCGAN starts with grey pictures, which at width 4 may differ 2 % as much as the real ones for 100 steps.
 
 class Pix2pix:
     """Paired pictures: one generator, photo -> edit, and a PatchGAN that sees both. Least-squares GAN + 100 L1 (pix2pix)."""
-    def __init__(self, args, data: common.Pairs, device: torch.device):
-        self.l1, self.trained = args.l1, args.generator not in common.ARCHITECTURES
-        if self.trained:
-            generator = common.load_generator(Path(args.generator), device)
-            if generator.config["size"] != data.size:
-                raise common.UserError(f"{args.generator} was trained at {generator.config['size']} pixels, and the data has {data.size}")
-        else:
-            generator = common.new_generator(args.generator, args.width, data.size, data.concepts, args.clip, device)
+    grace = 0
+
+    def __init__(self, args, data: common.Pairs, device: torch.device, trained: common.Generator | None):
+        self.l1 = args.l1
+        if trained and trained.config["size"] != data.size:
+            raise common.UserError(f"{args.generator} was trained at {trained.config['size']} pixels, and the data has {data.size}")
+        generator = trained.to(device) if trained else common.new_generator(
+            args.generator, args.width, data.size, data.concepts, args.clip, device)
         self.generators = {"generator": generator}
         self.discriminators = {"discriminator": common.new_discriminator(generator)}
         self.pools, self.names = {}, {}
@@ -271,9 +271,9 @@ class CycleGan:
     """Unpaired pictures of two kinds: two generators, and two PatchGANs that see the picture alone. Least-squares GAN + 10 times
     the L1 of coming back + half of that for changing what is on the other side already; the discriminators see new and
     earlier fakes (CycleGAN)."""
-    trained = False
+    grace = 0
 
-    def __init__(self, args, data: Unpaired, device: torch.device):
+    def __init__(self, args, data: Unpaired, device: torch.device, trained: None):
         self.weight, self.identity = args.cycle, args.identity
         self.generators = {f"generator_{way}": common.new_generator(
             args.generator, args.width, data.size, [{"name": way, "prompt": way}], "none", device) for way in ("AtoB", "BtoA")}
@@ -356,9 +356,9 @@ class Pool(torch.nn.Module):
 
 class Dcgan:
     """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
-    trained = False
+    grace = 1000
 
-    def __init__(self, args, data: Flat, device: torch.device):
+    def __init__(self, args, data: Flat, device: torch.device, trained: None):
         generator = common.new_generator("dcgan", args.width, data.size, [], "none", device)
         self.generators, self.discriminators = {"generator": generator}, {"discriminator": common.new_discriminator(generator)}
         self.pools, self.names = {}, {"L1": ""}
@@ -427,7 +427,7 @@ def thumbnail_distance(made: torch.Tensor, real: torch.Tensor) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What there is to keep: MACs as a function of the widths, latents, targets
 
-def mac_terms(network: common.Network, size: int | None = None) -> list[tuple[tuple, tuple, int]]:
+def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
     """common.count_macs as a formula in the widths: a list of (reads, writes, unit), whose sum over
     channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
     terms, hooks = [], []
@@ -446,7 +446,7 @@ def mac_terms(network: common.Network, size: int | None = None) -> list[tuple[tu
         if hasattr(module, "reads") or isinstance(module, common.Attention):
             hooks.append(module.register_forward_hook(record))
     with torch.no_grad():
-        twin(*twin.example(size))
+        twin(*twin.example())
     return terms
 
 
@@ -496,6 +496,7 @@ class Target:
 
     def __init__(self, network: common.Network, keep: float):
         self.terms, self.full = mac_terms(network), common.all_widths(network.config)
+        self.macs = macs_of(self.terms, self.full)
         self.floor = {g: min(n, max(2, n // 16)) for g, n in network.config["widths"].items()}
         smallest = self.share({**self.full, **self.floor})
         if not 0 < keep < 1 or keep < smallest:
@@ -503,7 +504,7 @@ class Target:
                                    f"{network.kind} keeps with the fewest channels, a sixteenth of each group and at least 2")
 
     def share(self, widths: dict[str, int]) -> float:
-        return macs_of(self.terms, widths) / macs_of(self.terms, self.full)
+        return macs_of(self.terms, widths) / self.macs
 
     def widths(self, latents: dict[str, torch.Tensor], threshold: float) -> dict[str, int]:
         """Channels with |z| above the threshold, per group; never under the floor."""
@@ -591,6 +592,7 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
     step first here: their activations are gone when the discriminators' pass begins."""
     opt_g, opt_d = optimizers[:2]
     judges = [p for network in task.discriminators.values() for p in network.parameters() if p.requires_grad]
+    rate = "--lr-search" if len(optimizers) > 2 else "--lr"
     losses: list[torch.Tensor] = []         # G, D and the distance of each step since the log's last row
     state = {**task.generators, **task.discriminators, **task.pools, "losses": losses,
              **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)}}
@@ -639,7 +641,8 @@ def train(task, optimizers: list, after_step, data: common.Pictures, test, args,
         losses.append(torch.stack([loss_g, loss_d, distance]).detach())
         save = ended or done % args.save_every == 0
         if save or done % LOG_EVERY == 0:
-            row = common.check_health(losses, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world)
+            row = common.check_health(losses, fakes[0], batch[-2], score, torch.nn.ModuleDict(task.generators), done, args.out, world,
+                                      rate, done > task.grace)
             log.append({task.names.get(key, key): value for key, value in row.items() if task.names.get(key, key)})
             bar.set_postfix({key: f"{value:.4g}" for key, value in log[-1].items() if key in ("G", "D", "L1", "cycle")})
             losses.clear()
@@ -662,7 +665,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
 
     The paper's threshold per step is lambda * lr with a constant lambda. Here it is the smallest amount that keeps the MACs on
     a straight line which reaches the target after nine tenths of the phase (a choice of ours: it meets any target on time)."""
-    networks = {name: network for kind in (task.generators, task.discriminators) for name, network in kind.items() if name in targets}
+    networks = {name: network for name, network in {**task.generators, **task.discriminators}.items() if name in targets}
     steps = args.search_epochs * common.steps_per_epoch(data.counts, args.batch)
     if args.method == "uniform":
         slice_task(task, {name: target.kept(scores_of(args, networks[name]), args.keep) for name, target in targets.items()})
@@ -688,8 +691,10 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
         line = 1 - (1 - args.keep) * min(1.0, (step + 1) / (0.9 * steps))
         shares = {}
         for name, target in targets.items():
-            soft_threshold(latents[name], target.threshold(on_cpu(latents[name]), line, MOST))
-            shares[name] = target.share(target.widths(on_cpu(latents[name]), 0.0))
+            there = on_cpu(latents[name])
+            amount = target.threshold(there, line, MOST)
+            shares[name] = target.share(target.widths(there, amount))       # now: on the CPU `there` is the latents, not a copy
+            soft_threshold(latents[name], amount)
         return {"MACs %": {name: 100 * share for name, share in shares.items()}}, max(shares.values()) <= args.keep
 
     lr = opt_g.param_groups[0]["lr"]
@@ -704,7 +709,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
     return pace
 
 
-def read_data(args, task: str) -> tuple[common.Pictures, common.Pictures]:
+def read_data(args, task: str, trained: common.Generator | None) -> tuple[common.Pictures, common.Pictures]:
     """Training pictures, not decoded yet, and held-out ones, decoded."""
     if args.data:
         return find_data(task, args.data, args.size or (64 if task == "dcgan" else 256), args.direction)
@@ -717,14 +722,13 @@ def read_data(args, task: str) -> tuple[common.Pictures, common.Pictures]:
                                    "or one --concept of --pairs")
         return unpaired_from_pairs(args.pairs, names[0])
     known = common.read_concepts(args.pairs)
-    if not names and args.generator not in common.ARCHITECTURES:
-        names = [concept["name"] for concept in common.load_generator(Path(args.generator)).config["concepts"]]
-    names = names or list(known)
+    names = names or ([concept["name"] for concept in trained.config["concepts"]] if trained else list(known))
     return common.find_pairs(args.pairs, "train", names), common.load_pairs(args.pairs, "test", names)
 
 
-def check_generator(args) -> None:
-    """Fills in --generator, and refuses what the task has no use for."""
+def check_generator(args, given: set[str]) -> common.Generator | None:
+    """Fills in --generator, and refuses what the task has no use for, and flags `given` that a trained generator contradicts. The
+    trained generator, on the CPU; None where an architecture is to be trained from scratch."""
     base = f"runs/{'demo/' if args.demo else ''}base/generator.safetensors"
     if args.generator == "auto":
         args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task) or ("unet256" if args.data else base)
@@ -743,6 +747,14 @@ def check_generator(args) -> None:
         raise common.UserError("--concept names concepts of --pairs: leave it out, or --data")
     if args.size and not args.data:
         raise common.UserError("--size scales --data; pairs have their own size")
+    if not trained:
+        return None
+    generator = common.load_generator(Path(args.generator))
+    for flag, there in (("width", generator.config["width"]), ("clip", generator.config.get("clip", "none"))):
+        if flag in given and getattr(args, flag) != there:
+            raise common.UserError(f"--{flag} {getattr(args, flag)} is for a new network, and {args.generator} has --{flag} {there}: "
+                                   "leave it out, or give --generator an architecture")
+    return generator
 
 
 def save_task(task, folder: Path, searched: int) -> None:
@@ -763,7 +775,10 @@ def load_task(task, folder: Path, device: torch.device) -> int | None:
     for pool in task.pools.values():
         pool.filled.zero_()
         pool.pictures.zero_()
-    return common.read_json(folder / "search.json")["steps"]
+    steps = common.read_json(folder / "search.json").get("steps")
+    if type(steps) is not int or steps < 1:
+        raise common.UserError(f"{folder / 'search.json'} names no number of steps: --overwrite starts the run again")
+    return steps
 
 
 def result_tables(task, args, full: dict, pace: dict, before: list, sliced: list, after: list) -> dict[str, list[dict]]:
@@ -826,31 +841,31 @@ def main() -> None:
     args = parser.parse()
 
     began = time.time()
-    check_generator(args)
+    trained = check_generator(args, parser.given)
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
-    data, test = read_data(args, args.task)
-    task = TASKS[args.task](args, data, device)
+    data, test = read_data(args, args.task, trained)
+    task = TASKS[args.task](args, data, device, trained)
     networks = {**task.generators, **(task.discriminators if args.prune_discriminator else {})}
     targets = {name: Target(network, args.keep) for name, network in networks.items()}
-    source = common.sha256(Path(args.generator)) if task.trained else args.generator
-    settings = common.settings_of(args, "05_prune_coronet", generator=source, data=[data.fingerprint, test.fingerprint])
+    settings = common.settings_of(args, "05_prune_coronet", generator=trained.sha256 if trained else args.generator,
+                                  data=[data.fingerprint, test.fingerprint])
     if common.begin_run(args.out, settings, args.overwrite):
         return
 
     data.hold(args.cache_gb, args.out, device, rank, world)
     with_fid = args.fid == "auto" and rank == 0
-    before = task.measure(test, with_fid) if task.trained else []
+    before = task.measure(test, with_fid) if trained else []
     full = {name: (network.config, common.count_macs(network), common.count_parameters(network)) for name, network in networks.items()}
     pace, sliced = {}, args.out / "sliced"
     searched = load_task(task, sliced, device)
     if searched is None:
         pace = search(task, targets, data, test, args, device, rank, world)
         if rank == 0:
-            after = {name: network.config for kind in (task.generators, task.discriminators) for name, network in kind.items()}
+            after = {**task.generators, **task.discriminators}
             write_pruning(args.out / "pruning.png",
-                          {name: (config["widths"], after[name]["widths"]) for name, (config, *_) in full.items()},
+                          {name: (config["widths"], after[name].config["widths"]) for name, (config, *_) in full.items()},
                           common.read_log(args.out / "search.jsonl", pace["search steps"]))
             save_task(task, sliced, pace["search steps"])      # last: from here on a continued run converges
         if world > 1:
@@ -868,7 +883,7 @@ def main() -> None:
     for name, network in task.generators.items():
         common.save_network(args.out / f"{name}.safetensors", network)
     tables = result_tables(task, args, full, pace, before, after_slice, task.measure(test, with_fid))
-    reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if task.trained else [])]
+    reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if trained else [])]
     marks = common.marks_of(args, *reads, clip=next(iter(task.generators.values())).config.get("clip", ""))
     common.write_result(args.out, "05_prune_coronet", began, marks, tables)
 

@@ -444,8 +444,7 @@ def find_pictures(path: Path) -> list[Path]:
         raise common.UserError(f"{path} does not exist")
     if path.is_file():
         return [path]
-    known = Image.registered_extensions()
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in common.SUFFIXES and file.is_file())
     if not found:
         raise common.UserError(f"{path} holds no pictures")
     return found
@@ -453,15 +452,10 @@ def find_pictures(path: Path) -> list[Path]:
 
 def read_picture(path: Path) -> tuple[torch.Tensor, Image.Image | None]:
     """uint8 (3, H, W), turned as its EXIF says, and its alpha channel if it has one. UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):              # 16 bits a channel, which convert() would clip
-                image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), alpha
-    except Exception as error:              # a decoder may raise anything
-        raise common.UserError(f"{path} is not a picture that can be read: {error}")
+    with common.opened(path) as image:
+        image = common.turned(image)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous(), alpha
 
 
 def edit_picture(session: onnxruntime.InferenceSession, pixels: torch.Tensor) -> torch.Tensor:

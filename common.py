@@ -108,8 +108,8 @@ FID_HELP = ("auto: FID on held-out photos if Inception's weights are in torch hu
 
 
 class StageParser(argparse.ArgumentParser):
-    """argparse with two dictionaries of defaults: the paper's, and the demo's where `--demo` is given. A flag given
-    explicitly always wins. A flag that can be repeated (action="append") replaces a default list, not extends it."""
+    """argparse with two dictionaries of defaults: the paper's, and the demo's where `--demo` is given. A flag given explicitly
+    always wins, and `given` names it. A flag that can be repeated (action="append") replaces a default list, not extends it."""
 
     def __init__(self, doc: str, paper: dict, demo: dict):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -133,10 +133,10 @@ class StageParser(argparse.ArgumentParser):
 
     def parse(self) -> argparse.Namespace:
         defaults = {"seed": 0, "device": "auto", **(self.demo if "--demo" in sys.argv[1:] else self.paper)}
-        self.set_defaults(**{key: value for key, value in defaults.items() if not isinstance(value, list)})
         args = self.parse_args()
+        self.given = {key for key, value in vars(args).items() if value is not None and value is not False}
         for key, value in defaults.items():
-            if getattr(args, key) is None:
+            if key not in self.given:
                 setattr(args, key, value)
         for key in POSITIVE & vars(args).keys():
             value = getattr(args, key)
@@ -328,6 +328,9 @@ def sha256(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and pairs
 
+SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .ppm .pgm .tga".split())      # of picture files
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture file for a `with` block; UserError where it, or what the block does with it, fails."""
@@ -342,14 +345,19 @@ def opened(path: Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} is not a picture that can be read: {error}")
 
 
-def upright(photo: Image.Image) -> Image.Image:
-    """An opened picture's first frame as RGB (colour profiles are ignored), turned as its EXIF says, on white where it is
-    transparent. Raises what Pillow raises if it is broken."""
+def turned(photo: Image.Image) -> Image.Image:
+    """An opened picture's first frame, turned as its EXIF says, with 8 bits a channel."""
     photo = ImageOps.exif_transpose(photo)
     if photo.mode.startswith("I") or photo.mode == "F":             # 16 or 32 bits of grey, which convert would clip
         values = np.asarray(photo, dtype=np.float32)
         top = 65535 if photo.mode != "F" else next(top for top in (1, 255, 65535, values.max()) if values.max() <= top)
         photo = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    return photo
+
+
+def upright(photo: Image.Image) -> Image.Image:
+    """The same as RGB (colour profiles are ignored), on white where it is transparent. Raises what Pillow raises if it is broken."""
+    photo = turned(photo)
     if photo.has_transparency_data:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
@@ -1657,11 +1665,12 @@ class Collapse(UserError):
 
 
 def check_health(losses: Sequence[torch.Tensor], fake: torch.Tensor, edit: torch.Tensor, score: torch.Tensor, generator: nn.Module,
-                 step: int, out: Path, world: int) -> dict:
+                 step: int, out: Path, world: int, rate: str = "--lr", vary: bool = True) -> dict:
     """losses, G, D and L1 (3,) of each step since the last check -> the log's row, their means, averaged over the processes.
     Collapse, before anything is saved, if a loss or a weight is not finite (named by its step) or, in the last batch, a network has
     collapsed: fakes (B, 3, H, W) that differ less than 2 % as much as the edits (a process with one photo a step can't tell), or
-    a score that is the same everywhere. A discriminator that is beaten, at D = 0.25, is no collapse."""
+    a score that is the same everywhere. A discriminator that is beaten, at D = 0.25, is no collapse, nor are equal fakes where `vary`
+    is False. rate: the flag of the generator's learning rate."""
     losses = torch.stack([loss.to(fake.device) for loss in losses]).view(-1, 3)         # those of a saved state lie on the CPU
     spreads = [fake.float().std(0, correction=0).mean(), edit.std(0, correction=0).mean(),
                score.std(correction=0) if score.numel() > 1 else score.new_ones(())]
@@ -1673,11 +1682,11 @@ def check_health(losses: Sequence[torch.Tensor], fake: torch.Tensor, edit: torch
     first = f" in step {step - len(losses) + 1 + broken[0].item()}" if len(broken) else ""
     reason = (f"a loss is not finite{first}" if not all(map(math.isfinite, (loss_g, loss_d))) else
               "a weight is not finite" if not finite else
-              "the generator makes the same picture of every photo" if edits > 1 / 255 and fakes < 0.02 * edits else
+              "the generator makes the same picture of every photo" if vary and edits > 1 / 255 and fakes < 0.02 * edits else
               "the discriminator gives everything the same score" if scores < 1e-4 else "")
     if reason:
         raise Collapse(f"training collapsed shortly before step {step}: {reason}. {out} keeps the last good checkpoint, if there "
-                       "was one; lower --lr or --lr-d and start again with --overwrite or another --out")
+                       f"was one; lower {rate} or --lr-d and start again with --overwrite or another --out")
     return {"step": step, "G": loss_g, "D": loss_d, "L1": l1}
 
 

@@ -90,3 +90,22 @@ def write_pairs():
         common.write_json(folder / "concepts.json", {name: {"prompt": f"make it {name}"} for name in edits})
         return folder
     return write
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory, write_pairs):
+    """Pairs of two concepts, clusters, a base that knows the first, an adapter for the second."""
+    import common
+    import torch
+    root = tmp_path_factory.mktemp("good")
+    write_pairs(root / "pairs", {"dark": lambda x: 0.3 * x, "inverted": lambda x: 1 - x}, train=4, test=2)
+    common.write_json(root / "clusters/concepts.json", {"base": ["dark"], "new": ["inverted"]})
+    torch.manual_seed(0)
+    config = common.generator_config("e2gan", 8, 32, [{"name": "dark", "prompt": "make it dark"}], tokens=4, text_dim=16,
+                                     clip="ViT-S-32:random")
+    common.save_network(root / "base.safetensors", common.build_network(config))
+    base = common.load_generator(root / "base.safetensors")
+    common.add_concept(base, "inverted", "invert it", torch.randn(3, 16))
+    common.add_lora(base, {"down1.conv": 2, "up1.conv": 2}, 16.0)
+    common.save_adapter(root / "adapter.safetensors", base, "inverted", base.sha256, 16.0)
+    return root

@@ -130,25 +130,33 @@ def test_health_names_what_collapsed(tmp_path):
     fake, edit, score, loss = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.randn(4, 1, 2, 2), torch.ones(3)
     network = torch.nn.Linear(2, 2)
 
-    def check(*parts):
-        return common.check_health(*parts, network, 7, tmp_path, 1)
+    def check(*parts, **more):
+        return common.check_health(*parts, network, 7, tmp_path, 1, **more)
     assert check(loss, fake, edit, score) == {"step": 7, "G": 1, "D": 1, "L1": 1}
     for bad, words in (((loss * torch.tensor([1, float("nan"), 1]), fake, edit, score), "not finite"),
                        ((loss, fake[:1].expand_as(fake), edit, score), "same picture"),
                        ((loss, fake, edit, torch.ones(4, 1, 2, 2)), "same score")):
         with pytest.raises(common.Collapse, match=f"step 7.*{words}"):
             check(*bad)
+    assert check(loss, fake[:1].expand_as(fake), edit, score, vary=False)
     assert check(loss, torch.zeros(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), score)     # edits all alike ask for no more
     network.weight.data[0, 0] = float("inf")
     with pytest.raises(common.Collapse, match="a weight is not finite"):
         check(loss, fake, edit, score)
 
 
+def run_twice(file, *flags):
+    """A script, in two processes that train together."""
+    port = 20000 + os.getpid() % 20000
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(file),
+                    *map(str, flags)], check=True, timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 RANKS = """
 import sys, torch
 sys.path[:0] = [{root!r}, {tests!r}]
 import common, conftest, importlib.util
-spec = importlib.util.spec_from_file_location("stage", conftest.script("03"))
+spec = importlib.util.spec_from_file_location("stage", conftest.script({number!r}))
 stage = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(stage)
 wrap, networks = common.data_parallel, []
@@ -157,7 +165,7 @@ common.run(stage.main)
 mine = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
 both = [torch.empty_like(mine) for _ in range(2)]
 torch.distributed.all_gather(both, mine)
-assert len(networks) == 2 and torch.equal(*both), "the ranks' weights differ"
+assert len(networks) == {networks} and torch.equal(*both), "the ranks' weights differ"
 """
 
 
@@ -165,11 +173,8 @@ def test_two_processes_train_as_one(world, stage, tmp_path):
     # few and short steps: Adam turns the rounding of sums in another order into differences that grow
     flags = [*files(world), *BASE, "--epochs", 1, "--lr", "2e-4", "--precision", "fp32", "--device", "cpu"]
     stage("03", *flags, "--out", tmp_path / "one")
-    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    port = 20000 + os.getpid() % 20000
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-                    str(tmp_path / "ranks.py"), *map(str, flags), "--out", str(tmp_path / "two")], check=True, timeout=300,
-                   capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), number="03", networks=2))
+    run_twice(tmp_path / "ranks.py", *flags, "--out", tmp_path / "two")
     one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) == 2
     assert one[0] == pytest.approx(two[0], rel=1e-5)                # the losses; the other row is the held-out photos'
@@ -183,16 +188,14 @@ def test_two_processes_train_as_one(world, stage, tmp_path):
 
 @pytest.mark.parametrize("number, log, flags", [
     ("04", "warm/log.jsonl", ["--epochs", 2, "--samples", "all", "--batch", 4]),
-    ("05", "search.jsonl", ["--keep", "0.5", "--search-epochs", 4, "--epochs", 1, "--batch", 8])])
+    ("05", "search.jsonl", ["--keep", "0.5", "--search-epochs", 2, "--epochs", 1, "--batch", 8,
+                              "--lr-search", "2e-5", "--lr-d", "2e-5"])])
 def test_two_processes_train_as_one_in_the_later_stages(world, stage, tmp_path, number, log, flags):
     source = ["--base" if number == "04" else "--generator", world / "base/generator.safetensors"]
     flags = ["--pairs", world / "pairs", *source, *flags, "--precision", "fp32", "--device", "cpu", "--fid", "off"]
     flags += ["--concept", "warm"] if number == "04" else []
     stage(number, *flags, "--out", tmp_path / "one")
-    port = 20000 + os.getpid() % 20000
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(script(number)),
-                    *map(str, flags), "--out", str(tmp_path / "two")], check=True, timeout=300, capture_output=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_twice(script(number), *flags, "--out", tmp_path / "two")
     one, two = ([json.loads(line) for line in (tmp_path / name / log).read_text().splitlines()] for name in ("one", "two"))
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):

@@ -1,5 +1,6 @@
 """Stage 5's three tasks on data that takes seconds: the target is met by every network, a killed run ends in the same bytes, unpaired
 training finds an edit that it never saw a pair of."""
+import argparse
 import json
 import sys
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import common
-from conftest import script
-from test_03_04_05_training import assert_same_files, kill_midway_and_continue, table
+from conftest import ROOT, script
+from test_03_04_05_training import RANKS, assert_same_files, kill_midway_and_continue, run_twice, table
 
 EDITS = {"dark": lambda x: 0.25 * x}
 SMALL = ["--width", 8, "--batch", 4, "--fid", "off", "--device", "cpu", "--lr", "1e-3", "--lr-search", "2e-4", "--search-epochs", 6, "--epochs", 2]
@@ -28,7 +29,7 @@ def data(tmp_path_factory, write_pairs):
             if i < 20:                      # the sets need not be equally large
                 common.write_png(root / "unpaired" / f"{split}B" / f"{i}.png", common.to_pil(edit))
             common.write_png(root / "flat" / split / f"{i}.png", common.to_pil(photo))
-    base = common.new_generator("resnet9", 4, 64, [{"name": "dark", "prompt": "darken it"}], "none", torch.device("cpu"))
+    base = common.new_generator("resnet9", 8, 64, [{"name": "dark", "prompt": "darken it"}], "none", torch.device("cpu"))
     common.save_network(root / "base", base)
     return root
 
@@ -99,6 +100,28 @@ def test_unpaired_and_unconditional_runs_killed_and_continued_end_in_the_same_by
     assert_same_files(tmp_path / "whole", tmp_path / "killed", *files, "search.jsonl", "converge.jsonl")
 
 
+@pytest.mark.slow
+def test_two_processes_train_cyclegan_as_one(data, stage, tmp_path):
+    """For two steps: small latents magnify the rounding of sums in another order, until another channel goes first."""
+    flags = ["--task", "cyclegan", "--data", data / "unpaired", "--size", 32, "--width", 4, "--batch", 8, "--search-epochs", 1,
+             "--epochs", 1, "--keep", "0.5", "--fid", "off", "--precision", "fp32", "--device", "cpu", "--save-every", 1]
+    stage("05", *flags, "--out", tmp_path / "one")
+    run_twice(script("05"), *flags, "--out", tmp_path / "two")
+    one, two = ([json.loads(line) for line in (tmp_path / run / "search.jsonl").read_text().splitlines()][:4] for run in ("one", "two"))
+    assert [row["step"] for row in one] == [1, 1, 2, 2]
+    for a, b in zip(one, two):
+        assert a == b if "MACs %" in a else a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_that_train_dcgan_keep_equal_weights(data, tmp_path):
+    """Not as one: each has noise of its own, and batch norm's statistics are a process's."""
+    (tmp_path / "ranks.py").write_text(RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), number="05", networks=4))
+    run_twice(tmp_path / "ranks.py", *SMALL, "--task", "dcgan", "--data", data / "flat", "--size", 32, "--keep", "0.5",
+              "--search-epochs", 1, "--epochs", 1, "--out", tmp_path / "out")
+    assert (tmp_path / "out/generator.safetensors").exists()
+
+
 @pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start paper"])
 def test_methods_to_compare_with_meet_the_same_target(data, prune, method):
     out = prune("--pairs", data / "pairs", "--generator", "resnet9", "--keep", "0.25", "--method", *method.split())
@@ -156,6 +179,8 @@ def test_thumbnails_tell_colours_apart(prune):
     (["--pairs", "pairs", "--generator", "base", "--method", "uniform"], "from scratch"),
     (["--pairs", "pairs", "--generator", "base", "--start", "paper"], "would forget"),
     (["--pairs", "pairs", "--generator", "base", "--keep", "0.5"], "trained at 64 pixels"),
+    (["--pairs", "pairs", "--generator", "base", "--width", "4"], "has --width 8: leave it out"),
+    (["--pairs", "pairs", "--generator", "base", "--clip", "ViT-S-32:random"], "has --clip none: leave it out"),
     (["--pairs", "pairs", "--generator", "resnet"], "neither a file nor one of e2gan, resnet9, unet256"),
     (["--data", "sides", "--concept", "dark"], "leave it out, or --data"),
     (["--pairs", "pairs", "--generator", "resnet9", "--size", "32"], "pairs have their own size"),
@@ -167,3 +192,50 @@ def test_bad_input_is_one_line(data, error_of, tmp_path, flags, words):
     flags = [data / flag if str(flag).split("/")[0] in ("sides", "pairs", "unpaired", "flat", "base") else flag for flag in flags]
     assert words in error_of("05", *SMALL, *flags, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_all_stages_take_the_same_files_for_pictures(prune, load_stage, tmp_path):
+    for suffix in [*common.SUFFIXES, ".JPG", ".pdf", ".txt", ""]:
+        (tmp_path / f"{len(suffix)}{suffix}").touch()
+    wanted = sorted(path for path in tmp_path.iterdir() if path.suffix not in (".pdf", ".txt", ""))
+    assert prune.module.list_pictures(tmp_path) == load_stage("06").find_pictures(tmp_path) == wanted
+    assert [tmp_path / name for name in load_stage("01").list_photos(tmp_path)[0]] == wanted
+
+
+def test_a_trained_generator_is_read_once(data, error_of, monkeypatch, tmp_path):
+    read, load = [], common.load_network
+    monkeypatch.setattr(common, "load_network", lambda path, *rest: read.append(path) or load(path, *rest))
+    network = common.build_network(common.generator_config("resnet9", 8, 32, [{"name": "dark", "prompt": ""}]))
+    common.save_network(tmp_path / "base", network)
+    error_of("05", *SMALL, "--pairs", data / "pairs", "--generator", tmp_path / "base", "--keep", "0.0001", "--out", tmp_path / "out")
+    assert read == [tmp_path / "base"]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"steps": "8"}', '{"steps": -1}', '{"steps": true}'])
+def test_a_run_goes_on_from_no_search_of_unknown_length(prune, tmp_path, text):
+    common.write_text(tmp_path / "search.json", text)
+    network = common.build_network(common.generator_config("dcgan", 4, 8, []))
+    common.save_network(tmp_path / "generator.safetensors", network)
+    task = argparse.Namespace(generators={"generator": network}, discriminators={}, pools={})
+    with pytest.raises(common.UserError, match="search.json names no"):
+        prune.module.load_task(task, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("method, rate", [("coronet", "--lr-search"), ("uniform", "--lr")])
+def test_advice_names_the_rate_of_the_phase(data, error_of, tmp_path, method, rate):
+    line = error_of("05", *SMALL, "--pairs", data / "pairs", "--generator", "resnet9", "--method", method, "--search-epochs", 1,
+                    rate, "1e30", "--out", tmp_path / "out")
+    assert f"lower {rate} or --lr-d" in line
+
+
+def test_alike_fakes_of_noise_are_no_collapse_at_first(data, prune, monkeypatch):
+    """A generator that makes nearly one grey of every noise, judged in its grace and after."""
+    forward = common.DcganGenerator.forward
+    monkeypatch.setattr(common.DcganGenerator, "forward", lambda self, noise: 1e-4 * forward(self, noise))
+    flags = ["--task", "dcgan", "--data", data / "flat", "--size", 32, "--width", 4, "--method", "uniform", "--keep", "0.5",
+             "--search-epochs", 2, "--epochs", 1, "--save-every", 6]
+    monkeypatch.setattr(prune.module.Dcgan, "grace", 6)
+    with pytest.raises(common.Collapse, match="step 12: the generator makes the same picture"):
+        prune(*flags)
+    monkeypatch.setattr(prune.module.Dcgan, "grace", 1000)
+    prune(*flags)

@@ -310,6 +310,18 @@ def test_apply_pictures_of_any_kind(world, stage, dynamic, exported, tmp_path):
     assert Image.open(tmp_path / "out/applied/comparison.png").height > 4 * 240
 
 
+def test_alpha_is_kept_apart_and_deep_channels_are_scaled(load_stage, tmp_path):
+    stage, rgba = load_stage("06"), np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "clear.png")
+    Image.fromarray(rgba[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(rgba[..., 0].astype(np.float32) / 255).save(tmp_path / "float.tif")
+    pixels, alpha = stage.read_picture(tmp_path / "clear.png")
+    assert (pixels.permute(1, 2, 0).numpy() == rgba[..., :3]).all() and (np.asarray(alpha) == rgba[..., 3]).all()
+    for name in ("deep.png", "float.tif"):
+        pixels, alpha = stage.read_picture(tmp_path / name)
+        assert (pixels.numpy() == rgba[..., 0]).all() and alpha is None
+
+
 def test_apply_equals_pytorch_on_the_whole_picture(world, load_stage, dynamic):
     stage, base = load_stage("06"), common.load_generator(world / "base/generator.safetensors")
     pixels = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)

@@ -8,19 +8,6 @@ import torch
 import common
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory, write_pairs):
-    """A pairs folder of two concepts, clusters, and an untrained base."""
-    root = tmp_path_factory.mktemp("good")
-    write_pairs(root / "pairs", {"dark": lambda x: 0.3 * x, "inverted": lambda x: 1 - x}, train=4, test=2)
-    common.write_json(root / "clusters/concepts.json", {"base": ["dark"], "new": ["inverted"]})
-    torch.manual_seed(0)
-    config = common.generator_config("e2gan", 8, 32, [{"name": "dark", "prompt": "make it dark"}], tokens=4, text_dim=16,
-                                     clip="ViT-S-32:random")
-    common.save_network(root / "base.safetensors", common.build_network(config))
-    return root
-
-
 @pytest.fixture
 def world(good, tmp_path):
     shutil.copytree(good, tmp_path / "w")
