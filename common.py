@@ -14,6 +14,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -788,9 +789,10 @@ class ToRGB(nn.Conv2d):
         if features[0].device.type != "cpu":
             return super().forward(torch.cat(features, 1))
         reach, height, dtype = self.padding[0], features[0].shape[2], features[0].dtype
-        weights = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]                       # (21, C, 1, 7)
-        parts = zip(features, weights.split([x.shape[1] for x in features], 1))
-        rows = reflect(sum(F.conv2d(reflect(x.to(dtype), 3, reach), weight) for x, weight in parts), 2, reach)
+        weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]                        # (21, C, 1, 7)
+        ends = [0, *itertools.accumulate(x.shape[1] for x in features)]
+        parts = [F.conv2d(reflect(x.to(dtype), 3, reach), weight[:, i:j]) for x, i, j in zip(features, ends, ends[1:])]
+        rows = reflect(sum(parts), 2, reach)
         return self.bias[:, None, None] + sum(row[:, :, i:i + height] for i, row in enumerate(rows.chunk(2 * reach + 1, 1)))
 
 
