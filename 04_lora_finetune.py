@@ -211,8 +211,9 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
                                   base_sha256=base_sha256)
     if common.begin_run(out, settings, args.overwrite):
         [rows] = common.read_json(out / "result.json")["tables"].values()
-        write_crucial(args, concepts, groups, base_sha256, rows)
-        return
+        if rank == 0:
+            write_crucial(args, concepts, groups, base_sha256, rows)
+        return meet(world)
     probes = Probes(args, concepts, out / "probes.json", device, rank, world)
     rows = []
     for group in groups:
@@ -235,11 +236,19 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
         write_crucial(args, concepts, groups, base_sha256, rows)
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
             "Crucial layers, held-out error relative to the base's": rows}, error=probes.judge)
+    meet(world)
+
+
+def meet(world: int) -> None:
     if world > 1:
         torch.distributed.barrier()         # the others read crucial.json next
 
 
 def write_crucial(args, concepts: Sequence[str], groups: dict, base_sha256: str, rows: list[dict]) -> None:
+    """crucial.json, under the lock of its folder, which no run has: what lies half written there, a killed process left."""
+    common.lock_folder(args.out)
+    for path in args.out.glob(".*.part"):
+        path.unlink()
     found = [row["layers"] for row in rows if row["crucial"] == "yes"]
     common.write_json(args.out / "crucial.json", {
         "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in found]})

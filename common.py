@@ -70,25 +70,35 @@ def run(main: Callable[[], None]) -> None:
         bar.close()
     if message is not None:
         fail(message)
-    print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":      # torchrun's processes stop together
+        print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
     sys.exit(130)
 
 
 def until_stopped(steps: Iterable, save: Callable[[], None], world: int) -> Iterator:
     """The items of `steps`. SIGINT and SIGTERM wait until the loop's body has done with one; then save() is called and the run ends.
-    A second signal doesn't wait. Nor do several processes, which would wait for one another: they continue from the last save."""
+    Of several processes all stop after the same step once any has caught one, as a step of some needs the others, and the first
+    saves (its own losses since the log's last row). A second signal doesn't wait; of several processes it is left to torchrun,
+    which sends everyone one, and SIGKILL after 30 seconds."""
     caught = []
 
     def catch(number, frame):
-        if caught:
+        if caught and world == 1:
             raise KeyboardInterrupt
         caught.append(number)
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)} if world == 1 else {}
+
+    def anyone(value: bool) -> bool:        # on the CPU: nothing waits for a GPU
+        flag = torch.tensor(float(value))
+        average(flag, world)
+        return flag.item() > 0
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for item in steps:
             yield item
-            if caught:
-                save()
+            if anyone(bool(caught)):
+                if world == 1 or torch.distributed.get_rank() == 0:
+                    save()
+                anyone(False)               # none ends before the first has saved: torchrun would take it for a failure
                 raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
@@ -205,7 +215,7 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
     """
     if not torch.distributed.is_initialized():
         return prepare_folder(out, settings, overwrite)
-    verdict = torch.zeros(1, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    verdict = torch.zeros(1)
     error = None
     if torch.distributed.get_rank() == 0:
         try:
@@ -1624,7 +1634,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's processes where there are several."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(hours=1))     # the others wait while the first evaluates
     return int(os.environ.get("RANK", 0)), world
 
@@ -1915,10 +1925,11 @@ def main() -> None:
         try:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
             alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
+            data = {"data": str(result["data"])} if "data" in result else {}       # the name of a folder that is no pairs
             for title, rows in result["tables"].items():
                 first = list(next(iter(rows), {}))[:1]          # what the rows are of: other tasks, other tables
                 groups = tables.setdefault((result["stage"], title, *first), {})
-                groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [dict(row) for row in rows]))
+                groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [{**data, **row} for row in rows]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}")
     unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
@@ -1926,8 +1937,9 @@ def main() -> None:
         raise UserError(f"no result.json below {folder}")
     titles = list(dict.fromkeys(key[:2] for key in tables))
     for (stage, title, *_), groups in sorted(tables.items(), key=lambda item: (item[0][0], titles.index(item[0][:2]))):
-        print(markdown(f"{stage}.py: {title}", [{**row, "run": f"{row['run']} {marks or ''}".strip()}
-                                                for marks, runs in groups.values() for row in merge_seeds(runs)]))
+        rows = [{**row, "run": f"{row['run']} {marks or ''}".strip()} for marks, runs in groups.values() for row in merge_seeds(runs)]
+        names = dict.fromkeys(("run", "data") if any("data" in row for row in rows) else ())        # the first columns
+        print(markdown(f"{stage}.py: {title}", [names | row for row in rows]))
     print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
                      *(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}" for path in unfinished)]))
 

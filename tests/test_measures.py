@@ -252,6 +252,16 @@ def test_tasks_of_stage_5_have_tables_of_their_own_and_networks_rows_of_their_ow
         "**05_prune.py: " + held_out + "**", "", "| run | pictures | FID |", "| --- | --- | --- |", "| d | 24 |  |", "", ""]
 
 
+def test_rows_name_their_data_and_other_data_is_no_other_seed(tmp_path, tables):
+    for run, data, seed, fid in (("z0", "horse2zebra", 0, 70.0), ("z1", "horse2zebra", 1, 72.0), ("s", "summer2winter", 2, 90.0)):
+        write_run(tmp_path / run, [{"direction": "AtoB", "FID": fid}], {"data": [f"fingerprint of {data}"], "seed": seed}, "05_prune")
+        common.write_json(tmp_path / run / "result.json", {**common.read_json(tmp_path / run / "result.json"), "data": data})
+    write_run(tmp_path / "old", [{"direction": "AtoB", "FID": 80.0}], {"data": ["fingerprint of pairs"], "seed": 0}, "05_prune")
+    assert tables().splitlines()[2:] == [
+        "| run | data | direction | FID |", "| --- | --- | --- | --- |", "| old |  | AtoB | 80 |",
+        "| s | summer2winter | AtoB | 90 |", "| z0, z1 (mean ± sd, 2 seeds) | horse2zebra | AtoB | 71 ± 1.4 |", "", ""]
+
+
 def test_marks_are_those_of_what_had_a_part_in_the_run(tmp_path):
     common.write_json(tmp_path / "base/result.json", {"marks": ["demo", "built-in filters as teacher"]})
     args = argparse.Namespace(demo=False, clip="ViT-S-32:random")
