@@ -139,10 +139,10 @@ def add_wrong_prompts(rows: list[dict], generator, test: common.Pairs) -> None:
     """Adds to the rows of common.evaluate the highest PSNR that another concept's prompt reaches: the prompt matters where
     this is lower."""
     for c, row in enumerate(rows if len(rows) > 1 and "text_dim" in generator.config else []):
-        photos, truth = test.photos[test.rows[c]], common.to_float(test.edits[c])
         others = [generator.concept(concept["name"]) for concept in test.concepts if concept["name"] != row["concept"]]
-        row["best wrong prompt dB"] = max(
-            common.psnr(common.to_float(common.run_generator(generator, photos, other)), truth).mean().item() for other in others)
+        found = [torch.stack([common.psnr(common.to_float(common.run_generator(generator, photos, other)), common.to_float(truth))
+                              for other in others]) for photos, truth in test.parts(c)]           # (others, 32)
+        row["best wrong prompt dB"] = torch.cat(found, 1).mean(1).max().item()
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
 
     began = time.time()
     concepts = chosen_concepts(args)
-    train, test = common.find_pairs(args.pairs, "train", concepts), common.load_pairs(args.pairs, "test", concepts)
+    train, test = (common.find_pairs(args.pairs, split, concepts) for split in ("train", "test"))
     device = common.pick_device(args.device)
     rank, world = common.start_processes(device)
     torch.manual_seed(args.seed)
@@ -183,6 +183,8 @@ def main() -> None:
         return
     discriminator = common.new_discriminator(generator)
     train.hold(args.cache_gb, args.out, device, rank, world)
+    if rank == 0:                           # which alone evaluates
+        test.hold(args.cache_gb, args.out, torch.device("cpu"))
     pace, rows = train_base(generator, discriminator, train, test, args, device, rank, world)
     if rank == 0:
         size = {"arch": " ".join(filter(None, (args.arch, args.blocks))), "width": args.width, "size px": train.size,

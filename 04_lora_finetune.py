@@ -173,8 +173,12 @@ class Probes:
         self.done = common.read_json(file) if file.exists() else {}
         if not all(isinstance(error, float) and error > 0 for error in self.done.values()):
             raise common.UserError(f"{file} is broken: delete it")
-        self.data = {name: [common.load_pairs(args.pairs, "train", [name], names) for names in validation_split(args, name)]
+        self.data = {name: [common.find_pairs(args.pairs, "train", [name], names) for names in validation_split(args, name)]
                      for name in concepts}
+        for train, held_out in self.data.values():
+            train.hold(args.cache_gb / len(concepts), file.parent, device, rank, world)
+            if rank == 0:                   # which alone judges
+                held_out.hold(args.cache_gb / len(concepts), file.parent, torch.device("cpu"))
 
     def error(self, ranks: dict[str, int]) -> float:
         """Held-out error after a probe with these ranks by group, relative to the base's, averaged over the concepts."""
@@ -189,7 +193,7 @@ class Probes:
             try:
                 if ranks:
                     finetune(generator, train, None, self.args, None, device, rank, world)
-                error = torch.tensor([quality(generator, held_out, self.judge)], device=device)
+                error = torch.tensor([quality(generator, held_out, self.judge) * world if rank == 0 else 0.0], device=device)
             except common.Collapse:                     # these ranks do not train at this rate: the worst that can be said
                 error = torch.tensor([math.inf], device=device)
             common.average(error, world)              # all processes must go the same way
@@ -207,8 +211,9 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
                                   base_sha256=base_sha256)
     if common.begin_run(out, settings, args.overwrite):
         [rows] = common.read_json(out / "result.json")["tables"].values()
-        write_crucial(args, concepts, groups, base_sha256, rows)
-        return
+        if rank == 0:
+            write_crucial(args, concepts, groups, base_sha256, rows)
+        return meet(world)
     probes = Probes(args, concepts, out / "probes.json", device, rank, world)
     rows = []
     for group in groups:
@@ -231,11 +236,19 @@ def search_layers(args, concepts: Sequence[str], groups: dict, base_sha256: str,
         write_crucial(args, concepts, groups, base_sha256, rows)
         common.write_result(out, "04_lora_finetune", began, common.marks_of(args, args.pairs, args.base.parent), {
             "Crucial layers, held-out error relative to the base's": rows}, error=probes.judge)
+    meet(world)
+
+
+def meet(world: int) -> None:
     if world > 1:
         torch.distributed.barrier()         # the others read crucial.json next
 
 
 def write_crucial(args, concepts: Sequence[str], groups: dict, base_sha256: str, rows: list[dict]) -> None:
+    """crucial.json, under the lock of its folder, which no run has: what lies half written there, a killed process left."""
+    common.lock_folder(args.out)
+    for path in args.out.glob(".*.part"):
+        path.unlink()
     found = [row["layers"] for row in rows if row["crucial"] == "yes"]
     common.write_json(args.out / "crucial.json", {
         "base": base_sha256, "concepts": list(concepts), "groups": [group for group in groups if group in found]})
@@ -387,7 +400,7 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
     """One concept, from its pairs to its result.json in <out>/<concept>."""
     began, out = time.time(), args.out / name
     train = common.find_pairs(args.pairs, "train", [name], chosen_samples(args, name))
-    test = common.load_pairs(args.pairs, "test", [name])
+    test = common.find_pairs(args.pairs, "test", [name])
     ranks = {group: PAPER_RANKS.get(group, 1) if args.rank == "paper" else 1 if args.rank == "auto" else int(args.rank)
              for group in chosen}
     generator = prepare(args, train.concepts[0], ranks, device)
@@ -400,12 +413,14 @@ def learn(args, name: str, groups: dict, chosen: Sequence[str], device: torch.de
         return
     tables = {}
     if args.rank == "auto":
-        probes = Probes(args, [name], out / "probes.json", device, rank, world)
-        ranks, path, cost = search_ranks(probes, groups, chosen, args.rank_threshold)
+        ranks, path, cost = search_ranks(Probes(args, [name], out / "probes.json", device, rank, world), groups, chosen,
+                                         args.rank_threshold)
         tables = {"Rank search, held-out error relative to the base's": [{"concept": name, **row} for row in path],
                   "Rank search, found": [{"concept": name, **cost}]}
         generator = prepare(args, train.concepts[0], ranks, device)
-    before = common.evaluate(generator, test)[0]
+    if rank == 0:                           # which alone evaluates
+        test.hold(args.cache_gb, out, torch.device("cpu"))
+        before = common.evaluate(generator, test)[0]
     trained = sum(p.numel() for p in generator.parameters() if p.requires_grad)
     whole = sum(fan_out * (fan_in + 1) for layers in groups.values() for fan_out, fan_in in layers.values())   # with biases
     train.hold(args.cache_gb, out, device, rank, world)

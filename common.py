@@ -71,25 +71,35 @@ def run(main: Callable[[], None]) -> None:
         bar.close()
     if message is not None:
         fail(message)
-    print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":      # torchrun's processes stop together
+        print(f"\nstopped: the same command{' without --overwrite' if '--overwrite' in sys.argv else ''} continues", file=sys.stderr)
     sys.exit(130)
 
 
 def until_stopped(steps: Iterable, save: Callable[[], None], world: int) -> Iterator:
     """The items of `steps`. SIGINT and SIGTERM wait until the loop's body has done with one; then save() is called and the run ends.
-    A second signal doesn't wait. Nor do several processes, which would wait for one another: they continue from the last save."""
+    Of several processes all stop after the same step once any has caught one, as a step of some needs the others, and the first
+    saves (its own losses since the log's last row). A second signal doesn't wait; of several processes it is left to torchrun,
+    which sends everyone one, and SIGKILL after 30 seconds."""
     caught = []
 
     def catch(number, frame):
-        if caught:
+        if caught and world == 1:
             raise KeyboardInterrupt
         caught.append(number)
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)} if world == 1 else {}
+
+    def anyone(value: bool) -> bool:        # on the CPU: nothing waits for a GPU
+        flag = torch.tensor(float(value))
+        average(flag, world)
+        return flag.item() > 0
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for item in steps:
             yield item
-            if caught:
-                save()
+            if anyone(bool(caught)):
+                if world == 1 or torch.distributed.get_rank() == 0:
+                    save()
+                anyone(False)               # none ends before the first has saved: torchrun would take it for a failure
                 raise KeyboardInterrupt
     finally:
         for number, handler in before.items():
@@ -206,7 +216,7 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
     """
     if not torch.distributed.is_initialized():
         return prepare_folder(out, settings, overwrite)
-    verdict = torch.zeros(1, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    verdict = torch.zeros(1)
     error = None
     if torch.distributed.get_rank() == 0:
         try:
@@ -231,8 +241,8 @@ def prepare_folder(out: Path, settings: dict, overwrite: bool) -> bool:
     if done:
         print(f"done already: {out / 'result.json'} (--overwrite does it again)")
         return True
-    for path in out.rglob(".*.part"):               # of a process that was killed while it wrote
-        path.unlink()
+    for path in out.rglob(".*.part"):               # of a process that was killed while it wrote; in .fid, of one that may be at work
+        path.unlink(missing_ok=True)
     if overwrite:                                   # settings.json last: the same command can go on deleting
         for path in sorted(out.iterdir(), key=lambda path: (path.name == "settings.json", path.name != "result.json")):
             if path.name != LOCK:
@@ -460,6 +470,13 @@ class Pictures:
         count = 3 * self.size ** 2
         return torch.from_numpy(np.fromfile(self.raw, np.uint8, count, offset=place * count)).view(3, self.size, self.size)
 
+    def take(self, places: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, S, S) on the CPU, of places (N,), wherever they are held."""
+        if self.pixels is not None:
+            return self.pixels[places.to(self.pixels.device)].cpu()
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(self.read, places.tolist())))
+
     def decode(self, keep: Callable[[int, torch.Tensor], None], places: range) -> None:
         """Calls keep(place, uint8 (3, S, S)) for each place, from threads."""
         with ThreadPoolExecutor() as pool:
@@ -590,6 +607,12 @@ class Pairs(Pictures):
     def edits(self) -> Sequence[torch.Tensor]:
         """Per concept (n_c, 3, S, S) uint8, of decoded pairs: edits[c][i] is made of photos[rows[c][i]]."""
         return self.pixels[len(self.names):].split(self.counts)
+
+    def parts(self, concept: int, count: int = 32) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A concept's photos and edits in order, uint8 (count, 3, S, S) each."""
+        for start in range(0, self.counts[concept], count):
+            photos = self.rows[concept][start:start + count]
+            yield self.take(photos), self.take(self.starts[concept] + start + torch.arange(len(photos)))
 
     def plan(self, step, batch, seed):
         picks, flips = draw_picks(self.counts, batch, step, seed)
@@ -1207,7 +1230,7 @@ def read_tensors(path: Path, *kinds: str) -> tuple[dict[str, torch.Tensor], dict
     if there not in kinds:
         raise UserError(f"{path} is no {kind} of ours" + (f" but a {str(there)[:80]}" if there else ""))
     for name, tensor in tensors.items() if kind != "state" else ():
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bool) and not name.endswith("num_batches_tracked"):
+        if kind != "fid" and tensor.dtype not in (torch.float32, torch.float16, torch.bool) and not name.endswith("num_batches_tracked"):
             raise UserError(f"{path}: {name} holds {tensor.dtype} numbers")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")
@@ -1629,7 +1652,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); joins torchrun's processes where there are several."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                              timeout=datetime.timedelta(hours=1))     # the others wait while the first evaluates
     return int(os.environ.get("RANK", 0)), world
 
@@ -1713,36 +1736,75 @@ FID_DIMS = 2048         # pytorch-fid's default: Inception's last pooling layer
 
 
 def evaluate(generator: Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
-    """A row per concept of decoded `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its
-    photos, the PSNR of the photo left as it is and, if asked for, the FID to the teacher's edits. The generator is left in
-    eval mode."""
+    """A row per concept of `pairs`: mean PSNR in dB and mean absolute error (0..255) against the teacher's edits of its photos, the
+    PSNR of the photo left as it is and, if asked for, the FID to the teacher's edits. Pictures come and go in parts: the memory
+    does not grow with their number. The generator is left in eval mode."""
     generator.eval()
     rows = []
     for c, concept in enumerate(pairs.concepts):
-        photos, truth = pairs.photos[pairs.rows[c]], to_float(pairs.edits[c])
-        edits = run_generator(generator, photos, generator.concept(concept["name"]))
-        made = to_float(edits)
-        rows.append({"concept": concept["name"], "PSNR dB": psnr(made, truth).mean().item(),
-                     **({"FID": fid(edits, pairs.edits[c], next(generator.parameters()).device)} if with_fid else {}),
-                     "photo unchanged dB": psnr(to_float(photos), truth).mean().item(),
-                     "L1 (0-255)": (made - truth).abs().mean().item() * 127.5})
+        measures: dict[str, list[torch.Tensor]] = {}
+
+        def edits() -> Iterator[torch.Tensor]:          # uint8 (3, S, S), measured on their way
+            for photos, truth in pairs.parts(c):
+                made = run_generator(generator, photos, generator.concept(concept["name"]))
+                yield from made
+                a, b, photo = to_float(made), to_float(truth), to_float(photos)
+                for name, values in (("PSNR dB", psnr(a, b)), ("photo unchanged dB", psnr(photo, b)),
+                                     ("L1 (0-255)", (a - b).abs().mean((1, 2, 3)) * 127.5)):
+                    measures.setdefault(name, []).append(values)
+        made, row = edits(), {"concept": concept["name"], "PSNR dB": None}
+        if with_fid:
+            file = pairs.folder.parent / ".fid" / f"{pairs.folder.name}-{concept['name']}.safetensors"
+            row["FID"] = fid(made, TeachersEdits(pairs, c), next(generator.parameters()).device, file)
+        deque(made, maxlen=0)               # all of them, where FID asked for none
+        rows.append(row | {name: torch.cat(values).mean().item() for name, values in measures.items()})
     return rows
 
 
-def fid(edits: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:
-    """Frechet Inception distance between two sets of uint8 pictures (N, 3, H, W), the second the teacher's: what
-    `python -m pytorch_fid` prints for two folders of their PNGs. It falls as N grows, so compare only values of equal N.
-    None where Inception's weights cannot be had, or for a single picture, which has no covariance."""
+@dataclasses.dataclass
+class TeachersEdits:
+    """A concept's edits, uint8 (3, S, S) each, read whenever they are iterated over."""
+    pairs: Pairs
+    concept: int
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (edit for _, edits in self.pairs.parts(self.concept) for edit in edits)
+
+
+def fid(edits: Iterable[torch.Tensor], truth: Iterable[torch.Tensor], device: torch.device, file: Path | None = None) -> float | None:
+    """Frechet Inception distance between two sets of uint8 pictures (3, H, W), the second the teacher's, which is iterated over
+    twice: what `python -m pytorch_fid` prints for two folders of their PNGs. It falls as the sets grow, so compare only values of
+    equal numbers. None where Inception's weights cannot be had, or for a single picture, which has no covariance. `file` is
+    where teacher_statistics keeps the second's."""
     network = inception(device)
-    if network is None or min(len(edits), len(truth)) < 2:
+    if network is None:
         return None
-    key = hashlib.sha256(truth.contiguous().numpy()).hexdigest()
+    teacher, made = teacher_statistics(truth, network, device, file), inception_statistics(edits, network, device)
+    return frechet_distance(*made, *teacher) if made and teacher else None
+
+
+TEACHERS: dict[str, tuple[np.ndarray, np.ndarray] | None] = {}      # of the teacher's pictures, which are measured many times a run
+
+
+def teacher_statistics(truth: Iterable[torch.Tensor], network: nn.Module, device: torch.device,
+                       file: Path | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """inception_statistics, kept in this process and for others in `file`, as fp64 so that FID stays the same; not kept there where its
+    folder cannot be written to. A file of other pictures, other weights or another kind of device, or a broken one, is made anew."""
+    digest = hashlib.sha256(f"{network.sha256} {device.type}".encode())
+    for picture in truth:
+        digest.update(picture.contiguous().numpy())
+    key = digest.hexdigest()
+    if key not in TEACHERS and file:
+        with contextlib.suppress(UserError):            # missing, truncated, not finite
+            tensors, about = read_tensors(file, "fid")
+            if about.get("key") == key and {n: x.shape for n, x in tensors.items()} == {"mu": (FID_DIMS,), "sigma": (FID_DIMS, FID_DIMS)}:
+                TEACHERS[key] = tensors["mu"].numpy(), tensors["sigma"].numpy()
     if key not in TEACHERS:
-        TEACHERS[key] = inception_statistics(truth, network, device)
-    return frechet_distance(*inception_statistics(edits, network, device), *TEACHERS[key])
-
-
-TEACHERS: dict[str, tuple[np.ndarray, np.ndarray]] = {}        # of the teacher's pictures, which are measured many times a run
+        TEACHERS[key] = found = inception_statistics(truth, network, device)
+        if found and file:
+            with contextlib.suppress(OSError):          # read-only, or a full disk: the next run measures again
+                write_tensors(file, dict(zip(("mu", "sigma"), map(torch.from_numpy, found))), {"kind": "fid", "key": key})
+    return TEACHERS[key]
 
 
 @functools.cache
@@ -1761,18 +1823,26 @@ def inception(device: torch.device) -> nn.Module | None:
         return None
     finally:
         socket.setdefaulttimeout(timeout)
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    network.sha256 = digest.hexdigest()
     return network.to(device).eval()
 
 
-def inception_statistics(pixels: torch.Tensor, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (2048,) and covariance (2048, 2048) of Inception's features of uint8 pictures (N, 3, H, W), which the library reads
-    as PNGs."""
+def inception_statistics(pictures: Iterable[torch.Tensor], network: nn.Module,
+                         device: torch.device) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean (2048,) and covariance (2048, 2048) of Inception's features of uint8 pictures (3, H, W), which the library reads as PNGs.
+    None for fewer than two."""
     from pytorch_fid.fid_score import compute_statistics_of_path
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):    # a DataLoader draws a seed
-        for i, picture in enumerate(pixels):
-            write_png(Path(folder) / f"{i:05}.png", to_pil(picture))
+        count = 0
+        for count, picture in enumerate(pictures, 1):
+            write_png(Path(folder) / f"{count:05}.png", to_pil(picture))
+        if count < 2:
+            return None
         with contextlib.redirect_stderr(io.StringIO()):     # a progress bar for every folder
-            return compute_statistics_of_path(folder, network, min(50, len(pixels)), FID_DIMS, device, num_workers=0)
+            return compute_statistics_of_path(folder, network, min(50, count), FID_DIMS, device, num_workers=0)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -1790,9 +1860,9 @@ def progress_picture(generator: Generator, pairs: Pairs, per_concept: int = 2) -
     """source | teacher | model for the first photos of every concept."""
     rows, labels = [], []
     for c, concept in enumerate(pairs.concepts):
-        photos = pairs.photos[pairs.rows[c][:per_concept]]
+        photos, edits = (part[:per_concept] for part in next(pairs.parts(c)))
         made = run_generator(generator.eval(), photos, generator.concept(concept["name"]))
-        rows += [list(row) for row in zip(photos, pairs.edits[c], made)]
+        rows += [list(row) for row in zip(photos, edits, made)]
         labels += [concept["name"]] * len(photos)
     return picture_grid(rows, ["photo", "teacher", "model"], labels)
 
@@ -1874,10 +1944,11 @@ def main() -> None:
         try:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
             alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
+            data = {"data": str(result["data"])} if "data" in result else {}       # the name of a folder that is no pairs
             for title, rows in result["tables"].items():
                 first = list(next(iter(rows), {}))[:1]          # what the rows are of: other tasks, other tables
                 groups = tables.setdefault((result["stage"], title, *first), {})
-                groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [dict(row) for row in rows]))
+                groups.setdefault(alike, (marks, []))[1].append((run.as_posix(), [{**data, **row} for row in rows]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}")
     unfinished = [path.parent for path in sorted(folder.rglob("settings.json")) if not path.with_name("result.json").exists()]
@@ -1885,8 +1956,9 @@ def main() -> None:
         raise UserError(f"no result.json below {folder}")
     titles = list(dict.fromkeys(key[:2] for key in tables))
     for (stage, title, *_), groups in sorted(tables.items(), key=lambda item: (item[0][0], titles.index(item[0][:2]))):
-        print(markdown(f"{stage}.py: {title}", [{**row, "run": f"{row['run']} {marks or ''}".strip()}
-                                                for marks, runs in groups.values() for row in merge_seeds(runs)]))
+        rows = [{**row, "run": f"{row['run']} {marks or ''}".strip()} for marks, runs in groups.values() for row in merge_seeds(runs)]
+        names = dict.fromkeys(("run", "data") if any("data" in row for row in rows) else ())        # the first columns
+        print(markdown(f"{stage}.py: {title}", [names | row for row in rows]))
     print("\n".join([*(f"- [{number}] {mark}" for mark, number in notes.items()),
                      *(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}" for path in unfinished)]))
 

@@ -85,10 +85,72 @@ def test_fid_is_the_librarys_for_folders_of_the_same_pictures(cached, tmp_path, 
     program = [sys.executable, "-m", "pytorch_fid", *folders, "--dims", "768", "--device", "cpu", "--num-workers", "0"]
     printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
     assert value > 0.1 and value == pytest.approx(float(printed.split("FID:")[1]), rel=3e-5)
-    assert common.fid(edits[:1], truth, CPU) is None                # one picture has no covariance
-    monkeypatch.setattr(common, "TEACHERS", {key: None for key in common.TEACHERS})
-    with pytest.raises(TypeError):                                  # the teacher's statistics are not taken twice
-        common.fid(edits, truth, CPU)
+    assert common.fid(edits[:1], truth, CPU) is common.fid(edits, truth[:1], CPU) is None       # one picture has no covariance
+
+
+@pytest.fixture
+def dark(tmp_path, write_pairs):
+    return write_pairs(tmp_path / "pairs", {"dark": lambda x: 0.3 * x}, train=1, test=3)
+
+
+def test_the_teachers_side_of_fid_is_measured_once_and_kept_beside_its_pictures(cached, dark, monkeypatch):
+    monkeypatch.setattr(common, "FID_DIMS", 64)                     # the first layers alone
+    file, plain, taken = dark / ".fid/test-dark.safetensors", common.inception_statistics, []
+
+    def count(pictures, *more):
+        taken.append([picture.clone() for picture in pictures])
+        return plain(taken[-1], *more)
+    monkeypatch.setattr(common, "inception_statistics", count)
+
+    def measure(sides, fresh=True):
+        """FID of some evaluation, which should measure 1 or 2 sides; in a new process unless told otherwise."""
+        if fresh:
+            common.TEACHERS.clear()
+        taken.clear()
+        pairs = common.find_pairs(dark, "test", ["dark"])
+        torch.manual_seed(0)
+        [row] = common.evaluate(common.build_network(common.generator_config("unet256", 8, 32, pairs.concepts)), pairs, True)
+        assert len(taken) == sides
+        return row["FID"]
+    value = measure(2)
+    assert value > 0 and measure(1) == measure(1, fresh=False) == value
+    whole = file.read_bytes()
+    mean = torch.full((64,), float("nan"), dtype=torch.float64)
+    about = common.read_tensors(file, "fid")[1]
+    for spoil in (lambda: file.write_bytes(whole[:-8]), lambda: common.write_tensors(file, {"mu": mean}, about),
+                  lambda: common.write_tensors(file, {"mu": mean.clamp(0, 0)}, about)):
+        spoil()
+        assert measure(2) == value and file.read_bytes() == whole
+    image = common.read_image(dark / "test/dark/00001.png")
+    image[:, 5, 5] += 9
+    common.write_png(dark / "test/dark/00001.png", common.to_pil(image))
+    assert measure(2) != value and file.read_bytes() != whole
+    monkeypatch.setattr(common.inception(CPU), "sha256", "of other weights")
+    measure(2)
+
+
+def test_fid_where_nothing_can_be_kept(cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "FID_DIMS", 64)
+    common.TEACHERS.clear()
+    (tmp_path / "file").touch()
+    edits, truth = pictures(2, 4), pictures(3, 6)
+    assert common.fid(edits, truth, CPU, tmp_path / "file/kept.safetensors") == common.fid(edits, truth, CPU) > 0
+
+
+def test_evaluation_holds_no_more_than_a_part(cached, dark, monkeypatch):
+    """Neither the pictures nor what the generator makes of them, wherever they are held; the numbers are the whole set's."""
+    pairs, decoded = common.find_pairs(dark, "test", ["dark"]), common.load_pairs(dark, "test", ["dark"])
+    generator = common.build_network(common.generator_config("unet256", 8, 32, pairs.concepts)).eval()
+    made = common.to_float(common.run_generator(generator, decoded.photos, 0))
+    parts, sizes = common.Pairs.parts, []
+    monkeypatch.setattr(common.Pairs, "parts", lambda self, c, count=2: parts(self, c, count))
+    plain = common.run_generator
+    monkeypatch.setattr(common, "run_generator", lambda g, photos, *more: sizes.append(len(photos)) or plain(g, photos, *more))
+    for source in (pairs, decoded):
+        [row] = common.evaluate(generator, source)
+        assert row["PSNR dB"] == pytest.approx(common.psnr(made, common.to_float(decoded.edits[0])).mean().item(), rel=1e-6)
+        assert row["L1 (0-255)"] == pytest.approx((made - common.to_float(decoded.edits[0])).abs().mean().item() * 127.5, rel=1e-5)
+    assert sizes == [2, 1] * 2 and pairs.pixels is None
 
 
 def test_frechet_distance_of_known_gaussians():
@@ -117,11 +179,10 @@ def test_broken_weights_leave_fid_blank_too(offline, tmp_path, capsys):
     assert common.inception(CPU) is None and "FID is left blank" in capsys.readouterr().out
 
 
-def test_evaluate_has_a_column_for_fid_only_where_it_is_asked_for(cached, tmp_path, write_pairs):
-    write_pairs(tmp_path / "pairs", {"dark": lambda x: 0.3 * x}, train=1, test=3)
-    pairs = common.load_pairs(tmp_path / "pairs", "test", ["dark"])
+def test_evaluate_has_a_column_for_fid_only_where_it_is_asked_for(cached, dark):
+    pairs = common.load_pairs(dark, "test", ["dark"])
     generator = common.build_network(common.generator_config("unet256", 8, 32, pairs.concepts))
-    [plain], [row] = common.evaluate(generator, pairs), common.evaluate(generator, pairs, tmp_path / "pairs/test")
+    [plain], [row] = common.evaluate(generator, pairs), common.evaluate(generator, pairs, with_fid=True)
     assert row.pop("FID") > 0 and row == plain and "FID" not in plain
 
 
@@ -189,6 +250,16 @@ def test_tasks_of_stage_5_have_tables_of_their_own_and_networks_rows_of_their_ow
         "**05_prune.py: " + held_out + "**", "", "| run | direction | there and back dB |", "| --- | --- | --- |",
         "| a, b (mean ± sd, 2 seeds) | AtoB | 21.5 ± 0.71 |", "",
         "**05_prune.py: " + held_out + "**", "", "| run | pictures | FID |", "| --- | --- | --- |", "| d | 24 |  |", "", ""]
+
+
+def test_rows_name_their_data_and_other_data_is_no_other_seed(tmp_path, tables):
+    for run, data, seed, fid in (("z0", "horse2zebra", 0, 70.0), ("z1", "horse2zebra", 1, 72.0), ("s", "summer2winter", 2, 90.0)):
+        write_run(tmp_path / run, [{"direction": "AtoB", "FID": fid}], {"data": [f"fingerprint of {data}"], "seed": seed}, "05_prune")
+        common.write_json(tmp_path / run / "result.json", {**common.read_json(tmp_path / run / "result.json"), "data": data})
+    write_run(tmp_path / "old", [{"direction": "AtoB", "FID": 80.0}], {"data": ["fingerprint of pairs"], "seed": 0}, "05_prune")
+    assert tables().splitlines()[2:] == [
+        "| run | data | direction | FID |", "| --- | --- | --- | --- |", "| old |  | AtoB | 80 |",
+        "| s | summer2winter | AtoB | 90 |", "| z0, z1 (mean ± sd, 2 seeds) | horse2zebra | AtoB | 71 ± 1.4 |", "", ""]
 
 
 def test_marks_are_those_of_what_had_a_part_in_the_run(tmp_path):

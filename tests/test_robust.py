@@ -1,4 +1,5 @@
 """Nothing lost, nothing let in: no code from files, one process a folder, and what strangers' files may hold."""
+import argparse
 import os
 import re
 import shutil
@@ -7,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 import torch
+import torch.multiprocessing
 
 import common
 from conftest import ROOT, script
@@ -68,6 +71,21 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(pairs, error_of, t
     assert common.prepare_folder(out, settings, False) is False            # nothing is left to clean up
 
 
+def test_half_a_crucial_json_goes_unless_a_live_process_writes_it(load_stage, tmp_path):
+    part = tmp_path / ".crucial.json.1.part"
+    part.touch()
+
+    def write():
+        rows = [{"layers": "stem", "crucial": "yes"}, {"layers": "out", "crucial": "no"}]
+        load_stage("04").write_crucial(argparse.Namespace(out=tmp_path), ["dark"], {"stem": {}, "out": {}}, "sha", rows)
+    with filelock.FileLock(tmp_path / common.LOCK), pytest.raises(common.UserError, match="another process is at work"):
+        write()
+    assert part.exists()
+    write()
+    assert common.read_json(tmp_path / "crucial.json")["groups"] == ["stem"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "crucial.json"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Signals
 
@@ -113,6 +131,35 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(pairs, run_stage
     assert len(calls) == 2 * 14
     for file in (product, "state.safetensors", "log.jsonl"):
         assert (tmp_path / "stopped" / folder / file).read_bytes() == (tmp_path / "whole" / folder / file).read_bytes(), file
+
+
+def stop_in_step_3(rank, world, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    try:
+        for step in common.until_stopped(range(6), lambda: (out / f"saved-{rank}").write_text(f"{step}"), world):
+            (out / f"step-{rank}").write_text(f"{step}")
+            for _ in range(2 if (rank, step) == (1, 3) else 0):         # as from Slurm and torchrun at once
+                os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        (out / f"stopped-{rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_first_saves(tmp_path):
+    torch.multiprocessing.spawn(stop_in_step_3, (2, tmp_path), nprocs=2)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "meet"} == {
+        "step-0": "3", "step-1": "3", "saved-0": "3", "stopped-0": "", "stopped-1": ""}
+
+
+@pytest.mark.parametrize("rank, said", [("0", True), ("1", False)])
+def test_one_process_says_that_all_have_stopped(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
+
+    def main():
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as stop:
+        common.run(main)
+    assert stop.value.code == 130 and ("stopped: the same command" in capsys.readouterr().err) == said
 
 
 # ---------------------------------------------------------------------------------------------------------------------
