@@ -89,6 +89,9 @@ class SideBySide(common.Pairs):
     """pix2pix's layout: each file holds A and B side by side, two squares. AtoB: A is the photo and B its edit."""
     direction: str                          # AtoB or BtoA
 
+    def statistics(self, concept):
+        return None                         # nothing is written into a folder that is not ours
+
     def path(self, place):
         return self.folder / self.names[place % len(self.names)]
 
@@ -885,7 +888,8 @@ def main() -> None:
     tables = result_tables(task, args, full, pace, before, after_slice, task.measure(test, with_fid))
     reads = [*([] if args.data else [args.pairs]), *([Path(args.generator).parent] if trained else [])]
     marks = common.marks_of(args, *reads, clip=next(iter(task.generators.values())).config.get("clip", ""))
-    common.write_result(args.out, "05_prune_coronet", began, marks, tables)
+    source = [(args.data or args.pairs).resolve().name, *args.concept]
+    common.write_result(args.out, "05_prune_coronet", began, marks, tables, data=" ".join(source))
 
 
 if __name__ == "__main__":

@@ -614,6 +614,10 @@ class Pairs(Pictures):
             photos = self.rows[concept][start:start + count]
             yield self.take(photos), self.take(self.starts[concept] + start + torch.arange(len(photos)))
 
+    def statistics(self, concept: int) -> Path | None:
+        """Where Inception's statistics of a concept's edits are kept, in stage 1's folder."""
+        return self.folder.parent / ".fid" / f"{self.folder.name}-{self.concepts[concept]['name']}.safetensors"
+
     def plan(self, step, batch, seed):
         picks, flips = draw_picks(self.counts, batch, step, seed)
         edits = torch.tensor(self.starts)[picks[:, 0]] + picks[:, 1]
@@ -1754,8 +1758,7 @@ def evaluate(generator: Generator, pairs: Pairs, with_fid: bool = False) -> list
                     measures.setdefault(name, []).append(values)
         made, row = edits(), {"concept": concept["name"], "PSNR dB": None}
         if with_fid:
-            file = pairs.folder.parent / ".fid" / f"{pairs.folder.name}-{concept['name']}.safetensors"
-            row["FID"] = fid(made, TeachersEdits(pairs, c), next(generator.parameters()).device, file)
+            row["FID"] = fid(made, TeachersEdits(pairs, c), next(generator.parameters()).device, pairs.statistics(c))
         deque(made, maxlen=0)               # all of them, where FID asked for none
         rows.append(row | {name: torch.cat(values).mean().item() for name, values in measures.items()})
     return rows
