@@ -60,7 +60,10 @@ def run(main: Callable[[], None]) -> None:
     Ctrl-C and SIGTERM in one line that says how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return main()
+        main()
+        if torch.distributed.is_initialized():      # its threads must end before Python does, or it may abort
+            torch.distributed.destroy_process_group()
+        return
     except UserError as error:
         message = str(error)
     except OSError as error:
