@@ -222,7 +222,7 @@ def test_dcgan(world, export, tmp_path, flags):
     row, reference = common.read_json(out / "result.json")["tables"]["ONNX files"]
     assert row["size px"] == reference["size px"] == 16 and row["from"] == "pruned" and row["ms"] > 0
     assert common.read_image(out / "comparison.png").shape[2] > 6 * 160
-    assert row["layers"] == {"fp16": "all fp16", "int8": "0 of 1 ConvTranspose, 4 of 8 Conv"}.get(flags[-1] if flags else "", "all float")
+    assert row["layers"] == {"fp16": "all fp16", "int8": "1 of 1 ConvTranspose, 8 of 8 Conv"}.get(flags[-1] if flags else "", "all float")
 
 
 def test_dcgan_edits_no_photos(world, error_of, tmp_path):
@@ -269,7 +269,7 @@ def test_precisions(world, export, exported, precision, bar):
     assert (out / "oil.onnx").stat().st_size < 0.75 * (exported / "oil.onnx").stat().st_size
     kinds = {node.op_type for node in onnx.load(out / "oil.onnx").graph.node}
     assert ("QuantizeLinear" in kinds) == (precision == "int8")
-    assert row["layers"] == dict(fp16="all fp16", int8="21 of 24 Conv, 8 of 12 MatMul")[precision]
+    assert row["layers"] == dict(fp16="all fp16", int8="9 of 24 Conv, 8 of 12 MatMul")[precision]
 
 
 def test_a_missed_bar_writes_nothing(world, load_stage, monkeypatch):
