@@ -194,7 +194,7 @@ def cifar10(root: Path, download: bool, size: int) -> tuple[Cifar, Cifar]:
 
 
 def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tuple[common.Pictures, common.Pictures]:
-    """A folder's training pictures, not decoded yet, and its held-out ones, decoded, in the layout that the task reads:
+    """A folder's training pictures, not decoded yet, and its held-out ones, decoded but for pix2pix, in the layout that the task reads:
     pix2pix: SideBySide; cyclegan: Unpaired; dcgan: Flat, a tenth of them held out, at most 1000; or CIFAR-10, which torchvision
     downloads to runs/cifar10 if `folder` is "cifar10". The one concept bears the folder's name."""
     if task == "dcgan" and (size < 8 or size & (size - 1)):
@@ -223,7 +223,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
         there = sorted(path.name for path in folder.iterdir())
         raise common.UserError(f"--task {task} finds no data in {folder}; looked for {LAYOUTS}; found "
                                f"{', '.join(there[:8]) or 'nothing'}{', ...' * (len(there) > 8)}")
-    return train, test.decoded()
+    return train, test if task == "pix2pix" else test.decoded()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,7 +713,7 @@ def search(task, targets: dict[str, "Target"], data, test, args, device, rank: i
 
 
 def read_data(args, task: str, trained: common.Generator | None) -> tuple[common.Pictures, common.Pictures]:
-    """Training pictures, not decoded yet, and held-out ones, decoded."""
+    """Training pictures, not decoded yet, and held-out ones, decoded but for pix2pix."""
     if args.data:
         return find_data(task, args.data, args.size or (64 if task == "dcgan" else 256), args.direction)
     if task == "dcgan":
@@ -726,7 +726,7 @@ def read_data(args, task: str, trained: common.Generator | None) -> tuple[common
         return unpaired_from_pairs(args.pairs, names[0])
     known = common.read_concepts(args.pairs)
     names = names or ([concept["name"] for concept in trained.config["concepts"]] if trained else list(known))
-    return common.find_pairs(args.pairs, "train", names), common.load_pairs(args.pairs, "test", names)
+    return common.find_pairs(args.pairs, "train", names), common.find_pairs(args.pairs, "test", names)
 
 
 def check_generator(args, given: set[str]) -> common.Generator | None:
@@ -858,8 +858,10 @@ def main() -> None:
         return
 
     data.hold(args.cache_gb, args.out, device, rank, world)
-    with_fid = args.fid == "auto" and rank == 0
-    before = task.measure(test, with_fid) if trained else []
+    if rank == 0 and args.task == "pix2pix":            # the first process alone measures
+        test.hold(args.cache_gb, args.out, torch.device("cpu"))
+    with_fid = args.fid == "auto"
+    before = task.measure(test, with_fid) if trained and rank == 0 else []
     full = {name: (network.config, common.count_macs(network), common.count_parameters(network)) for name, network in networks.items()}
     pace, sliced = {}, args.out / "sliced"
     searched = load_task(task, sliced, device)
@@ -874,7 +876,7 @@ def main() -> None:
         if world > 1:
             torch.distributed.barrier()
         searched = load_task(task, sliced, device)
-    after_slice = task.measure(test, False)
+    after_slice = task.measure(test, False) if rank == 0 else []
     optimizers = [common.adam([p for network in kind.values() for p in network.parameters()], lr)
                   for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))]
     steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
