@@ -63,12 +63,6 @@ LAYOUTS = ("train/ and test/ or val/ of pictures that hold A|B side by side (pix
            "two or more pictures or cifar-10-batches-py/ (dcgan)")
 
 
-def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
-    """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders too."""
-    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in common.SUFFIXES and path.is_file()
-                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
 def fit(picture: Image.Image, size: int) -> torch.Tensor:
     """The middle square of a picture, RGB, its short side scaled to `size`, as uint8 (3, size, size)."""
     picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
@@ -203,7 +197,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
         raise common.UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
     common.check_name(folder.resolve().name, folder)            # the generator's concept will bear it
     same = dict(size=size, concepts=[{"name": folder.resolve().name, "prompt": ""}])
-    found = {name: list_pictures(folder / name) for name in ("train", "test", "val", "trainA", "trainB", "testA", "testB")}
+    found = {name: common.list_pictures(folder / name) for name in ("train", "test", "val", "trainA", "trainB", "testA", "testB")}
     download = folder == Path("cifar10") and not folder.exists()
     if task == "dcgan" and (download or (folder / "cifar-10-batches-py").is_dir()):
         train, test = cifar10(Path("runs/cifar10") if download else folder, download, size)
@@ -216,7 +210,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> tu
     elif task == "cyclegan" and all(found[split + kind] for split in ("train", "test") for kind in "AB"):
         train, test = (Unpaired(files=found[split + "A"] + found[split + "B"], first_b=len(found[split + "A"]), **same)
                        for split in ("train", "test"))
-    elif task == "dcgan" and len(files := list_pictures(folder, "**/*")) > 1:
+    elif task == "dcgan" and len(files := common.list_pictures(folder, "**/*")) > 1:
         order, tenth = np.random.default_rng(0).permutation(len(files)), max(1, min(1000, len(files) // 10))
         train, test = (Flat(files=[files[i] for i in sorted(part)], **same) for part in (order[tenth:], order[:tenth]))
     else:

@@ -144,6 +144,7 @@ class PhaseConv(torch.nn.Module):
 
     def __init__(self, conv: torch.nn.ConvTranspose2d):
         super().__init__()
+        assert conv.output_padding[0] == 2 * conv.padding[0] + 2 - conv.kernel_size[0], "the picture must come out twice as large"
         reads = [[((place + conv.padding[0] - tap) // 2, tap) for tap in reversed(range(conv.kernel_size[0]))
                   if (place + conv.padding[0] - tap) % 2 == 0] for place in (0, 1)]     # [(pixel read, relative; tap)] of a place
         self.pads = [(-x[0][0], x[-1][0], -y[0][0], y[-1][0]) for y in reads for x in reads]
@@ -162,6 +163,11 @@ class FoldFilm(RewriteRuleClassBase):
 
     def pattern(self, op, x, one, zero, scale, shift):
         return op.Add(op.Mul(op.InstanceNormalization(x, one, zero, _outputs=["normed"]), scale), shift)
+
+    def check(self, context, one, zero, scale, shift, **_):
+        """Whether the norm has no scale and shift of its own, and what follows are numbers a channel."""
+        return (np.all(one.const_value.numpy() == 1) and not np.any(zero.const_value.numpy())
+                and all(len(value.shape) == 4 and value.shape[2:] == (1, 1) for value in (scale, shift)))
 
     def rewrite(self, op, x, one, zero, scale, shift, normed):
         flat = op.Constant(value_ints=[-1])
@@ -194,7 +200,7 @@ def multiple_of(generator: common.Generator) -> int:
     return 2 ** generator.config.get("depth", 3)
 
 
-@torch.no_grad()                        # the networks' way through PyTorch's own layers, see common.for_cpu
+@torch.no_grad()                        # norms and attention by PyTorch's own layers, see common.for_cpu
 def trace(generator: common.Generator, size: int, io: str = "float32", dynamic: bool = False) -> ir.Model:
     """The generator as a graph, its prompt an input, its parameters initializers named as in the module."""
     photo, axes = torch.zeros(2, 3, size, size), {0: "batch"} | ({2: "height", 3: "width"} if dynamic else {})
@@ -446,7 +452,7 @@ def find_pictures(path: Path) -> list[Path]:
         raise common.UserError(f"{path} does not exist")
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in common.SUFFIXES and file.is_file())
+    found = common.list_pictures(path, "**/*")
     if not found:
         raise common.UserError(f"{path} holds no pictures")
     return found
@@ -533,8 +539,9 @@ def export_all(args, began: float) -> list[Path]:
                                    "--dynamic and --promptable")
         args.size = chosen["dcgan"].config["size"]
     multiple = max(map(multiple_of, chosen.values()))
-    if args.size < 8 or args.size % multiple:
-        raise common.UserError(f"--size {args.size}: this generator takes multiples of {multiple}")
+    smallest = 16 if any("tb" in source.config.get("blocks", ()) for source in chosen.values()) else 8   # a norm needs over 1x1
+    if args.size < smallest or args.size % multiple:
+        raise common.UserError(f"--size {args.size}: this generator takes multiples of {multiple} from {smallest} on")
     inputs_of(args, next(iter(chosen.values())), "test", next(iter(chosen)), 1)
     reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
     settings = common.settings_of(args, "06_export_onnx", reads=reads)

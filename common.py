@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -62,6 +63,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         if torch.distributed.is_initialized():      # its threads must end before Python does, or it may abort
+            gc.collect()                            # networks under DDP, which hold the group
             torch.distributed.destroy_process_group()
         return
     except UserError as error:
@@ -93,7 +95,10 @@ def until_stopped(steps: Iterable, save: Callable[[], None], world: int) -> Iter
 
     def anyone(value: bool) -> bool:        # on the CPU: nothing waits for a GPU
         flag = torch.tensor(float(value))
-        average(flag, world)
+        try:
+            average(flag, world)
+        except RuntimeError:                # its connection is gone
+            raise UserError("another process ended; its message is above or below")
         return flag.item() > 0
     before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -345,6 +350,12 @@ def sha256(path: Path) -> str:
 SUFFIXES = set(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .jp2 .avif .heic .ppm .pgm .tga".split())      # of picture files
 
 
+def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
+    """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders too."""
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES and path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture file for a `with` block; UserError where it, or what the block does with it, fails."""
@@ -517,7 +528,7 @@ class Pictures:
         if rank == 0:
             how = (f"held in {raw} until the run is complete" if on_disk
                    else f"there is too little room in {folder} too, so files are decoded in each step")
-            print(f"{places * picture / 1e9:.1f} GB of pictures are more than --cache-gb or memory allows: {how}")
+            print(f"{places:,} pictures, {places * picture / 1e9:.1f} GB, are more than --cache-gb or memory allows: {how}")
         if on_disk and not there:
             self.write_raw(raw, range(*bounds[rank:rank + 2]), rank, world)
         self.raw = raw if on_disk else None
@@ -795,9 +806,14 @@ class Network(nn.Module):
 
 
 def for_cpu(x: torch.Tensor) -> bool:
-    """Whether x is in a training step on a CPU. There the next two and Attention reach the same numbers by another way than
+    """Whether x is in a training step on a CPU. There instance_norm and Attention reach the same numbers by another way than
     PyTorch's own layers, whose kernels are slow; tests/bench.py train has a plain loop with both."""
     return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def by_rows(x: torch.Tensor) -> bool:
+    """Whether ToRGB goes its own way: on a CPU, also in the files that are traced there."""
+    return x.device.type == "cpu"
 
 
 def instance_norm(x: torch.Tensor) -> torch.Tensor:
@@ -816,13 +832,13 @@ class ToRGB(nn.Conv2d):
 
     def forward(self, *features):
         """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
-        if features[0].device.type != "cpu":
+        if not by_rows(features[0]):
             return super().forward(torch.cat(features, 1))
         reach, height, dtype = self.padding[0], features[0].shape[2], features[0].dtype
         weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]                        # (21, C, 1, 7)
         ends = [0, *itertools.accumulate(x.shape[1] for x in features)]
         parts = [F.conv2d(reflect(x.to(dtype), 3, reach), weight[:, i:j]) for x, i, j in zip(features, ends, ends[1:])]
-        rows = reflect(sum(parts), 2, reach)
+        rows = reflect(sum(parts), 2, reach).to(self.bias.dtype)                                  # bf16 would add another error
         return self.bias[:, None, None] + sum(row[:, :, i:i + height] for i, row in enumerate(rows.chunk(2 * reach + 1, 1)))
 
 

@@ -193,11 +193,11 @@ def stage_3(pairs: Path, args, batch: int, home: str) -> tuple[float, float]:
 @contextlib.contextmanager
 def pytorchs_layers():
     """Networks as one would write them first, also on a CPU."""
-    ours, common.for_cpu = common.for_cpu, lambda x: False
+    ours, common.for_cpu, common.by_rows = (common.for_cpu, common.by_rows), lambda x: False, lambda x: False
     try:
         yield
     finally:
-        common.for_cpu = ours
+        common.for_cpu, common.by_rows = ours
 
 
 def plain_loop(pairs: Path, args, batch: int) -> tuple[float, float]:

@@ -148,8 +148,9 @@ def test_health_names_what_collapsed(tmp_path):
 def run_twice(file, *flags):
     """A script, in two processes that train together."""
     port = 20000 + os.getpid() % 20000
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(file),
-                    *map(str, flags)], check=True, timeout=300, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", str(file),
+                           *map(str, flags)], timeout=300, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
 
 
 RANKS = """
@@ -161,12 +162,16 @@ stage = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(stage)
 wrap, networks = common.data_parallel, []
 common.data_parallel = lambda network, *rest: networks.append(network) or wrap(network, *rest)
-stage.main()            # not common.run, which leaves the group
-mine = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
-both = [torch.empty_like(mine) for _ in range(2)]
-torch.distributed.all_gather(both, mine)
-assert len(networks) == {networks} and torch.equal(*both), "the ranks' weights differ"
-torch.distributed.destroy_process_group()
+
+def main():
+    stage.main()
+    mine = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(both, mine)
+    assert len(networks) == {networks} and torch.equal(*both), "the ranks' weights differ"
+    networks.clear()
+
+common.run(main)
 """
 
 

@@ -272,6 +272,12 @@ def test_precisions(world, export, exported, precision, bar):
     assert row["layers"] == dict(fp16="all fp16", int8="9 of 24 Conv, 8 of 12 MatMul")[precision]
 
 
+def test_film_is_the_norms_own_scale_and_shift(exported):
+    nodes = onnx.load(exported / "oil.onnx").graph.node
+    normed = {node.output[0] for node in nodes if node.op_type == "InstanceNormalization"}
+    assert normed and not any(node.op_type == "Mul" and normed & {*node.input} for node in nodes)
+
+
 def test_a_missed_bar_writes_nothing(world, load_stage, monkeypatch):
     stage, out = load_stage("06"), world / "missed"
     monkeypatch.setattr(stage, "BARS", dict(fp32=0, fp16=200, int8=200))

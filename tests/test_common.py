@@ -122,9 +122,17 @@ def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
         (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
         return [result.detach(), *(p.grad.clone() for p in network.parameters())]
     ours = results()
-    monkeypatch.setattr(common, "for_cpu", lambda x: False)
+    for choice in ("for_cpu", "by_rows"):
+        monkeypatch.setattr(common, choice, lambda x: False)
     for a, b in zip(ours, results(), strict=True):
         assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (5, 9), (33, 17)])
+def test_to_rgb_by_rows_is_the_convolution(height, width):
+    layer = common.layer(common.ToRGB, {"a": 5, "b": 2, "rgb": 3}, ("a", "b"), "rgb", 7, padding=3, padding_mode="reflect").double()
+    a, b = (torch.randn(2, channels, height, width, dtype=torch.float64) for channels in (5, 2))
+    assert (layer(a, b) - torch.nn.Conv2d.forward(layer, torch.cat([a, b], 1))).abs().max() < 1e-12
 
 
 class Mask(torch.nn.Module):
