@@ -208,6 +208,7 @@ def test_side_by_side_is_cut_into_photo_and_edit(five, tmp_path, direction, held
             halves[tuple(((x.flip(-1) if mirrored else x).contiguous()).numpy().tobytes() for x in (photo, edit))] = i
     rows = list(in_rows(train))
     assert {halves[row] for row in rows} == set(range(5)) and len(set(rows)) > 5
+    test.decoded()
     assert train.counts == [5] and test.counts == [3] and test.photos.shape == test.edits[0].shape == (3, 3, 32, 32)
     assert torch.equal(torch.cat([test.photos, test.edits[0]][::1 if direction == "AtoB" else -1], 3)[1],
                        pixels_of(tmp_path / held_out / "1.jpg"))
