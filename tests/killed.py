@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -125,6 +126,9 @@ def run(module, number: str, flags: list, out: Path, how: str = "", at: int = 0,
         except BaseException:
             traceback.print_exc()
         finally:
+            for thread in threading.enumerate():        # as at Python's own end: a pool's thread may be writing a file
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join(10)
             sys.stderr.flush()
             os._exit(code)
     if how == "clock":
