@@ -126,9 +126,7 @@ def run(module, number: str, flags: list, out: Path, how: str = "", at: int = 0,
         except BaseException:
             traceback.print_exc()
         finally:
-            for thread in threading.enumerate():        # as at Python's own end: a pool's thread may be writing a file
-                if thread is not threading.current_thread() and not thread.daemon:
-                    thread.join(10)
+            threading._shutdown()           # what Python does at its end: a pool's thread may be writing a file
             sys.stderr.flush()
             os._exit(code)
     if how == "clock":
