@@ -1966,7 +1966,7 @@ def main() -> None:
         try:
             marks = [notes.setdefault(mark, len(notes) + 1) for mark in result.get("marks", [])]
             alike, run = json.dumps([{**settings, "seed": None}, twin, marks], sort_keys=True), path.parent.relative_to(folder)
-            data = {"data": str(result["data"])} if "data" in result else {}       # the name of a folder that is no pairs
+            data = {"data": str(result["data"])} if "data" in result else {}       # what stage 5 pruned on
             for title, rows in result["tables"].items():
                 first = list(next(iter(rows), {}))[:1]          # what the rows are of: other tasks, other tables
                 groups = tables.setdefault((result["stage"], title, *first), {})
