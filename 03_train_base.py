@@ -46,7 +46,7 @@ def chosen_concepts(args) -> list[str]:
     if args.concept:
         return list(dict.fromkeys(args.concept))
     path = args.clusters / "concepts.json"
-    base = common.read_json(path).get("base")
+    base = common.read_json(path, maker="02_cluster.py").get("base")
     if not isinstance(base, list) or not base or not all(isinstance(name, str) for name in base):
         raise common.UserError(f"{path} lists no base concepts; run 02_cluster.py, or name them with --concept")
     return base

@@ -66,7 +66,7 @@ def chosen_concepts(args) -> list[str]:
     """--concept, or the new concepts that stage 2 found."""
     if args.concept:
         return list(dict.fromkeys(args.concept))
-    new = common.read_json(args.clusters / "concepts.json").get("new")
+    new = common.read_json(args.clusters / "concepts.json", maker="02_cluster.py").get("new")
     if not isinstance(new, list) or not new or not all(isinstance(name, str) for name in new):
         raise common.UserError(f"{args.clusters / 'concepts.json'} lists no new concepts; name one with --concept")
     return new

@@ -191,12 +191,12 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path, kind: type = dict):
-    """The JSON in a file, which must be a dict (or `kind`). UserError if it is missing, broken or something else."""
+def read_json(path: Path, kind: type = dict, maker: str = ""):
+    """The JSON in a file, which must be a dict (or `kind`). UserError if it is missing (`maker` makes it), broken or something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist" + (f"; {maker} makes it" if maker else ""))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}")
     if not isinstance(value, kind):
@@ -660,7 +660,7 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
     """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a concept has no prompt."""
     if not pairs.is_dir():
         raise UserError(f"{pairs} does not exist; 01_distill_pairs.py makes it")
-    concepts = read_json(pairs / "concepts.json")
+    concepts = read_json(pairs / "concepts.json", maker="01_distill_pairs.py")
     for name, entry in concepts.items():
         check_name(name, pairs / "concepts.json")
         if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
