@@ -1,4 +1,5 @@
 """Stage 6: the file computes what PyTorch computes, with the adapter merged and the prompt inside, and stands alone."""
+
 import functools
 import json
 import shutil
@@ -23,7 +24,9 @@ def new_generator(arch="e2gan", concepts=("sketch", "oil"), seed=0):
     text = dict(tokens=5, text_dim=12, clip="ViT-S-32:random") if arch == "e2gan" else {}
     arch = arch.removesuffix(" without text")
     concepts = [{"name": name, "prompt": f"make it {name}"} for name in concepts]
-    generator = common.build_network(common.generator_config(arch, 8, SIZE, concepts, **text)).eval()
+    generator = common.build_network(
+        common.generator_config(arch, 8, SIZE, concepts, **text)
+    ).eval()
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, 0, 0.05)
     if text:
@@ -50,12 +53,20 @@ def world(tmp_path_factory):
         for folder in ("source", *CONCEPTS):
             (root / "pairs" / split / folder).mkdir(parents=True)
             for i in range(4):
-                pixels = np.kron(rng.integers(0, 255, (4, 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+                pixels = np.kron(rng.integers(0, 255, (4, 4, 3)), np.ones((8, 8, 1))).astype(
+                    np.uint8
+                )
                 Image.fromarray(pixels).save(root / "pairs" / split / folder / f"{i:05}.png")
-                rows[split] += [{"file_name": f"{folder}/{i:05}.png", "concept": folder}] if folder != "source" else []
+                rows[split] += (
+                    [{"file_name": f"{folder}/{i:05}.png", "concept": folder}]
+                    if folder != "source"
+                    else []
+                )
         lines = "".join(json.dumps(row) + "\n" for row in rows[split])
         common.write_text(root / "pairs" / split / "metadata.jsonl", lines)
-    common.write_json(root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in CONCEPTS})
+    common.write_json(
+        root / "pairs/concepts.json", {name: {"prompt": f"make it {name}"} for name in CONCEPTS}
+    )
     common.save_network(root / "base/generator.safetensors", new_generator())
     pruned = new_generator(concepts=("sketch",), seed=1)
     common.save_network(root / "coronet/generator.safetensors", halved(pruned))
@@ -76,28 +87,57 @@ def export(world, load_stage):
         if key not in traced:
             traced[key] = trace(generator, *options)
         return traced[key]
+
     module.trace = trace_once
 
     def call(*flags, out):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["06", "--pairs", str(world / "pairs"), "--size", str(SIZE), "--threads", "1",
-                                       "--out", str(world / out), *map(str, flags)])
+            patch.setattr(
+                "sys.argv",
+                [
+                    "06",
+                    "--pairs",
+                    str(world / "pairs"),
+                    "--size",
+                    str(SIZE),
+                    "--threads",
+                    "1",
+                    "--out",
+                    str(world / out),
+                    *map(str, flags),
+                ],
+            )
             module.main()
         return world / out
+
     return call
 
 
 @pytest.fixture(scope="module")
 def exported(world, export):
-    return export("--generator", world / "base/generator.safetensors", "--adapter", world / "lora",
-                  "--generator", world / "coronet/generator.safetensors", out="onnx")
+    return export(
+        "--generator",
+        world / "base/generator.safetensors",
+        "--adapter",
+        world / "lora",
+        "--generator",
+        world / "coronet/generator.safetensors",
+        out="onnx",
+    )
 
 
 @pytest.fixture(scope="module")
 def dynamic(world, export):
     """The base's concepts in the other form: bytes, and any height and width."""
-    return export("--generator", world / "base/generator.safetensors", "--io", "uint8", "--dynamic", "--promptable",
-                  out="dynamic")
+    return export(
+        "--generator",
+        world / "base/generator.safetensors",
+        "--io",
+        "uint8",
+        "--dynamic",
+        "--promptable",
+        out="dynamic",
+    )
 
 
 def run_file(path, photo):
@@ -110,18 +150,26 @@ def edit(generator, photo, concept):
 
 
 def halved(network):
-    return common.slice_network(network, {group: torch.arange(0, n, 2) for group, n in network.config["widths"].items()})
+    return common.slice_network(
+        network, {group: torch.arange(0, n, 2) for group, n in network.config["widths"].items()}
+    )
 
 
 def test_each_file_equals_its_generator(world, exported):
-    photo = torch.rand(3, 3, SIZE, SIZE) * 2 - 1                       # a batch that the tracer has not seen
+    photo = torch.rand(3, 3, SIZE, SIZE) * 2 - 1  # a batch that the tracer has not seen
     adapted = common.load_generator(world / "base/generator.safetensors")
     common.load_adapter(adapted, world / "lora/night/adapter.safetensors")
-    sources = dict(oil=common.load_generator(world / "base/generator.safetensors"), night=adapted,
-                   sketch=common.load_generator(world / "coronet/generator.safetensors"))
+    sources = dict(
+        oil=common.load_generator(world / "base/generator.safetensors"),
+        night=adapted,
+        sketch=common.load_generator(world / "coronet/generator.safetensors"),
+    )
     assert {path.stem for path in exported.glob("*.onnx")} == sources.keys()
     for name, generator in sources.items():
-        assert np.abs(run_file(exported / f"{name}.onnx", photo) - edit(generator, photo, name)).max() < 1e-4
+        assert (
+            np.abs(run_file(exported / f"{name}.onnx", photo) - edit(generator, photo, name)).max()
+            < 1e-4
+        )
     assert np.abs(edit(adapted, photo, "night") - edit(sources["oil"], photo, "oil")).max() > 0.01
 
 
@@ -132,30 +180,53 @@ def test_file_stands_alone(world, exported, tmp_path):
     assert not any(tensor.external_data for tensor in model.graph.initializer)
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 18}
     about = {entry.key: entry.value for entry in model.metadata_props}
-    assert about == {"concept": "night", "prompt": "make it night", "size": "32x32", "value range": "-1..1, RGB, NCHW",
-                     "precision": "fp32", "multiple": "8", "attention heads": "4",
-                     "base sha256": common.sha256(world / "base/generator.safetensors")}
-    shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
+    assert about == {
+        "concept": "night",
+        "prompt": "make it night",
+        "size": "32x32",
+        "value range": "-1..1, RGB, NCHW",
+        "precision": "fp32",
+        "multiple": "8",
+        "attention heads": "4",
+        "base sha256": common.sha256(world / "base/generator.safetensors"),
+    }
+    shapes = [
+        [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in model.graph.input
+    ]
     assert shapes == [["batch", 3, SIZE, SIZE]]
-    assert not any("prompt" in node.input for node in model.graph.node)       # what it leads to is computed already
+    assert not any(
+        "prompt" in node.input for node in model.graph.node
+    )  # what it leads to is computed already
 
 
 def test_result(exported):
     result = common.read_json(exported / "result.json")
     rows = {row["concept"]: row for row in result["tables"]["ONNX files"]}
     assert {name: row.get("from") for name, row in rows.items()} == {
-        "sketch": "pruned", "oil": "base", "night": "base + adapter", "(resnet9, untrained)": None}
+        "sketch": "pruned",
+        "oil": "base",
+        "night": "base + adapter",
+        "(resnet9, untrained)": None,
+    }
     assert all(rows[name]["max difference"] <= 1e-3 and rows[name]["ms"] > 0 for name in CONCEPTS)
-    assert rows["sketch"]["GMACs"] < rows["oil"]["GMACs"] and rows["sketch"]["KB"] < rows["oil"]["KB"]
+    assert (
+        rows["sketch"]["GMACs"] < rows["oil"]["GMACs"] and rows["sketch"]["KB"] < rows["oil"]["KB"]
+    )
     assert common.read_image(exported / "comparison.png").shape[1] > 3 * 160
 
 
 def test_done_already_and_one_concept(world, export, exported, capsys):
     flags = ("--generator", world / "base/generator.safetensors", "--adapter", world / "lora")
-    assert {path.stem for path in export(*flags, "--concept", "night", out="one").glob("*.onnx")} == {"night"}
+    assert {
+        path.stem for path in export(*flags, "--concept", "night", out="one").glob("*.onnx")
+    } == {"night"}
     before = (world / "one/night.onnx").stat().st_mtime_ns
     export(*flags, "--concept", "night", out="one")
-    assert "done already" in capsys.readouterr().out and (world / "one/night.onnx").stat().st_mtime_ns == before
+    assert (
+        "done already" in capsys.readouterr().out
+        and (world / "one/night.onnx").stat().st_mtime_ns == before
+    )
 
 
 @pytest.mark.parametrize("arch", ["resnet9", "unet256", "e2gan without text"])
@@ -170,19 +241,28 @@ def test_architectures_without_prompt(world, export, tmp_path, arch):
 @pytest.fixture(scope="module")
 def directions(world):
     """What a CycleGAN run of stage 5 leaves: resnet9 one way, a pruned e2gan without text the other."""
-    for arch, way, shape in (("resnet9", "AtoB", lambda network: network), ("e2gan without text", "BtoA", halved)):
+    for arch, way, shape in (
+        ("resnet9", "AtoB", lambda network: network),
+        ("e2gan without text", "BtoA", halved),
+    ):
         generator = new_generator(arch, (way,))
         generator.config["concepts"] = [{"name": way, "prompt": way}]
         common.save_network(world / f"cyclegan/generator_{way}.safetensors", shape(generator))
     picture(world / "photos/wide.png", 60, 40)
     picture(world / "photos/high.jpg", 30, 50)
-    return [flag for way in ("AtoB", "BtoA") for flag in ("--generator", world / f"cyclegan/generator_{way}.safetensors")]
+    return [
+        flag
+        for way in ("AtoB", "BtoA")
+        for flag in ("--generator", world / f"cyclegan/generator_{way}.safetensors")
+    ]
 
 
 def test_both_directions_of_cyclegan_without_pairs(world, export, directions):
     """Photos of any kind prove and calibrate what never saw a pair; --apply edits with both files."""
     photos = ("--photos", world / "photos", "--pairs", world / "none")
-    out = export(*directions, *photos, "--io", "uint8", "--apply", world / "photos", out="cyclegan-bytes")
+    out = export(
+        *directions, *photos, "--io", "uint8", "--apply", world / "photos", out="cyclegan-bytes"
+    )
     photo = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     for way, kind in (("AtoB", "base"), ("BtoA", "pruned")):
         generator = common.load_generator(world / f"cyclegan/generator_{way}.safetensors")
@@ -190,14 +270,20 @@ def test_both_directions_of_cyclegan_without_pairs(world, export, directions):
         wanted = common.run_generator(generator, photo, 0).numpy()
         assert np.abs(made.astype(int) - wanted).max() <= 1
         assert {path.name for path in (out / "applied" / way).iterdir()} == {"wide.png", "high.png"}
-        row = next(row for row in common.read_json(out / "result.json")["tables"]["ONNX files"] if row["concept"] == way)
+        row = next(
+            row
+            for row in common.read_json(out / "result.json")["tables"]["ONNX files"]
+            if row["concept"] == way
+        )
         assert row["from"] == kind and row["PSNR dB"] is None
     out = export(*directions, "--precision", "int8", *photos, out="cyclegan-int8")
     for row in common.read_json(out / "result.json")["tables"]["ONNX files"][:2]:
         assert row["dB to PyTorch"] >= 30
 
 
-@pytest.mark.parametrize("flags", [[], ["--io", "uint8"], ["--precision", "fp16"], ["--precision", "int8"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [[], ["--io", "uint8"], ["--precision", "fp16"], ["--precision", "int8"]], ids=" ".join
+)
 def test_dcgan(world, export, tmp_path, flags):
     """Noise in, pictures of its own size out, as many as one likes, without photos or pairs."""
     generator = halved(common.build_network(common.generator_config("dcgan", 8, 16, [])))
@@ -207,7 +293,14 @@ def test_dcgan(world, export, tmp_path, flags):
         torch.nn.init.normal_(norm.running_mean, 0, 0.1)
         torch.nn.init.uniform_(norm.running_var, 0.5, 1)
     common.save_network(tmp_path / "generator.safetensors", generator)
-    out = export("--generator", tmp_path / "generator.safetensors", "--pairs", world / "none", *flags, out="-".join(["dcgan", *flags]))
+    out = export(
+        "--generator",
+        tmp_path / "generator.safetensors",
+        "--pairs",
+        world / "none",
+        *flags,
+        out="-".join(["dcgan", *flags]),
+    )
     noise = torch.randn(5, 100)
     with torch.no_grad():
         wanted = generator.eval()(noise)
@@ -220,15 +313,27 @@ def test_dcgan(world, export, tmp_path, flags):
     assert flags or (made - wanted).abs().max() < 1e-3
     assert session.get_modelmeta().custom_metadata_map["input"] == "noise of N(0, 1)"
     row, reference = common.read_json(out / "result.json")["tables"]["ONNX files"]
-    assert row["size px"] == reference["size px"] == 16 and row["from"] == "pruned" and row["ms"] > 0
+    assert (
+        row["size px"] == reference["size px"] == 16 and row["from"] == "pruned" and row["ms"] > 0
+    )
     assert common.read_image(out / "comparison.png").shape[2] > 6 * 160
-    assert row["layers"] == {"fp16": "all fp16", "int8": "1 of 1 ConvTranspose, 8 of 8 Conv"}.get(flags[-1] if flags else "", "all float")
+    assert row["layers"] == {"fp16": "all fp16", "int8": "1 of 1 ConvTranspose, 8 of 8 Conv"}.get(
+        flags[-1] if flags else "", "all float"
+    )
 
 
 def test_dcgan_edits_no_photos(world, error_of, tmp_path):
-    common.save_network(tmp_path / "generator.safetensors", common.build_network(common.generator_config("dcgan", 4, 8, [])))
+    common.save_network(
+        tmp_path / "generator.safetensors",
+        common.build_network(common.generator_config("dcgan", 4, 8, [])),
+    )
     flags = ("--generator", tmp_path / "generator.safetensors", "--out", tmp_path / "out")
-    for more in (("--apply", world / "pairs"), ("--dynamic",), ("--promptable",), ("--generator", world / "base/generator.safetensors")):
+    for more in (
+        ("--apply", world / "pairs"),
+        ("--dynamic",),
+        ("--promptable",),
+        ("--generator", world / "base/generator.safetensors"),
+    ):
         assert "from noise" in error_of("06", *flags, *more)
     assert not (tmp_path / "out").exists()
 
@@ -246,25 +351,45 @@ def test_bytes_of_any_size(world, dynamic):
 
 def test_promptable(world, dynamic):
     """One file, any prompt: of known ones the features lie beside it, and an unknown one may have any length."""
-    base, session = common.load_generator(world / "base/generator.safetensors"), onnxruntime.InferenceSession(
-        dynamic / "promptable.onnx")
-    photo, texts = torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8), load_file(dynamic / "prompts.safetensors")
+    base, session = (
+        common.load_generator(world / "base/generator.safetensors"),
+        onnxruntime.InferenceSession(dynamic / "promptable.onnx"),
+    )
+    photo, texts = (
+        torch.randint(0, 256, (2, 3, 24, 40), dtype=torch.uint8),
+        load_file(dynamic / "prompts.safetensors"),
+    )
     assert texts.keys() == {"sketch", "oil"}
     for text in (*texts.values(), torch.randn(1, 7, 12)):
-        made = session.run(None, {"photo": photo.permute(0, 2, 3, 1).numpy(), "text": text.numpy()})[0]
+        made = session.run(
+            None, {"photo": photo.permute(0, 2, 3, 1).numpy(), "text": text.numpy()}
+        )[0]
         with torch.no_grad():
-            wanted = common.to_uint8(base.edit(common.to_float(photo), text)).permute(0, 2, 3, 1).numpy()
+            wanted = (
+                common.to_uint8(base.edit(common.to_float(photo), text)).permute(0, 2, 3, 1).numpy()
+            )
         assert np.abs(made.astype(int) - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("precision, bar", [("fp16", 45), ("int8", 30)])
 def test_precisions(world, export, exported, precision, bar):
-    out = export("--generator", world / "base/generator.safetensors", "--concept", "oil", "--precision", precision,
-                 out=precision)
+    out = export(
+        "--generator",
+        world / "base/generator.safetensors",
+        "--concept",
+        "oil",
+        "--precision",
+        precision,
+        out=precision,
+    )
     row = common.read_json(out / "result.json")["tables"]["ONNX files"][0]
-    photo = torch.stack([common.read_image(path) for path in (world / "pairs/test/source").glob("*.png")])
+    photo = torch.stack(
+        [common.read_image(path) for path in (world / "pairs/test/source").glob("*.png")]
+    )
     photo = common.to_float(photo)
-    full, small = (torch.from_numpy(run_file(folder / "oil.onnx", photo)) for folder in (exported, out))
+    full, small = (
+        torch.from_numpy(run_file(folder / "oil.onnx", photo)) for folder in (exported, out)
+    )
     assert common.psnr(full, small).mean() >= bar and row["dB to PyTorch"] >= bar
     assert (out / "oil.onnx").stat().st_size < 0.75 * (exported / "oil.onnx").stat().st_size
     kinds = {node.op_type for node in onnx.load(out / "oil.onnx").graph.node}
@@ -282,15 +407,33 @@ def test_a_missed_bar_writes_nothing(world, load_stage, monkeypatch):
     stage, out = load_stage("06"), world / "missed"
     monkeypatch.setattr(stage, "BARS", dict(fp32=0, fp16=200, int8=200))
     monkeypatch.setattr(stage, "export_reference", lambda *_: (None, {}))
-    monkeypatch.setattr("sys.argv", ["06", "--pairs", str(world / "pairs"), "--size", str(SIZE), "--out", str(out),
-                                     "--generator", str(world / "base/generator.safetensors"), "--precision", "int8"])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "06",
+            "--pairs",
+            str(world / "pairs"),
+            "--size",
+            str(SIZE),
+            "--out",
+            str(out),
+            "--generator",
+            str(world / "base/generator.safetensors"),
+            "--precision",
+            "int8",
+        ],
+    )
     with pytest.raises(common.UserError, match="200 are needed"):
         stage.main()
     assert not list(out.glob("*.onnx")) and not (out / "result.json").exists()
 
 
 def picture(path, width, height, mode="RGB", **options):
-    noise = np.random.default_rng(0).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3)).astype(np.uint8)
+    noise = (
+        np.random.default_rng(0)
+        .integers(0, 255, (height // 8 + 1, width // 8 + 1, 3))
+        .astype(np.uint8)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(noise).resize((width, height)).convert(mode).save(path, **options)
 
@@ -298,7 +441,7 @@ def picture(path, width, height, mode="RGB", **options):
 def test_apply_pictures_of_any_kind(world, stage, dynamic, exported, tmp_path):
     """In a folder that holds the files alone, as an app has them."""
     turned = Image.Exif()
-    turned[0x0112] = 6                                                  # taken with the camera on its side
+    turned[0x0112] = 6  # taken with the camera on its side
     picture(tmp_path / "photos/side.jpg", 50, 30, exif=turned)
     picture(tmp_path / "photos/deep/clear.png", 45, 21, "RGBA")
     picture(tmp_path / "photos/deep/side.gif", 17, 40, "P")
@@ -306,23 +449,45 @@ def test_apply_pictures_of_any_kind(world, stage, dynamic, exported, tmp_path):
     (tmp_path / "photos/readme.txt").write_text("not a picture, and not taken for one")
     shutil.copy(dynamic / "oil.onnx", tmp_path / "free.onnx")
     shutil.copy(exported / "oil.onnx", tmp_path / "fixed.onnx")
-    stage("06", "--model", "free.onnx", "--model", "fixed.onnx", "--apply", "photos", "--out", "out", cwd=tmp_path)
+    stage(
+        "06",
+        "--model",
+        "free.onnx",
+        "--model",
+        "fixed.onnx",
+        "--apply",
+        "photos",
+        "--out",
+        "out",
+        cwd=tmp_path,
+    )
     for name in ("free", "fixed"):
-        made = {path.relative_to(tmp_path / "out/applied" / name).as_posix(): Image.open(path)
-                for path in (tmp_path / "out/applied" / name).rglob("*.png")}
+        made = {
+            path.relative_to(tmp_path / "out/applied" / name).as_posix(): Image.open(path)
+            for path in (tmp_path / "out/applied" / name).rglob("*.png")
+        }
         assert {path: image.size for path, image in made.items()} == {
-            "side.png": (30, 50), "deep/clear.png": (45, 21), "deep/side.png": (17, 40), "tiny.png": (3, 2)}
+            "side.png": (30, 50),
+            "deep/clear.png": (45, 21),
+            "deep/side.png": (17, 40),
+            "tiny.png": (3, 2),
+        }
         assert made["deep/clear.png"].mode == "RGBA" and made["side.png"].mode == "RGB"
     assert Image.open(tmp_path / "out/applied/comparison.png").height > 4 * 240
 
 
 def test_alpha_is_kept_apart_and_deep_channels_are_scaled(load_stage, tmp_path):
-    stage, rgba = load_stage("06"), np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    stage, rgba = (
+        load_stage("06"),
+        np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8),
+    )
     Image.fromarray(rgba).save(tmp_path / "clear.png")
     Image.fromarray(rgba[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(rgba[..., 0].astype(np.float32) / 255).save(tmp_path / "float.tif")
     pixels, alpha = stage.read_picture(tmp_path / "clear.png")
-    assert (pixels.permute(1, 2, 0).numpy() == rgba[..., :3]).all() and (np.asarray(alpha) == rgba[..., 3]).all()
+    assert (pixels.permute(1, 2, 0).numpy() == rgba[..., :3]).all() and (
+        np.asarray(alpha) == rgba[..., 3]
+    ).all()
     for name in ("deep.png", "float.tif"):
         pixels, alpha = stage.read_picture(tmp_path / name)
         assert (pixels.numpy() == rgba[..., 0]).all() and alpha is None
@@ -344,35 +509,57 @@ def test_zero_biases_are_not_mixed_up(load_stage):
             torch.nn.init.zeros_(parameter)
     text = other.tokens[:1]
     photos = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
-    session = stage.open_file(stage.bake(stage.trace(zero, SIZE), other, text).SerializeToString(), 1)
-    assert (stage.run_onnx(session, photos) - stage.run_torch(other, photos, text)).abs().max() < 1e-4
+    session = stage.open_file(
+        stage.bake(stage.trace(zero, SIZE), other, text).SerializeToString(), 1
+    )
+    assert (
+        stage.run_onnx(session, photos) - stage.run_torch(other, photos, text)
+    ).abs().max() < 1e-4
 
 
 def test_bad_input(world, error_of, load_stage, tmp_path):
     base, lora = world / "base/generator.safetensors", world / "lora"
     flags = ("--pairs", world / "pairs", "--size", SIZE, "--out", tmp_path / "out")
     assert "multiples of 8" in error_of("06", *flags, "--generator", base, "--size", 60)
-    assert "does not exist" in error_of("06", *flags, "--generator", base, "--adapter", tmp_path / "none")
-    assert "unknown concept 'fog'" in error_of("06", *flags, "--generator", base, "--adapter", lora, "--concept", "fog")
+    assert "does not exist" in error_of(
+        "06", *flags, "--generator", base, "--adapter", tmp_path / "none"
+    )
+    assert "unknown concept 'fog'" in error_of(
+        "06", *flags, "--generator", base, "--adapter", lora, "--concept", "fog"
+    )
     other = world / "coronet/generator.safetensors"
     assert "which is none of" in error_of("06", *flags, "--generator", other, "--adapter", lora)
     (tmp_path / "cut.safetensors").write_bytes(base.read_bytes()[:5000])
-    assert "truncated" in error_of("06", *flags, "--generator", tmp_path / "cut.safetensors", "--adapter", lora)
-    assert "is no generator or dcgan generator of ours" in error_of("06", *flags, "--generator", lora / "night/adapter.safetensors")
-    assert "01_distill_pairs.py" in error_of("06", *flags, "--generator", base, "--pairs", tmp_path / "none")
+    assert "truncated" in error_of(
+        "06", *flags, "--generator", tmp_path / "cut.safetensors", "--adapter", lora
+    )
+    assert "is no generator or dcgan generator of ours" in error_of(
+        "06", *flags, "--generator", lora / "night/adapter.safetensors"
+    )
+    assert "01_distill_pairs.py" in error_of(
+        "06", *flags, "--generator", base, "--pairs", tmp_path / "none"
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
     file, flags = exported / "oil.onnx", ("--out", tmp_path / "out")
     assert "needs --apply" in error_of("06", "--model", file, *flags)
-    assert "does not exist" in error_of("06", "--model", tmp_path / "none.onnx", "--apply", tmp_path, *flags)
+    assert "does not exist" in error_of(
+        "06", "--model", tmp_path / "none.onnx", "--apply", tmp_path, *flags
+    )
     assert "does not exist" in error_of("06", "--model", file, "--apply", tmp_path / "none", *flags)
     assert "holds no pictures" in error_of("06", "--model", file, "--apply", tmp_path, *flags)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert "broken.png is not a picture" in error_of("06", "--model", file, "--apply", tmp_path, *flags)
-    assert "cannot run" in error_of("06", "--model", tmp_path / "broken.png", "--apply", tmp_path, *flags)
-    assert "takes photo and text" in error_of("06", "--model", dynamic / "promptable.onnx", "--apply", tmp_path / "broken.png", *flags)
+    assert "broken.png is not a picture" in error_of(
+        "06", "--model", file, "--apply", tmp_path, *flags
+    )
+    assert "cannot run" in error_of(
+        "06", "--model", tmp_path / "broken.png", "--apply", tmp_path, *flags
+    )
+    assert "takes photo and text" in error_of(
+        "06", "--model", dynamic / "promptable.onnx", "--apply", tmp_path / "broken.png", *flags
+    )
     (tmp_path / "huge").mkdir()
     Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
     line = error_of("06", "--model", dynamic / "oil.onnx", "--apply", tmp_path / "huge", *flags)
@@ -381,7 +568,14 @@ def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
 
 def test_strength_scales_what_is_merged(world, load_stage, error_of):
     base, adapter = world / "base/generator.safetensors", world / "lora/night/adapter.safetensors"
-    weights = {strength: load_stage("06").load_sources([base], [adapter], strength)[1].up1.conv.weight for strength in (0, 0.5, 1)}
+    weights = {
+        strength: load_stage("06").load_sources([base], [adapter], strength)[1].up1.conv.weight
+        for strength in (0, 0.5, 1)
+    }
     assert torch.equal(weights[0], common.load_generator(base).up1.conv.weight)
-    assert torch.allclose(weights[0.5], (weights[0] + weights[1]) / 2, atol=1e-6) and not torch.equal(weights[0], weights[1])
-    assert "must be from 0 to 1.5" in error_of("06", "--generator", base, "--adapter", adapter, "--strength", 2)
+    assert torch.allclose(
+        weights[0.5], (weights[0] + weights[1]) / 2, atol=1e-6
+    ) and not torch.equal(weights[0], weights[1])
+    assert "must be from 0 to 1.5" in error_of(
+        "06", "--generator", base, "--adapter", adapter, "--strength", 2
+    )

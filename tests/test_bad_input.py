@@ -1,4 +1,5 @@
 """Bad input to stages 3 to 5 ends in one `error:` line that names the file, with status 2 and nothing written."""
+
 import re
 import shutil
 
@@ -16,10 +17,22 @@ def world(good, tmp_path):
 
 def flags(world, number):
     """A complete command for each stage, to be made bad in one way."""
-    source = {"03": ["--clusters", world / "clusters", "--width", 8, "--clip", "ViT-S-32:random"],
-              "04": ["--clusters", world / "clusters", "--base", world / "base.safetensors"],
-              "05": ["--generator", world / "base.safetensors"]}[number]
-    return ["--pairs", world / "pairs", *source, "--epochs", 1, "--batch", 4, "--out", world / "out"]
+    source = {
+        "03": ["--clusters", world / "clusters", "--width", 8, "--clip", "ViT-S-32:random"],
+        "04": ["--clusters", world / "clusters", "--base", world / "base.safetensors"],
+        "05": ["--generator", world / "base.safetensors"],
+    }[number]
+    return [
+        "--pairs",
+        world / "pairs",
+        *source,
+        "--epochs",
+        1,
+        "--batch",
+        4,
+        "--out",
+        world / "out",
+    ]
 
 
 def rewrite_concepts(world, text):
@@ -33,22 +46,59 @@ def resize_all(world, size):
 
 BAD_PAIRS = {
     "no folder": (lambda w: shutil.rmtree(w / "pairs"), "pairs does not exist"),
-    "no concepts.json": (lambda w: (w / "pairs/concepts.json").unlink(), "concepts.json does not exist"),
+    "no concepts.json": (
+        lambda w: (w / "pairs/concepts.json").unlink(),
+        "concepts.json does not exist",
+    ),
     "broken concepts.json": (lambda w: rewrite_concepts(w, "{'a': 1"), "concepts.json is not JSON"),
     "a list for concepts.json": (lambda w: rewrite_concepts(w, "[]"), "should hold a JSON dict"),
     "no concept": (lambda w: rewrite_concepts(w, "{}"), "names no concept"),
-    "a concept without prompt": (lambda w: rewrite_concepts(w, '{"dark": {"prompt": " "}, "inverted": {}}'), "'dark' has no prompt"),
-    "an edit missing": (lambda w: (w / "pairs/train/dark/00001.png").unlink() or (w / "pairs/train/inverted/00001.png").unlink(),
-                        "photos and edits do not match.*00001.png"),
-    "an edit too many": (lambda w: [shutil.copy(w / f"pairs/train/{c}/00001.png", w / f"pairs/train/{c}/x.png")
-                                    for c in ("dark", "inverted")], "photos and edits do not match.*x.png"),
-    "a photo missing": (lambda w: (w / "pairs/train/source/00002.png").unlink(), "photos and edits do not match.*source lacks 00002.png"),
-    "a picture that is none": (lambda w: [(w / f"pairs/test/{c}/00000.png").write_bytes(b"GIF89a") for c in ("dark", "inverted")],
-                               "00000.png is not a picture"),
-    "a picture of another size": (lambda w: [common.write_png(w / f"pairs/train/{c}/00000.png", common.to_pil(
-        torch.zeros(3, 40, 40, dtype=torch.uint8))) for c in ("dark", "inverted")], "00000.png is 40x40"),
-    "no metadata": (lambda w: (w / "pairs/train/metadata.jsonl").unlink(), "metadata.jsonl does not exist"),
-    "broken metadata": (lambda w: (w / "pairs/train/metadata.jsonl").write_text('{"file": 1}\n'), "metadata.jsonl is broken"),
+    "a concept without prompt": (
+        lambda w: rewrite_concepts(w, '{"dark": {"prompt": " "}, "inverted": {}}'),
+        "'dark' has no prompt",
+    ),
+    "an edit missing": (
+        lambda w: (
+            (w / "pairs/train/dark/00001.png").unlink()
+            or (w / "pairs/train/inverted/00001.png").unlink()
+        ),
+        "photos and edits do not match.*00001.png",
+    ),
+    "an edit too many": (
+        lambda w: [
+            shutil.copy(w / f"pairs/train/{c}/00001.png", w / f"pairs/train/{c}/x.png")
+            for c in ("dark", "inverted")
+        ],
+        "photos and edits do not match.*x.png",
+    ),
+    "a photo missing": (
+        lambda w: (w / "pairs/train/source/00002.png").unlink(),
+        "photos and edits do not match.*source lacks 00002.png",
+    ),
+    "a picture that is none": (
+        lambda w: [
+            (w / f"pairs/test/{c}/00000.png").write_bytes(b"GIF89a") for c in ("dark", "inverted")
+        ],
+        "00000.png is not a picture",
+    ),
+    "a picture of another size": (
+        lambda w: [
+            common.write_png(
+                w / f"pairs/train/{c}/00000.png",
+                common.to_pil(torch.zeros(3, 40, 40, dtype=torch.uint8)),
+            )
+            for c in ("dark", "inverted")
+        ],
+        "00000.png is 40x40",
+    ),
+    "no metadata": (
+        lambda w: (w / "pairs/train/metadata.jsonl").unlink(),
+        "metadata.jsonl does not exist",
+    ),
+    "broken metadata": (
+        lambda w: (w / "pairs/train/metadata.jsonl").write_text('{"file": 1}\n'),
+        "metadata.jsonl is broken",
+    ),
     "a size that is no multiple of 8": (lambda w: resize_all(w, 36), "36x36.*multiple of 8"),
 }
 
@@ -74,11 +124,15 @@ BAD_FLAGS = [
     ("03", ["--eval-every", "0"], "--eval-every 0"),
     ("03", ["--lr", "nan"], "--lr nan"),
     ("03", ["--width", "0"], "--width 0"),
-    ("03", ["--seed", str(10 ** 20)], "--seed 1000"),
+    ("03", ["--seed", str(10**20)], "--seed 1000"),
     ("04", ["--steps", "-5"], "--steps -5"),
     ("04", ["--probe-steps", "0"], "--probe-steps 0"),
     ("04", ["--rank", "\u00b2"], "give a number from 1 on"),
-    ("04", ["--mode", "full", "--rank", "auto"], "--rank auto and --layers search are for --mode lora"),
+    (
+        "04",
+        ["--mode", "full", "--rank", "auto"],
+        "--rank auto and --layers search are for --mode lora",
+    ),
     ("05", ["--search-epochs", "0"], "--search-epochs 0"),
     ("03", ["--epochs", "x"], "invalid int"),
     ("03", ["--clip", "ViT-S-32"], "not MODEL:WEIGHTS"),
@@ -89,7 +143,11 @@ BAD_FLAGS = [
     ("04", ["--layers", "down1,nosuch"], "no layer group 'nosuch'; this generator has stem, down1"),
     ("04", ["--rank", "0"], "--rank 0"),
     ("04", ["--samples", "random:99"], "--samples random:99: give a number from 1 to 4"),
-    ("05", ["--generator", "nowhere.safetensors"], "nowhere.safetensors: neither a file nor one of"),
+    (
+        "05",
+        ["--generator", "nowhere.safetensors"],
+        "nowhere.safetensors: neither a file nor one of",
+    ),
     ("05", ["--keep", "1.5"], "--keep 1.5"),
 ]
 
@@ -106,7 +164,9 @@ def truncate(path):
 
 def other_architecture(path):
     tensors, metadata = common.read_tensors(path, "generator")
-    common.write_tensors(path, tensors, {**metadata, "config": {**metadata["config"], "arch": "vgg"}})
+    common.write_tensors(
+        path, tensors, {**metadata, "config": {**metadata["config"], "arch": "vgg"}}
+    )
 
 
 def not_ours(path):
@@ -114,8 +174,14 @@ def not_ours(path):
 
 
 @pytest.mark.parametrize("number", ["04", "05"])
-@pytest.mark.parametrize("damage, words", [(truncate, "base.safetensors is truncated"), (not_ours, "base.safetensors is no generator"),
-                                           (other_architecture, "base.safetensors: unknown architecture 'vgg'")])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (truncate, "base.safetensors is truncated"),
+        (not_ours, "base.safetensors is no generator"),
+        (other_architecture, "base.safetensors: unknown architecture 'vgg'"),
+    ],
+)
 def test_bad_checkpoints(world, error_of, number, damage, words):
     damage(world / "base.safetensors")
     assert words in error_of(number, *flags(world, number))
@@ -127,10 +193,15 @@ def test_a_folder_that_holds_another_run_is_kept(world, error_of):
     common.write_text(world / "out/precious.txt", "x")
     line = error_of("03", *flags(world, "03"))
     assert "other settings" in line and "--overwrite" in line
-    assert sorted(path.name for path in (world / "out").iterdir()) == ["precious.txt", "settings.json"]
+    assert sorted(path.name for path in (world / "out").iterdir()) == [
+        "precious.txt",
+        "settings.json",
+    ]
 
 
 def test_clip_without_network_names_the_stand_in(world, error_of, monkeypatch):
-    monkeypatch.setattr("open_clip.create_model", lambda *_: (_ for _ in ()).throw(RuntimeError("no route to host")))
+    monkeypatch.setattr(
+        "open_clip.create_model", lambda *_: (_ for _ in ()).throw(RuntimeError("no route to host"))
+    )
     line = error_of("03", *flags(world, "03"), "--clip", "ViT-B-32:openai")
     assert "no route to host" in line and "ViT-S-32:random" in line

@@ -1,4 +1,5 @@
 """The networks, parametrizations and files that the stages share: what each claims, checked on small random networks."""
+
 import copy
 import hashlib
 import json
@@ -10,7 +11,10 @@ from torch.nn.utils import parametrize
 
 import common
 
-CONCEPTS = [{"name": "sketch", "prompt": "a pencil sketch"}, {"name": "night", "prompt": "make it night"}]
+CONCEPTS = [
+    {"name": "sketch", "prompt": "a pencil sketch"},
+    {"name": "night", "prompt": "make it night"},
+]
 
 
 def make(arch="e2gan", width=8, size=32, seed=0):
@@ -18,7 +22,9 @@ def make(arch="e2gan", width=8, size=32, seed=0):
     torch.manual_seed(seed)
     text = dict(text_dim=16, tokens=5, clip="ViT-S-32:random") if arch == "e2gan" else {}
     arch = arch.removesuffix(" without text")
-    generator = common.build_network(common.generator_config(arch, width, size, CONCEPTS if text else CONCEPTS[:1], **text))
+    generator = common.build_network(
+        common.generator_config(arch, width, size, CONCEPTS if text else CONCEPTS[:1], **text)
+    )
     if text:
         common.set_tokens(generator, [torch.randn(5, 16), torch.randn(3, 16)])
     return randomize(generator)
@@ -29,9 +35,11 @@ def randomize(network):
         if hasattr(module, "reads"):
             torch.nn.init.normal_(module.weight, std=0.2)
             torch.nn.init.normal_(module.bias, std=0.2)
-        elif hasattr(module, "writes"):                     # batch norm
+        elif hasattr(module, "writes"):  # batch norm
             for name, tensor in module.state_dict().items():
-                tensor.copy_(torch.rand_like(tensor.float()) + (0.5 if name == "running_var" else -0.5))
+                tensor.copy_(
+                    torch.rand_like(tensor.float()) + (0.5 if name == "running_var" else -0.5)
+                )
     return network.eval()
 
 
@@ -60,11 +68,21 @@ def edit(generator, size=32, concept=0):
 def half(generator, seed=0):
     """A random half of every group's channels."""
     rng = torch.Generator().manual_seed(seed)
-    return {g: torch.randperm(n, generator=rng)[:max(2, n // 2)].sort().values for g, n in generator.config["widths"].items()}
+    return {
+        g: torch.randperm(n, generator=rng)[: max(2, n // 2)].sort().values
+        for g, n in generator.config["widths"].items()
+    }
 
 
 GENERATORS = [*common.ARCHITECTURES, "e2gan without text"]
-NETWORKS = [*GENERATORS, "dcgan", "patchgan", "patchgan with text", "patchgan without photo", "dcgan-d"]
+NETWORKS = [
+    *GENERATORS,
+    "dcgan",
+    "patchgan",
+    "patchgan with text",
+    "patchgan without photo",
+    "dcgan-d",
+]
 architectures = pytest.mark.parametrize("arch", GENERATORS)
 every_network = pytest.mark.parametrize("name", NETWORKS)
 
@@ -79,13 +97,22 @@ def test_resnet9_is_the_papers_baseline():
 
 @pytest.mark.parametrize("arch", ["resnet9", "e2gan"])
 def test_blocks_make_the_papers_ablation(arch, load_stage, tmp_path):
-    nine, three, with_tb = (common.generator_config(arch, 16, 32, CONCEPTS[:1], blocks) for blocks in
-                            (("rb",) * 9, ("rb",) * 3, ("rb", "rb", "tb", "rb")))
-    assert three["blocks"] == ["rb0", "rb1", "rb2"] and with_tb["blocks"] == ["rb0", "rb1", "tb", "rb2"]
+    nine, three, with_tb = (
+        common.generator_config(arch, 16, 32, CONCEPTS[:1], blocks)
+        for blocks in (("rb",) * 9, ("rb",) * 3, ("rb", "rb", "tb", "rb"))
+    )
+    assert three["blocks"] == ["rb0", "rb1", "rb2"] and with_tb["blocks"] == [
+        "rb0",
+        "rb1",
+        "tb",
+        "rb2",
+    ]
     networks = [common.build_network(config).eval() for config in (nine, three, with_tb)]
-    block = 2 * (9 * 64 * 64 + 64)                                  # two 3x3 convolutions of 64 channels, with biases
+    block = 2 * (9 * 64 * 64 + 64)  # two 3x3 convolutions of 64 channels, with biases
     parameters = [common.count_parameters(network) for network in networks]
-    assert parameters[0] - parameters[1] == 6 * block and parameters[1] < parameters[2] < parameters[0]
+    assert (
+        parameters[0] - parameters[1] == 6 * block and parameters[1] < parameters[2] < parameters[0]
+    )
     stage, tb = load_stage("05"), networks[2]
     assert stage.macs_of(stage.mac_terms(tb), common.all_widths(with_tb)) == common.count_macs(tb)
     common.save_network(tmp_path / "tb.safetensors", tb)
@@ -94,7 +121,10 @@ def test_blocks_make_the_papers_ablation(arch, load_stage, tmp_path):
     assert common.generator_config(arch, 16, 32, CONCEPTS[:1]) == usual
 
 
-@pytest.mark.parametrize("arch, blocks", [("unet256", ["rb"]), ("e2gan", []), ("e2gan", ["tb", "tb"]), ("resnet9", ["rb", "9"])])
+@pytest.mark.parametrize(
+    "arch, blocks",
+    [("unet256", ["rb"]), ("e2gan", []), ("e2gan", ["tb", "tb"]), ("resnet9", ["rb", "9"])],
+)
 def test_blocks_that_no_network_has_are_refused(arch, blocks):
     with pytest.raises(common.UserError, match="e2gan and resnet9 take rb and at most one tb"):
         common.generator_config(arch, 8, 32, CONCEPTS[:1], blocks)
@@ -114,13 +144,17 @@ def test_mac_formula_equals_flop_counter_full_and_pruned(name, load_stage):
 def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
     """Outputs and gradients of what common.for_cpu chooses, in double precision."""
     network = make_network(name).double()
-    inputs = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in network.example(batch=2, device="cpu")]
+    inputs = [
+        x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+        for x in network.example(batch=2, device="cpu")
+    ]
 
     def results():
         network.zero_grad()
         result = network(*inputs)
         (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
         return [result.detach(), *(p.grad.clone() for p in network.parameters())]
+
     ours = results()
     for choice in ("for_cpu", "by_rows"):
         monkeypatch.setattr(common, choice, lambda x: False)
@@ -130,7 +164,15 @@ def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
 
 @pytest.mark.parametrize("height, width", [(4, 4), (5, 9), (33, 17)])
 def test_to_rgb_by_rows_is_the_convolution(height, width):
-    layer = common.layer(common.ToRGB, {"a": 5, "b": 2, "rgb": 3}, ("a", "b"), "rgb", 7, padding=3, padding_mode="reflect").double()
+    layer = common.layer(
+        common.ToRGB,
+        {"a": 5, "b": 2, "rgb": 3},
+        ("a", "b"),
+        "rgb",
+        7,
+        padding=3,
+        padding_mode="reflect",
+    ).double()
     a, b = (torch.randn(2, channels, height, width, dtype=torch.float64) for channels in (5, 2))
     assert (layer(a, b) - torch.nn.Conv2d.forward(layer, torch.cat([a, b], 1))).abs().max() < 1e-12
 
@@ -156,7 +198,9 @@ def mask(network, kept):
         if hasattr(module, "writes"):
             alive = torch.zeros(module.bias.numel())
             alive[common.channel_indices(module.writes, kept, widths)] = 1
-            parametrize.register_parametrization(module, "weight", Mask(alive, isinstance(module, torch.nn.ConvTranspose2d)))
+            parametrize.register_parametrization(
+                module, "weight", Mask(alive, isinstance(module, torch.nn.ConvTranspose2d))
+            )
             module.bias.data *= alive
 
 
@@ -164,16 +208,21 @@ def mask(network, kept):
 def test_sliced_equals_the_masked_hypernetwork_network(name):
     network = make_network(name)
     groups = network.config["widths"]
-    latents = {g: torch.randn(n) if g in groups else torch.ones(n) for g, n in common.all_widths(network.config).items()}
-    for g in groups:                                                # a proximal step: half of each group's latents are 0
+    latents = {
+        g: torch.randn(n) if g in groups else torch.ones(n)
+        for g, n in common.all_widths(network.config).items()
+    }
+    for g in groups:  # a proximal step: half of each group's latents are 0
         amount = latents[g].abs().median()
         latents[g] = latents[g].sign() * (latents[g].abs() - amount).clamp(min=0)
     kept = {g: latents[g].nonzero().flatten() for g in groups}
     common.add_hypernetwork(network, latents, trained=False)
     with torch.no_grad():
         for module in network.modules():
-            if isinstance(module, common.Hypernetwork):             # as if trained for a while: no bias is 0, so that
-                for bias in (module.b0, module.b1):                 # the weights at z = 0 are not either
+            if isinstance(
+                module, common.Hypernetwork
+            ):  # as if trained for a while: no bias is 0, so that
+                for bias in (module.b0, module.b1):  # the weights at z = 0 are not either
                     bias += 0.2 * torch.randn_like(bias)
         for _, module in common.named_layers(network):
             b2 = module.parametrizations.weight.original
@@ -181,10 +230,14 @@ def test_sliced_equals_the_masked_hypernetwork_network(name):
     full = output(network)
     twin = copy.deepcopy(network)
     mask(twin, kept)
-    masked = output(twin)               # now: the two share classes, and removing one's parametrizations breaks the other
+    masked = output(
+        twin
+    )  # now: the two share classes, and removing one's parametrizations breaks the other
     common.remove_parametrizations(network)
     small = common.slice_network(network, kept).eval()
-    scale = 1 if full.shape[1] == 3 else full.abs().max()           # pictures are in [-1, 1], scores anywhere
+    scale = (
+        1 if full.shape[1] == 3 else full.abs().max()
+    )  # pictures are in [-1, 1], scores anywhere
     assert (masked - output(small)).abs().max() < 1e-5 * scale
     assert (full - output(small)).abs().max() > 1e-2 * scale
 
@@ -224,7 +277,9 @@ def test_hypernetwork_from_scratch_keeps_the_variance_of_fan_in():
     torch.manual_seed(0)
     widths = {"a": 64, "b": 64}
     conv = common.layer(torch.nn.Conv2d, widths, "a", "b", 3)
-    weight = common.Hypernetwork(conv, {g: torch.randn(n) for g, n in widths.items()}, trained=False)(conv.weight)
+    weight = common.Hypernetwork(
+        conv, {g: torch.randn(n) for g, n in widths.items()}, trained=False
+    )(conv.weight)
     assert 0.8 < weight.var().item() * 64 * 9 < 1.25
 
 
@@ -241,8 +296,12 @@ def test_lora_starts_as_identity_and_merges_exactly(arch):
     assert not torch.allclose(adapted, before, atol=1e-2)
     common.remove_parametrizations(generator)
     assert torch.allclose(edit(generator), adapted, atol=1e-5)
-    assert generator.state_dict().keys() == make(arch).state_dict().keys()              # a plain network: no cost
-    assert all(type(a) is type(b) for a, b in zip(generator.modules(), make(arch).modules(), strict=True))
+    assert (
+        generator.state_dict().keys() == make(arch).state_dict().keys()
+    )  # a plain network: no cost
+    assert all(
+        type(a) is type(b) for a, b in zip(generator.modules(), make(arch).modules(), strict=True)
+    )
 
 
 def test_lora_trains_the_fp32_weights_that_merging_leaves():
@@ -258,7 +317,9 @@ def test_lora_trains_the_fp32_weights_that_merging_leaves():
 
 def test_lora_is_w_plus_scaled_ba_for_every_kind_of_layer():
     for kind in (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear):
-        module = common.layer(kind, {"a": 4, "b": 6}, "a", "b", *([] if kind is torch.nn.Linear else [3]))
+        module = common.layer(
+            kind, {"a": 4, "b": 6}, "a", "b", *([] if kind is torch.nn.Linear else [3])
+        )
         fan_in = module.weight.numel() // 6
         lora = common.LoRA(module, torch.randn(2, fan_in), torch.randn(6, 2), scale=1.5)
         delta = (lora(module.weight) - module.weight).detach()
@@ -282,8 +343,14 @@ def adapters(tmp_path):
     """A base and two adapters: `comic`, and one that replaces the base's own `night`; they share the layer up1.conv."""
     base = tmp_path / "base.safetensors"
     common.save_network(base, make())
-    return base, [write_adapter(tmp_path / "a.safetensors", base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1}, seed=1),
-                  write_adapter(tmp_path / "b.safetensors", base, "night", {"up1.conv": 3, "stem.conv": 1}, seed=2)]
+    return base, [
+        write_adapter(
+            tmp_path / "a.safetensors", base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1}, seed=1
+        ),
+        write_adapter(
+            tmp_path / "b.safetensors", base, "night", {"up1.conv": 3, "stem.conv": 1}, seed=2
+        ),
+    ]
 
 
 def delta_of(base, adapter, strength=1.0):
@@ -302,19 +369,27 @@ def test_adapters_are_swapped_on_one_generator_and_leave_the_base(adapters):
     generator = common.load_generator(base)
     weights, config = [p.data_ptr() for p in generator.parameters()], generator.config
     before = [edit(generator, concept=c) for c in range(2)]
-    assert common.load_adapter(generator, comic) == 2 and not torch.allclose(edit(generator), before[0], atol=1e-2)
+    assert common.load_adapter(generator, comic) == 2 and not torch.allclose(
+        edit(generator), before[0], atol=1e-2
+    )
     common.unload_adapters(generator)
     assert torch.equal(edit(generator, concept=common.load_adapter(generator, night)), wanted)
     common.unload_adapters(generator)
     assert all(torch.equal(edit(generator, concept=c), before[c]) for c in range(2))
-    assert generator.config == config and generator.state_dict().keys() == make().state_dict().keys()
-    assert sorted(p.data_ptr() for p in generator.parameters()) == sorted(weights)          # the same memory: no copy
+    assert (
+        generator.config == config and generator.state_dict().keys() == make().state_dict().keys()
+    )
+    assert sorted(p.data_ptr() for p in generator.parameters()) == sorted(
+        weights
+    )  # the same memory: no copy
 
 
 @pytest.mark.parametrize("strength", [0, 0.5, 1.5])
 def test_strength_scales_the_change(adapters, strength):
     base, (comic, _) = adapters
-    assert torch.allclose(delta_of(base, comic, strength), strength * delta_of(base, comic), atol=1e-5)
+    assert torch.allclose(
+        delta_of(base, comic, strength), strength * delta_of(base, comic), atol=1e-5
+    )
 
 
 def test_two_adapters_add_up_whichever_is_loaded_first(adapters):
@@ -326,9 +401,11 @@ def test_two_adapters_add_up_whichever_is_loaded_first(adapters):
         for path, strength in order:
             common.load_adapter(generator, path, strength)
         delta = generator.up1.conv.weight.detach() - before
-        assert torch.allclose(delta, delta_of(base, comic, 0.5) + delta_of(base, night, 0.7), atol=1e-5)
+        assert torch.allclose(
+            delta, delta_of(base, comic, 0.5) + delta_of(base, night, 0.7), atol=1e-5
+        )
         generators.append(generator)
-    for concept in ("sketch", "comic", "night"):            # each knows all prompts
+    for concept in ("sketch", "comic", "night"):  # each knows all prompts
         one, two = (edit(generator, concept=generator.concept(concept)) for generator in generators)
         assert torch.allclose(one, two, atol=1e-4)
 
@@ -337,22 +414,33 @@ def test_adapter_is_read_with_safetensors_alone(adapters):
     base, (comic, _) = adapters
     with safe_open(base, "np") as weights, safe_open(comic, "np") as file:
         about = json.loads(file.metadata()["about"])
-        assert about["base"] == hashlib.sha256(base.read_bytes()).hexdigest() and about["prompt"] == "make it comic"
+        assert (
+            about["base"] == hashlib.sha256(base.read_bytes()).hexdigest()
+            and about["prompt"] == "make it comic"
+        )
         assert file.get_tensor("tokens").shape == (5, 16)
         merged = {}
         for name, rank in about["ranks"].items():
-            weight, a, b = weights.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.lora_A"), file.get_tensor(f"{name}.lora_B")
+            weight, a, b = (
+                weights.get_tensor(f"{name}.weight"),
+                file.get_tensor(f"{name}.lora_A"),
+                file.get_tensor(f"{name}.lora_B"),
+            )
             assert a.dtype == b.dtype == "float16"
             delta = about["alpha"] / rank * (b.astype("float32") @ a.astype("float32"))
-            if name.startswith("up"):                       # transposed convolutions
-                merged[name] = weight + delta.reshape(weight.shape[1], weight.shape[0], *weight.shape[2:]).swapaxes(0, 1)
+            if name.startswith("up"):  # transposed convolutions
+                merged[name] = weight + delta.reshape(
+                    weight.shape[1], weight.shape[0], *weight.shape[2:]
+                ).swapaxes(0, 1)
             else:
                 merged[name] = weight + delta.reshape(weight.shape)
     generator = common.load_generator(base)
     common.load_adapter(generator, comic)
     common.remove_parametrizations(generator)
     for name, weight in merged.items():
-        assert torch.allclose(torch.from_numpy(weight), generator.get_submodule(name).weight, atol=1e-5)
+        assert torch.allclose(
+            torch.from_numpy(weight), generator.get_submodule(name).weight, atol=1e-5
+        )
 
 
 def test_adapter_that_does_not_fit_leaves_the_generator_as_it_was(adapters, tmp_path):
@@ -360,8 +448,11 @@ def test_adapter_that_does_not_fit_leaves_the_generator_as_it_was(adapters, tmp_
     generator = common.load_generator(base)
     before, config = edit(generator), generator.config
     tensors, about = common.read_tensors(comic, "adapter")
-    for changed in ({**tensors, "blocks.tb.feed1.lora_A": torch.zeros(1, 7)}, {**tensors, "tokens": torch.zeros(4, 3)},
-                    {key: value for key, value in tensors.items() if key != "up1.conv.lora_B"}):
+    for changed in (
+        {**tensors, "blocks.tb.feed1.lora_A": torch.zeros(1, 7)},
+        {**tensors, "tokens": torch.zeros(4, 3)},
+        {key: value for key, value in tensors.items() if key != "up1.conv.lora_B"},
+    ):
         common.write_tensors(tmp_path / "bad.safetensors", changed, about)
         with pytest.raises(common.UserError, match="fit the generator"):
             common.load_adapter(generator, tmp_path / "bad.safetensors")
@@ -371,11 +462,15 @@ def test_adapter_that_does_not_fit_leaves_the_generator_as_it_was(adapters, tmp_
 def test_paper_adapter_is_one_percent_of_the_weights_and_150_kilobytes(load_stage, tmp_path):
     stage = load_stage("04")
     prompt = {"name": "a", "prompt": "turn it into a pencil sketch"}
-    generator = common.build_network(common.generator_config("e2gan", 64, 256, [prompt], text_dim=512, tokens=9, clip=""))
+    generator = common.build_network(
+        common.generator_config("e2gan", 64, 256, [prompt], text_dim=512, tokens=9, clip="")
+    )
     groups = stage.group_sizes(generator)
     ranks = {group: stage.PAPER_RANKS[group] for group in stage.CRUCIAL}
     whole = common.count_parameters(generator)
-    trained = sum(p.numel() for p in common.add_lora(generator, stage.layer_ranks(groups, ranks), 16.0))
+    trained = sum(
+        p.numel() for p in common.add_lora(generator, stage.layer_ranks(groups, ranks), 16.0)
+    )
     assert trained == stage.lora_weights(groups, ranks) <= 0.01 * whole
     common.save_adapter(tmp_path / "adapter.safetensors", generator, "a", "0" * 64, 16.0)
     assert (tmp_path / "adapter.safetensors").stat().st_size <= 150_000
@@ -387,21 +482,33 @@ def test_adapter_needs_its_base_and_carries_its_concept(tmp_path):
     common.add_concept(generator, "comic", "a comic strip", torch.randn(7, 16))
     for parameter in common.add_lora(generator, {"down1.conv": 2, "blocks.tb.feed1": 1}, alpha=1.0):
         torch.nn.init.normal_(parameter)
-    common.save_adapter(tmp_path / "adapter.safetensors", generator, "comic", generator.sha256, alpha=1.0)
+    common.save_adapter(
+        tmp_path / "adapter.safetensors", generator, "comic", generator.sha256, alpha=1.0
+    )
     wanted = edit(generator, concept=2)
 
     loaded = common.load_generator(tmp_path / "base.safetensors")
     index = common.load_adapter(loaded, tmp_path / "adapter.safetensors")
     assert loaded.config["concepts"][index] == {"name": "comic", "prompt": "a comic strip"}
-    assert torch.allclose(edit(loaded, concept=index), wanted, atol=0.02)       # fp16
+    assert torch.allclose(edit(loaded, concept=index), wanted, atol=0.02)  # fp16
     with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
-        assert set(file.keys()) == {"down1.conv.lora_A", "down1.conv.lora_B", "blocks.tb.feed1.lora_A",
-                                    "blocks.tb.feed1.lora_B", "tokens"}
-        assert json.loads(file.metadata()["about"])["ranks"] == {"down1.conv": 2, "blocks.tb.feed1": 1}
+        assert set(file.keys()) == {
+            "down1.conv.lora_A",
+            "down1.conv.lora_B",
+            "blocks.tb.feed1.lora_A",
+            "blocks.tb.feed1.lora_B",
+            "tokens",
+        }
+        assert json.loads(file.metadata()["about"])["ranks"] == {
+            "down1.conv": 2,
+            "blocks.tb.feed1": 1,
+        }
 
     common.save_network(tmp_path / "other.safetensors", make(seed=1))
     with pytest.raises(common.UserError, match="another base"):
-        common.load_adapter(common.load_generator(tmp_path / "other.safetensors"), tmp_path / "adapter.safetensors")
+        common.load_adapter(
+            common.load_generator(tmp_path / "other.safetensors"), tmp_path / "adapter.safetensors"
+        )
 
 
 @every_network
@@ -413,8 +520,10 @@ def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
         loaded = common.load_network(path, torch.device("cpu"), network.kind)
         assert torch.equal(output(loaded), output(network))
         assert loaded.config == network.config and loaded.sha256 == common.sha256(path)
-        if name not in GENERATORS:                              # stages that edit photos refuse it
-            with pytest.raises(common.UserError, match=f"no generator of ours but a {network.kind}"):
+        if name not in GENERATORS:  # stages that edit photos refuse it
+            with pytest.raises(
+                common.UserError, match=f"no generator of ours but a {network.kind}"
+            ):
                 common.load_generator(path)
 
 
@@ -426,29 +535,44 @@ def test_dcgan_says_which_sizes_it_makes(size):
 
 def test_without_clip_e2gan_learns_one_concept():
     generator = common.new_generator("e2gan", 8, 32, CONCEPTS[:1], "none", torch.device("cpu"))
-    assert not hasattr(generator, "tokens") and not any("cross" in name or "film" in name for name in generator.state_dict())
-    with pytest.raises(common.UserError, match="without CLIP takes no prompt and learns one concept"):
+    assert not hasattr(generator, "tokens") and not any(
+        "cross" in name or "film" in name for name in generator.state_dict()
+    )
+    with pytest.raises(
+        common.UserError, match="without CLIP takes no prompt and learns one concept"
+    ):
         common.new_generator("e2gan", 8, 32, CONCEPTS, "none", torch.device("cpu"))
 
 
 def damaged(tmp_path, change):
     """A good checkpoint after `change` (tensors, metadata) -> (tensors, metadata)."""
     generator = make()
-    tensors, metadata = change(dict(generator.state_dict()), {"kind": "generator", "config": generator.config})
+    tensors, metadata = change(
+        dict(generator.state_dict()), {"kind": "generator", "config": generator.config}
+    )
     common.write_tensors(tmp_path / "bad.safetensors", tensors, metadata)
     return tmp_path / "bad.safetensors"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t, m: (t, {**m, "config": {**m["config"], "arch": "vgg"}}), "unknown architecture"),
-    (lambda t, m: (t, {**m, "kind": "adapter"}), "no generator of ours"),
-    (lambda t, m: (t, {}), "no generator of ours"),
-    (lambda t, m: ({k: v for k, v in t.items() if k != "out.bias"}, m), "does not hold the weights"),
-    (lambda t, m: ({**t, "out.bias": torch.zeros(7)}, m), "does not hold the weights"),
-    (lambda t, m: (t, {**m, "config": {**m["config"], "widths": {"stem": 10 ** 9}}}), "does not hold the weights"),
-    (lambda t, m: (t, {**m, "config": {"arch": "e2gan"}}), "does not hold the weights"),
-    (lambda t, m: (t, {**m, "config": [1, 2]}), "does not hold the weights"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t, m: (t, {**m, "config": {**m["config"], "arch": "vgg"}}), "unknown architecture"),
+        (lambda t, m: (t, {**m, "kind": "adapter"}), "no generator of ours"),
+        (lambda t, m: (t, {}), "no generator of ours"),
+        (
+            lambda t, m: ({k: v for k, v in t.items() if k != "out.bias"}, m),
+            "does not hold the weights",
+        ),
+        (lambda t, m: ({**t, "out.bias": torch.zeros(7)}, m), "does not hold the weights"),
+        (
+            lambda t, m: (t, {**m, "config": {**m["config"], "widths": {"stem": 10**9}}}),
+            "does not hold the weights",
+        ),
+        (lambda t, m: (t, {**m, "config": {"arch": "e2gan"}}), "does not hold the weights"),
+        (lambda t, m: (t, {**m, "config": [1, 2]}), "does not hold the weights"),
+    ],
+)
 def test_a_checkpoint_that_is_not_ours_is_named(tmp_path, change, words):
     with pytest.raises(common.UserError, match=words):
         common.load_generator(damaged(tmp_path, change))
@@ -469,7 +593,7 @@ def test_prompt_changes_the_edit_and_padding_does_not():
     generator = make()
     assert not torch.allclose(edit(generator, concept=0), edit(generator, concept=1), atol=1e-4)
     wanted = edit(generator, concept=1)
-    common.keep_concept(generator, "night")                 # its 3 tokens, no padding left
+    common.keep_concept(generator, "night")  # its 3 tokens, no padding left
     assert generator.tokens.shape == (1, 3, 16)
     assert torch.allclose(edit(generator, concept=0), wanted, atol=1e-5)
 
@@ -502,9 +626,13 @@ def test_state_restores_networks_and_optimizers(tmp_path):
         optimizer.zero_grad()
         network(torch.ones(1, 3)).sum().backward()
         optimizer.step()
+
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 2)
-    adam, sgd = common.adam([network.weight], 0.1), torch.optim.SGD([network.bias], 0.1, momentum=0.9)
+    adam, sgd = (
+        common.adam([network.weight], 0.1),
+        torch.optim.SGD([network.bias], 0.1, momentum=0.9),
+    )
     one(network, adam), one(network, sgd)
     common.save_state(tmp_path / "s.safetensors", 7, g=network, a=adam, s=sgd)
     one(network, adam), one(network, sgd)
@@ -517,7 +645,9 @@ def test_state_restores_networks_and_optimizers(tmp_path):
 
 def test_psnr_of_known_errors():
     a = torch.zeros(2, 3, 4, 4)
-    b = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])       # 2.0 is clamped to 1.0
+    b = torch.stack(
+        [torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)]
+    )  # 2.0 is clamped to 1.0
     assert torch.allclose(common.psnr(a, b), torch.tensor([20.0, 6.0206]), atol=1e-3)
 
 
@@ -530,9 +660,9 @@ def test_uint8_and_float_are_inverse():
 def test_run_folder_continues_refuses_and_overwrites(tmp_path):
     out = tmp_path / "run"
     assert not common.begin_run(out, {"stage": "x", "lr": 1}, False)
-    assert not common.begin_run(out, {"stage": "x", "lr": 1}, False)            # unfinished: continue
+    assert not common.begin_run(out, {"stage": "x", "lr": 1}, False)  # unfinished: continue
     common.write_json(out / "result.json", {})
-    assert common.begin_run(out, {"stage": "x", "lr": 1}, False)                # complete
+    assert common.begin_run(out, {"stage": "x", "lr": 1}, False)  # complete
     with pytest.raises(common.UserError, match="lr 1 there, 2 here"):
         common.begin_run(out, {"stage": "x", "lr": 2}, False)
     assert (out / "result.json").exists()
@@ -553,6 +683,7 @@ def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
     def broken(aside):
         aside.write_text("half")
         raise OSError("disk full")
+
     with pytest.raises(OSError):
         common.replace_file(path, broken)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
