@@ -1,111 +1,77 @@
-"""Stage 1: data distillation. A teacher edits photos, and its edits become the training pairs of every later stage.
+"""Stage 1: data distillation. A teacher edits photos; its edits become the training pairs.
 
-E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edited photo) per concept; a
-concept is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt can be the teacher; a
-text-to-image checkpoint is used image-to-image. Photos become squares of --size pixels; --train and --test of them are
-drawn in an order that --seed fixes. A command with more concepts adds them to the same folder.
+E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
+concept, which is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt
+can teach; a text-to-image checkpoint is used image-to-image. Photos become squares of --size
+pixels, in an order that --seed fixes. A command with more concepts adds them to the same folder;
+to look first: --train 1 --test 6 --out runs/look.
 
-    in   --images DIR        photos in any format, subfolders too (`sklearn`: crops of the two it installs)
-    out  {train,test}/source/00000.png, {train,test}/<concept>/00000.png: the photo, and its edit of equal name and size
-         {train,test}/metadata.jsonl: a row per edit; rejected/: the same for edits that fail --min-...-similarity
-         concepts.json: prompt and teacher of each concept; samples.png: photos and edits to look at; result.json
+Reads   --images DIR                                photos in any format, subfolders too
+Writes  runs/pairs/{train,test}/source/00000.png    a photo; <concept>/00000.png is its edit
+        runs/pairs/{train,test}/metadata.jsonl      a row per edit: prompt, photo, seed, scores
+        runs/pairs/rejected/{train,test}/           the same for edits that fail the gate
+        runs/pairs/features.safetensors             CLIP: pictures' vectors, prompts' tokens
+        runs/pairs/concepts.json  photos.json  samples.png  result.json
 
     python 01_distill_pairs.py --demo
-    python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch" --preview 6
-    torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json --batch 32
+    python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
+    torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 """
 
-import argparse
-import datetime
 import functools
 import hashlib
 import inspect
 import itertools
 import json
+import logging
 import math
-import os
-import re
-import sys
-import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
-from torch import Tensor, distributed
+from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 import common
-from common import UserError
+import training
+from common import UserError, rank, world
 
-CONCEPTS = dict(
-    sketch="turn it into a pencil sketch",
-    oil="turn it into an oil painting",
-    watercolour="turn it into a watercolour painting",
-    sepia="make it a sepia photograph",
-    poster="turn it into a posterised print",
-    neon="make its edges glow like neon lights",
-    night="make it night",
-    emboss="turn it into an embossed relief",
-)
-PAPER = dict(
-    images="photos",
-    teacher="timbrooks/instruct-pix2pix",
-    size=256,
-    train=1000,
-    test=100,
-    batch=8,
-    clip="ViT-B-32:openai",
-    save_memory="none",
-    preview=0,
-    out=Path("runs/pairs"),
-)
-DEMO = dict(
-    images="sklearn",
-    teacher="filters",
-    size=64,
-    train=96,
-    test=24,
-    clip="none",
-    out=Path("runs/demo/pairs"),
-)
-SPLITS = ("train", "test")
+STAGE = "01_distill_pairs"
+CONCEPTS = {
+    "sketch": "turn it into a pencil sketch",
+    "oil": "turn it into an oil painting",
+    "watercolour": "turn it into a watercolour painting",
+    "sepia": "make it a sepia photograph",
+    "poster": "turn it into a posterised print",
+    "neon": "make its edges glow like neon lights",
+    "night": "make it night",
+    "emboss": "turn it into an embossed relief",
+}
+DEMO = {"images": "sklearn", "teacher": "filters", "clip": "ViT-S-32:random"}
+DEMO |= {"size": 64, "train": 96, "test": 24}
+SPLITS = ("test", "train")  # the first photos are held out
+MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
+GATE = ("image_similarity", "directional_similarity")
 THREADS = 4  # decode photos and encode PNGs while the teacher works
-PIPELINE_FLAGS = dict(
-    steps="num_inference_steps",
-    guidance="guidance_scale",
-    image_guidance="image_guidance_scale",
-    strength="strength",
-)
-GATE = ("min_image_similarity", "min_directional_similarity")
-SCORES = dict(
-    psnr="photo unchanged PSNR dB",
-    image_similarity="image similarity",
-    directional_similarity="directional similarity",
-)
-SEVERAL_REFERENCES = (
-    "Flux2",
-    "QwenImageEditPlus",
-    "ZImageOmni",
-)  # a list of images there is one edit's references
+BATCH = 64  # pictures that CLIP embeds at a time
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The built-in teacher: eight edits of x (1, 3, H, W) in [0, 1]. Lengths are in `px`, 1/256 of the picture's side, so an
-# edit looks the same at any size. Each edit depends on a pixel's neighbourhood alone: a small network can learn it.
-
-
-def grey(x: Tensor) -> Tensor:
-    return (x * tint(0.299, 0.587, 0.114)).sum(1, keepdim=True)  # (1, 1, H, W)
+# ---- The built-in teacher: eight edits -----------------------------------------------------------
+# Each depends on a pixel's neighbourhood alone, so that a small
+# network can learn it. Lengths are in `px`, 1/256 of the picture's side: the same at any size.
 
 
 def tint(*rgb: float) -> Tensor:
     return torch.tensor(rgb).view(1, 3, 1, 1)
+
+
+def grey(x: Tensor) -> Tensor:
+    return (x * tint(0.299, 0.587, 0.114)).sum(1, keepdim=True)  # (1, 1, H, W)
 
 
 def vivid(x: Tensor, saturation: float) -> Tensor:
@@ -113,892 +79,505 @@ def vivid(x: Tensor, saturation: float) -> Tensor:
 
 
 def blur(x: Tensor, sigma: float) -> Tensor:
-    reach = math.ceil(2.5 * sigma)
+    reach, channels = math.ceil(2.5 * sigma), x.shape[1]
     bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    bell = (bell / bell.sum()).repeat(x.shape[1], 1, 1, 1)  # (C, 1, 1, 2·reach + 1)
-    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), mode="reflect"), bell, groups=x.shape[1])
-    return F.conv2d(
-        F.pad(x, (0, 0, reach, reach), mode="reflect"), bell.transpose(2, 3), groups=x.shape[1]
-    )
+    bell = (bell / bell.sum()).repeat(channels, 1, 1, 1)  # (C, 1, 1, 2 * reach + 1)
+    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), "reflect"), bell, groups=channels)
+    return F.conv2d(F.pad(x, (0, 0, reach, reach), "reflect"), bell.mT, groups=channels)
 
 
 def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical change over about `sigma` pixels, the same at any size for the same scene."""
-    x = F.pad(blur(x, sigma), (1, 1, 1, 1), mode="replicate")
-    return sigma / 2 * (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]), sigma / 2 * (
-        x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-    )
+    """Horizontal and vertical change over about `sigma` pixels."""
+    x = F.pad(blur(x, sigma), (1, 1, 1, 1), "replicate")
+    dx = sigma / 2 * (x[..., 1:-1, 2:] - x[..., 1:-1, :-2])
+    return dx, sigma / 2 * (x[..., 2:, 1:-1] - x[..., :-2, 1:-1])
 
 
 def daub(x: Tensor, radius: float) -> Tensor:
-    """Kuwahara's filter, softened: the mean of the four windows that touch at a pixel, the flattest counting most."""
+    """Kuwahara's filter, softened: the mean of the four windows that touch at a pixel, the
+    flattest counting most."""
     r, (h, w) = max(1, round(radius)), x.shape[-2:]
-    padded = F.pad(x, (r, r, r, r), mode="reflect")
-    mean = F.avg_pool2d(padded, r + 1, stride=1)  # (1, 3, H + r, W + r)
-    variance = (
-        (F.avg_pool2d(padded**2, r + 1, stride=1) - mean**2).sum(1, keepdim=True).clamp(min=0)
-    )
-    weight = (variance + 1e-4) ** -3
-    corners = [(..., slice(dy, dy + h), slice(dx, dx + w)) for dy in (0, r) for dx in (0, r)]
+    x = F.pad(x, (r, r, r, r), "reflect")
+    mean, square = (F.avg_pool2d(part, r + 1, stride=1) for part in (x, x**2))
+    weight = ((square - mean**2).sum(1, keepdim=True).clamp(min=0) + 1e-4) ** -3
+    corners = [
+        (..., slice(y, y + h), slice(x, x + w)) for y, x in itertools.product((0, r), (0, r))
+    ]
     return sum(weight[c] * mean[c] for c in corners) / sum(weight[c] for c in corners)
 
 
-def sketch(x: Tensor, px: float) -> Tensor:
-    lines = (grey(x) + 0.06) / (
-        blur(grey(x), 5 * px) + 0.06
-    )  # under 1 where darker than its surroundings
-    return (lines.clamp(max=1) ** 3 * (0.72 + 0.28 * grey(x).sqrt())).expand_as(x)
-
-
-def oil(x: Tensor, px: float) -> Tensor:
-    paint = daub(daub(x, 4 * px), 3 * px)
-    dx, dy = slope(grey(paint), 1.5 * px)  # light from the upper left on thick paint
-    colour = torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46)
-    return tint(0.18, 0.12, 0.06) + colour + 1.5 * (dx + dy)
-
-
-def watercolour(x: Tensor, px: float) -> Tensor:
-    wash = daub(blur(x, 1.5 * px), 5 * px)
-    dx, dy = slope(wash, 2 * px)
-    rim = (dx**2 + dy**2).sum(1, keepdim=True).sqrt()  # pigment gathers where a wash ends
-    return (0.45 + 0.6 * vivid(wash, 1.7)) * (1 - (3 * rim).clamp(max=0.45))
-
-
-def sepia(x: Tensor, px: float) -> Tensor:
+def edited(image: Image.Image, name: str) -> Image.Image:
+    x, px = common.to_pixels(image)[None].float() / 255, min(image.size) / 256
     g = grey(x)
-    return torch.cat([0.22 + 0.80 * g, 0.12 + 0.74 * g**1.15, 0.05 + 0.57 * g**1.4], dim=1)
+    if name == "sketch":
+        lines = (g + 0.06) / (blur(g, 5 * px) + 0.06)  # under 1 where darker than around it
+        y = lines.clamp(max=1) ** 3 * (0.72 + 0.28 * g.sqrt())
+    elif name == "oil":
+        paint = daub(daub(x, 4 * px), 3 * px)
+        dx, dy = slope(grey(paint), 1.5 * px)  # light from the upper left on thick paint
+        colour = torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46)
+        y = tint(0.18, 0.12, 0.06) + colour + 1.5 * (dx + dy)
+    elif name == "watercolour":
+        wash = daub(blur(x, 1.5 * px), 5 * px)
+        dx, dy = slope(wash, 2 * px)
+        rim = (dx**2 + dy**2).sum(1, keepdim=True).sqrt()  # pigment gathers where a wash ends
+        y = (0.45 + 0.6 * vivid(wash, 1.7)) * (1 - (3 * rim).clamp(max=0.45))
+    elif name == "sepia":
+        y = torch.cat([0.22 + 0.80 * g, 0.12 + 0.74 * g**1.15, 0.05 + 0.57 * g**1.4], dim=1)
+    elif name == "poster":  # four inks, by brightness: navy, red, amber, cream
+        y, g = tint(0.05, 0.14, 0.32).expand_as(x), grey(blur(x, 2 * px))
+        inks = {0.22: (0.84, 0.12, 0.14), 0.45: (0.98, 0.68, 0.20), 0.68: (1.0, 0.95, 0.80)}
+        for level, ink in inks.items():
+            y = torch.lerp(y, tint(*ink), torch.sigmoid(60 * (g - level)))
+    elif name == "neon":
+        dx, dy = slope(x, 1.5 * px)
+        line = (dx**2 + dy**2).sqrt().amax(1, keepdim=True)
+        hue = vivid(blur(x, 4 * px), 4).clamp(0.02, 1)
+        glow = (6 * line + 2 * blur(line, 4 * px)) * hue / hue.amax(1, keepdim=True)
+        y = glow + 0.6 * (5 * line - 0.7).clamp(0, 1)
+    elif name == "night":
+        lamp = (4 * g - 2.8).clamp(0, 1)  # what is brightest becomes warm light with a halo
+        light = (0.45 * lamp + 0.4 * blur(lamp, 6 * px)) * tint(1, 0.75, 0.3)
+        y = 0.42 * g**1.3 * tint(0.4, 0.7, 1.5) + light
+    else:  # emboss
+        dx, dy = slope(g, 1.3 * px)
+        y = 0.5 + 3.5 * (dx + dy)
+    return common.to_pil((y.clamp(0, 1).expand_as(x)[0] * 255).round().byte())
 
 
-def poster(x: Tensor, px: float) -> Tensor:
-    """Four inks, by brightness: navy, red, amber, cream."""
-    y, g = tint(0.05, 0.14, 0.32).expand_as(x), grey(blur(x, 2 * px))
-    for level, ink in (
-        (0.22, tint(0.84, 0.12, 0.14)),
-        (0.45, tint(0.98, 0.68, 0.20)),
-        (0.68, tint(1.0, 0.95, 0.80)),
-    ):
-        y = torch.lerp(y, ink, torch.sigmoid(60 * (g - level)))
-    return y
+# ---- Any diffusers pipeline as the teacher -------------------------------------------------------
 
 
-def neon(x: Tensor, px: float) -> Tensor:
-    dx, dy = slope(x, 1.5 * px)
-    line = (dx**2 + dy**2).sqrt().amax(1, keepdim=True)
-    hue = vivid(blur(x, 4 * px), 4).clamp(0.02, 1)
-    return (6 * line + 2 * blur(line, 4 * px)) * hue / hue.amax(1, keepdim=True) + 0.6 * (
-        5 * line - 0.7
-    ).clamp(0, 1)
-
-
-def night(x: Tensor, px: float) -> Tensor:
-    lamp = (4 * grey(x) - 2.8).clamp(0, 1)  # what is brightest becomes warm light with a halo
-    return 0.42 * grey(x) ** 1.3 * tint(0.4, 0.7, 1.5) + (
-        0.45 * lamp + 0.4 * blur(lamp, 6 * px)
-    ) * tint(1, 0.75, 0.3)
-
-
-def emboss(x: Tensor, px: float) -> Tensor:
-    dx, dy = slope(grey(x), 1.3 * px)
-    return (0.5 + 3.5 * (dx + dy)).expand_as(x)
-
-
-FILTERS = {
-    edit.__name__: edit for edit in (sketch, oil, watercolour, sepia, poster, neon, night, emboss)
-}
-
-
-def filters_teacher(
-    images: list[Image.Image], name: str, prompt: str, seeds: list[int]
-) -> list[Image.Image]:
-    """Edits each picture with the filter called `name`; prompt and seeds change nothing."""
-    edits = []
-    for image in images:
-        x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        y = FILTERS[name](x, min(image.size) / 256).clamp(0, 1)
-        edits.append(Image.fromarray((y[0].permute(1, 2, 0) * 255).round().byte().numpy()))
-    return edits
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Any diffusers pipeline as the teacher
-
-
-def load_teacher(args) -> Callable:
-    """teacher(images, name, prompt, seeds) -> edits, lists of PIL images; an edit that the pipeline's safety checker
-    blanked has info["unsafe"]. UserError if it cannot be loaded, edits no photos, or does not take a flag given."""
+def load_teacher(args, device: torch.device) -> Callable:
+    """teacher(images, name, prompt, seeds) -> edits, lists of PIL pictures. UserError if it cannot
+    be loaded, edits no photos by a prompt, or does not take an argument given."""
     if args.teacher == "filters":
-        torch.set_num_threads(
-            1
-        )  # a filter's tensors are small: threads would mostly wait for one another
-        return filters_teacher
-    if Path(args.teacher).is_dir() and not (Path(args.teacher) / "model_index.json").is_file():
-        raise UserError(
-            f"--teacher {args.teacher} is no diffusers pipeline: it has no model_index.json"
-        )
-    device = common.pick_device(args.device)
+        return lambda images, name, *_: [edited(image, name) for image in images]
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    dtype = (
-        torch.float32
-        if device.type == "cpu"
-        else torch.bfloat16
-        if common.has_bf16(device)
-        else torch.float16
-    )
-    logging.disable_progress_bar()
+    half = torch.bfloat16 if training.has_bf16(device) else torch.float16
+    dtype = torch.float32 if device.type == "cpu" else half
+    diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
     try:
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+        pipe.enable_model_cpu_offload(device=device) if args.offload else pipe.to(device)
     except Exception as error:  # loaders raise anything, from missing keys to network errors
-        offline = " (a hub id needs the network once; without it give a pipeline's folder)"
-        hint = "" if Path(args.teacher).exists() else offline
-        trouble = str(error).split(". ")[0] or type(error).__name__
-        raise UserError(f"--teacher {args.teacher} cannot be loaded{hint}: {trouble}")
-    finally:
-        logging.set_verbosity(verbosity)
-    kind, parameters = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
-    takes = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    if not {"image", "prompt"} <= takes:
-        raise UserError(f"--teacher {args.teacher}: a {kind} does not edit a photo by a prompt")
-    given = {
-        f"--{flag.replace('_', '-')}": (name, getattr(args, flag))
-        for flag, name in PIPELINE_FLAGS.items()
-    }
-    given |= {f"--argument {name}": (name, value) for name, value in args.arguments.items()}
-    given = {flag: (name, value) for flag, (name, value) in given.items() if value is not None}
-    if refused := [flag for flag, (name, _) in given.items() if name not in takes]:
-        raise UserError(
-            f"{kind} does not take {', '.join(refused)}; it takes {', '.join(sorted(takes))}"
-        )
-    size = args.teacher_size
-    wanted = dict(height=size, width=size, max_area=size**2, _auto_resize=False, output_type="pil")
-    options = {name: value for name, value in wanted.items() if name in takes} | dict(
-        given.values()
-    )
-    if {"strength", "num_inference_steps"} <= takes:
-        steps, strength = (
-            options.get(name, parameters[name].default)
-            for name in ("num_inference_steps", "strength")
-        )
-        if steps and strength and steps * strength < 1:
-            raise UserError(
-                f"{kind}: {steps} steps at strength {strength} leave none; raise --steps or --strength"
-            )
-    if args.save_memory == "offload" and device.type == "cpu":
-        raise UserError(
-            "--save-memory offload moves the pipeline's parts to a GPU and back: there is none"
-        )
-    if args.save_memory == "offload":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    if args.save_memory != "none":
-        pipe.enable_attention_slicing()
-        if hasattr(getattr(pipe, "vae", None), "enable_slicing"):
-            pipe.vae.enable_slicing()
+        hint = "a hub id needs the network once, a folder model_index.json and safetensors"
+        raise UserError(f"--teacher {args.teacher} cannot be loaded ({hint}): {error}") from None
     pipe.set_progress_bar_config(disable=True)
-    at_once = 1 if kind.startswith(SEVERAL_REFERENCES) else args.batch
+    kind, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
+    if refused := {"image", "prompt", *args.arguments} - takes.keys():
+        refused, takes = (", ".join(sorted(names)) for names in (refused, takes))
+        raise UserError(f"{kind} does not take {refused}; it takes {takes}")
+    size = args.teacher_size
+    options = {"height": size, "width": size, "max_area": size**2, "_auto_resize": False}
+    options = {key: value for key, value in options.items() if key in takes} | args.arguments
 
     def teacher(images, name, prompt, seeds):
-        edits = []
-        for i in range(0, len(images), at_once):
-            part = images[i : i + at_once]
-            noise = [
-                torch.Generator().manual_seed(seed) for seed in seeds[i : i + at_once]
-            ]  # the same on any device
-            try:
-                output = pipe(image=part, prompt=[prompt] * len(part), generator=noise, **options)
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"out of memory at {len(part)} photos of {size} pixels: lower --batch or --save-memory"
-                )
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise UserError(f"{kind} fails on concept {name!r}: {error}") from error
-            if len(output.images) != len(part):
-                raise UserError(
-                    f"{kind} made {len(output.images)} pictures of {len(part)}: use --batch 1"
-                )
-            flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(part)
-            for edit, unsafe in zip(output.images, flagged):
-                edit.info["unsafe"] = bool(unsafe)
-                edits.append(edit)
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
+        given = {"image": images, "prompt": [prompt] * len(images), "generator": noise}
+        try:
+            edits = pipe(**given, **options).images
+        except (ValueError, TypeError, RuntimeError) as error:  # a GPU's memory, among others
+            what = f"{len(images)} photos of {size} pixels (--batch, --offload)"
+            raise UserError(f"{kind} fails on {name!r}, {what}: {error}") from error
+        if len(edits) != len(images):  # some take several as one edit's references
+            raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
         return edits
 
     return teacher
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Photos
+# ---- Photos --------------------------------------------------------------------------------------
 
-BOXES = {
-    "train": {
-        "china.jpg": (190, 0, 640, 427),
-        "flower.jpg": (30, 0, 330, 427),
-    },  # left, top, right, bottom
+BOXES = {  # left, top, right, bottom: half of either subject
+    "train": {"china.jpg": (190, 0, 640, 427), "flower.jpg": (30, 0, 330, 427)},
     "test": {"china.jpg": (0, 30, 190, 427), "flower.jpg": (330, 70, 530, 427)},
-}  # half of either subject
-
-
-@functools.cache
-def sklearn_photo(file: str) -> Image.Image:
-    from sklearn.datasets import load_sample_image
-
-    return Image.fromarray(load_sample_image(file))
+}
 
 
 def sklearn_crop(name: str, size: int) -> Image.Image:
-    """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i": the two splits are
-    cut from parts of the pictures that do not overlap."""
+    """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i":
+    the two splits are cut from parts of the pictures that do not overlap."""
+    from sklearn.datasets import load_sample_image
+
     split, number = name.split()
     file = ("china.jpg", "flower.jpg")[int(number) % 2]
     left, top, right, bottom = BOXES[split][file]
-    draw = np.random.default_rng(list(name.encode()))
-    side = int(draw.integers(80, min(right - left, bottom - top, 300) + 1))
-    x, y = int(draw.integers(left, right - side + 1)), int(draw.integers(top, bottom - side + 1))
-    return (
-        sklearn_photo(file)
-        .crop((x, y, x + side, y + side))
-        .resize((size, size), Image.Resampling.LANCZOS)
-    )
+    rng = np.random.default_rng(list(name.encode()))
+    side = int(rng.integers(80, min(right - left, bottom - top, 300) + 1))
+    x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
+    crop = Image.fromarray(load_sample_image(file)).crop((x, y, x + side, y + side))
+    return crop.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def list_photos(folder: Path) -> tuple[list[str], str]:
-    """Sorted names, relative to `folder`, of the image files in it and its subfolders, hidden ones left out; and a
-    digest of names and sizes in bytes."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give the photos' with --images")
-    sizes = {}
-    for path, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if os.path.splitext(name)[1].lower() in common.SUFFIXES and not name.startswith("."):
-                file = Path(path, name)
-                sizes[file.relative_to(folder).as_posix()] = (
-                    file.stat().st_size if file.exists() else None
-                )
-    if not sizes:
-        raise UserError(f"{folder} holds no image files ({' '.join(sorted(common.SUFFIXES))})")
-    return sorted(sizes), hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()[:16]
+def find_photos(args) -> tuple[list[str], str, Callable]:
+    """Photo names in the order that --seed draws, a hash of names and lengths, and read(name, size)
+    -> PIL picture, which raises UserError."""
+    if args.images == "sklearn":
+        names = [f"{split} {i}" for split in SPLITS for i in range(getattr(args, split))]
+        return names, "sklearn", sklearn_crop
+    folder, paths, digest = Path(args.images), {}, hashlib.sha256()
+    if args.out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose another")
+    for path in common.list_pictures(folder, "**/*"):
+        name = path.relative_to(folder).as_posix().encode(errors="replace").decode()
+        paths[name] = path  # a name that is not UTF-8 has ? in it
+        digest.update(f"{name} {path.stat().st_size}".encode())
+
+    if not paths:
+        raise UserError(f"--images {folder} holds no image files")
+
+    def read(name: str, size: int) -> Image.Image:
+        picture = common.read_square(paths[name], size)
+        with Image.open(paths[name]) as photo:
+            if min(photo.size) < args.size:
+                raise UserError(f"{photo.width}x{photo.height} is smaller than {args.size} pixels")
+        return picture
+
+    names = sorted(paths, key=lambda name: seed_of(args.seed, name))
+    return names, digest.hexdigest()[:16], read
 
 
-def read_photo(path: Path, size: int, at_least: int) -> Image.Image:
-    """The middle square of a photo, RGB, upright, resized to `size`. ValueError if a side has under `at_least` pixels; what
-    Pillow raises if broken."""
-    with Image.open(path) as photo:
-        if min(photo.size) < at_least:
-            raise ValueError(f"{photo.width}x{photo.height} is smaller than {at_least} pixels")
-        photo.draft(
-            None, (2 * size, 2 * size)
-        )  # JPEG decodes several times faster at 1/2, 1/4, 1/8
-        return ImageOps.fit(common.upright(photo), (size, size), Image.Resampling.LANCZOS)
+def make_sources(out: Path, names: list[str], read: Callable, args) -> None:
+    """The first photos that can be read, in the proportion asked for where they are too few, and
+    photos.json: {"test": names, "train": names, "skipped": {name: what is wrong}}."""
+    test = max(1, round(args.test * min(1, len(names) / (args.train + args.test))))
+    photos = {"test": [], "train": [], "skipped": {}}
 
-
-def readable(name: str) -> str:
-    """A file's name as text, also where its bytes are not UTF-8."""
-    return os.fsencode(name).decode(errors="replace")
-
-
-def save(path: Path, image: Image.Image, about: dict) -> None:
-    """Writes a PNG that carries its own row of metadata: what is finished, and how it was made, is known from the files
-    alone, whichever process made them, and whenever one was stopped."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("about", json.dumps(about))
-    common.replace_file(
-        path, lambda aside: image.save(aside, format="PNG", compress_level=4, pnginfo=text)
-    )
-
-
-def load(path: Path) -> tuple[Image.Image, dict]:
-    """A picture that `save` wrote, RGB, and what it says of itself."""
-    return common.to_pil(common.read_image(path)), about(path)
-
-
-def about(path: Path) -> dict:
-    """The same without decoding the pixels. UserError where it says nothing."""
-    try:
-        with Image.open(path) as image:
-            told = json.loads(image.info["about"])
-        return {**told, "photo": str(told["photo"])}
-    except Exception as error:  # a decoder may raise anything
-        raise UserError(f"{path} is no picture that this stage wrote ({error!r}): delete it")
-
-
-def numbered(folder: Path) -> Iterator[Path]:
-    return folder.glob("[0-9]*.png")
-
-
-def usable(
-    names: list[str], read: Callable, skipped: dict[str, str], finished: frozenset = frozenset()
-) -> Iterator:
-    """Yields (name, image) of the photos that can be read, in order, decoded ahead in threads; image is None where the
-    name is in `finished`. The others' names and what is wrong with them go to `skipped`."""
-
-    def attempt(name):
+    def attempt(name: str) -> Image.Image | str:
         try:
-            return name, None if name in finished else read(name), None
-        except (
-            Exception
-        ) as error:  # a decoder may raise anything; the photo is skipped, listed and counted
-            return name, None, str(error) or type(error).__name__
+            return read(name, args.size)
+        except UserError as error:
+            return str(error).encode(errors="replace").decode()
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, image, trouble in common.ahead(pool, attempt, names):
-            if trouble:
-                skipped[readable(name)] = trouble
-            else:
-                yield name, image
+        found = training.prefetch(pool, attempt, names)
+        for name, photo in zip(names, found, strict=True):
+            if isinstance(photo, str):
+                photos["skipped"][name] = photo
+                continue
+            split = "test" if len(photos["test"]) < test else "train"
+            path = out / split / "source" / f"{len(photos[split]):05}.png"
+            if not path.exists():
+                common.write_png(path, photo)
+            photos[split].append(name)
+            if len(photos["train"]) == args.train:
+                break
+    if not photos["train"]:
+        raise UserError(f"--images {args.images} holds too few photos that can be used")
+    common.write_json(out / "photos.json", photos)
 
 
-def make_sources(
-    out: Path, names: list[str], read: Callable, test: int, train: int
-) -> dict[str, str]:
-    """Fills test/source, then train/source, with the photos that can be read. Returns {name: what is wrong}."""
-    places = (
-        (split, i) for split, count in (("test", test), ("train", train)) for i in range(count)
-    )
-    finished = frozenset(
-        about(path)["photo"] for split in SPLITS for path in numbered(out / split / "source")
-    )
-    skipped = {}
-    chosen = zip(places, usable(names, read, skipped, finished))
-    jobs = (
-        (out / split / "source" / f"{i:05}.png", image, {"photo": name})
-        for (split, i), (name, image) in chosen
-        if image
-    )
-    with ThreadPoolExecutor(THREADS) as writers:
-        for _ in common.ahead(writers, lambda job: save(*job), jobs):
-            pass
-    return skipped
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Edits
+# ---- Edits ---------------------------------------------------------------------------------------
 
 
 def seed_of(*parts: object) -> int:
-    """A number under 2^48 from (seed, concept, photo): a picture's noise depends on nothing else, neither on the batch
-    it is in nor on which process makes it, nor on what was made before."""
-    text = "/".join(map(str, parts)).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.sha256(text).digest()[:6], "big")
+    """A number under 2^48 from (seed, concept, photo): a picture's noise depends on nothing else,
+    neither on its batch nor on which process makes it, nor on what was made before."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:6], "big")
 
 
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two pictures in dB; 99 where they are equal."""
-    error = np.mean((np.asarray(a, np.float32) - np.asarray(b, np.float32)) ** 2)
-    return round(min(99.0, 10 * math.log10(255**2 / max(error, 1e-9))), 2)
+def find_edits(out: Path, split: str, name: str) -> list[Path]:
+    """A concept's edits in order, rejected ones too; with the name "source" the photos."""
+    paths = [*(out / split / name).glob("[0-9]*.png")]
+    paths += (out / "rejected" / split / name).glob("[0-9]*.png")
+    return sorted(paths, key=lambda path: path.name)
 
 
-def clip_scores(
-    clip: common.Clip, photos: list[Image.Image], edits: list[Image.Image], prompt: str
-) -> list[dict]:
-    """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and edit; and of the
-    change in the picture and the change in text, here from "a photo" to the prompt, as the edit has no caption."""
+def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, args) -> None:
+    """Makes the edits that are missing, of several processes each its share; threads read ahead
+    and write behind while the teacher works."""
+    jobs, writing = [], []
+    for name, split in itertools.product(concepts, SPLITS):
+        made = {path.name for path in find_edits(args.out, split, name)}
+        for i in range(rank(), len(photos[split]), world()):
+            path = args.out / split / name / f"{i:05}.png"
+            if path.name not in made:
+                jobs.append((name, photos[split][i], path))
 
-    def embed(images):  # (B, D) unit vectors
-        pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
-        return clip.images(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    def write(path: Path, edit: Image.Image) -> None:
+        edit = edit.convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
+        common.write_png(path, edit)
 
-    before, after = embed(photos), embed(edits)
-    start, goal = clip.texts(["a photo", prompt])
-    similar, directed = (
-        (before * after).sum(1),
-        F.cosine_similarity(after - before, (goal - start)[None]),
-    )
-    return [
-        dict(image_similarity=round(a, 4), directional_similarity=round(b, 4))
-        for a, b in zip(similar.tolist(), directed.tolist())
-    ]
-
-
-def missing_edits(
-    out: Path, counts: dict[str, int], names: Iterable[str], rank: int, world: int
-) -> Iterator[tuple]:
-    """(concept, split, file name) of each edit that is not there yet and that this process has to make."""
-    for name, split in itertools.product(names, SPLITS):
-        made = {
-            path.name
-            for folder in (out, out / "rejected")
-            for path in numbered(folder / split / name)
-        }
-        files = (f"{i:05}.png" for i in range(rank, counts[split], world))
-        yield from ((name, split, file) for file in files if file not in made)
-
-
-def make_edits(
-    out: Path,
-    jobs: Iterable[tuple[str, str, str]],
-    concepts: dict[str, dict],
-    read: Callable,
-    teacher: Callable,
-    clip: common.Clip | None,
-    args,
-) -> Iterator[Path]:
-    """Yields each edit's file as it is written; reading ahead and writing happen in threads while the teacher works."""
-
-    def fetch(job):
-        name, split, file = job
-        source, told = load(out / split / "source" / file)
-        given = source if args.teacher_size == args.size else read(told["photo"], args.teacher_size)
-        return name, out / split / name / file, told["photo"], source, given
-
-    def edited(readers):
-        jobs_ready = common.ahead(readers, fetch, jobs, max(32, 2 * args.batch))
-        for name, group in itertools.groupby(jobs_ready, key=lambda job: job[0]):
-            prompt = concepts[name]["prompt"]
+    bar = tqdm(total=len(jobs), unit="edit", disable=rank() > 0)
+    with bar, ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+        given = training.prefetch(readers, lambda job: read(job[1], args.teacher_size), jobs)
+        for name, group in itertools.groupby(jobs, key=lambda job: job[0]):
             while batch := list(itertools.islice(group, args.batch)):
-                _, paths, photos, sources, given = zip(*batch)
-                seeds = [seed_of(args.seed, name, photo) for photo in photos]
-                edits = teacher(list(given), name, prompt, seeds)
-                scores = clip_scores(clip, given, edits, prompt) if clip else [{}] * len(edits)
-                rows = [
-                    dict(concept=name, prompt=prompt, photo=photo, seed=seed, **score)
-                    for photo, seed, score in zip(photos, seeds, scores)
-                ]
-                yield from zip(paths, sources, edits, rows)
-
-    def write(job):
-        path, source, edit, row = job
-        edit = edit.convert("RGB").resize(source.size, Image.Resampling.LANCZOS)
-        save(
-            path,
-            edit,
-            {
-                **row,
-                "psnr": psnr(source, edit),
-                **({"unsafe": True} if edit.info.get("unsafe") else {}),
-            },
-        )
-        return path
-
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        yield from common.ahead(writers, write, edited(readers))
+                _, names, paths = zip(*batch, strict=True)
+                images = list(itertools.islice(given, len(batch)))
+                seeds = [seed_of(args.seed, name, photo) for photo in names]
+                edits = teacher(images, name, concepts[name]["prompt"], seeds)
+                list(writing)  # raises what went wrong with the batch before
+                writing = writers.map(write, paths, edits)
+                bar.update(len(batch))
+        list(writing)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the folder says of itself
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 
-def why_rejected(row: dict, concept: dict) -> str | None:
-    if row.get("unsafe"):
-        return "safety checker"
-    for limit in GATE:
-        if concept.get(limit) is not None and row[limit.removeprefix("min_")] < concept[limit]:
-            return limit.removeprefix("min_").replace("_", " ")
-    return None
+class Clip:
+    """open_clip's MODEL:WEIGHTS. WEIGHTS `random` is an explicit stand-in for machines that cannot
+    download any: seeded random weights, which tell colours and textures apart but not meanings."""
 
+    def __init__(self, name: str, device: torch.device):
+        import open_clip  # 2 seconds
 
-def sorted_edits(
-    out: Path, split: str, counts: dict[str, int], concepts: dict[str, dict]
-) -> Iterator[tuple]:
-    """Yields (row, why it is rejected or None) of each edit, after moving it to or from rejected/ as thresholds say."""
-    for name, concept in concepts.items():
-        for file in (f"{i:05}.png" for i in range(counts[split])):
-            kept, aside = out / split / name / file, out / "rejected" / split / name / file
-            path = kept if kept.exists() else aside
-            if path.exists():
-                row = about(path)
-                row["photo"], reason = readable(row["photo"]), why_rejected(row, concept)
-                home = aside if reason else kept
-                if path != home:
-                    home.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, home)
-                source = f"source/{file}"  # `source_file_name` makes it a picture for datasets.load_dataset
-                yield (
-                    {
-                        "file_name": f"{name}/{file}",
-                        "source": source,
-                        "source_file_name": source,
-                        **row,
-                    },
-                    reason,
-                )
-
-
-def write_metadata(
-    out: Path, counts: dict[str, int], concepts: dict
-) -> tuple[list[dict], dict[str, Counter]]:
-    """Writes metadata.jsonl of what is kept and rejected/{train,test}.jsonl of what is not, from what the files say of
-    themselves. Returns the table's rows, and each concept's reasons for rejection with their counts."""
-    sums, reasons = {name: Counter() for name in concepts}, {name: Counter() for name in concepts}
-
-    def write(aside):
-        refused = out / "rejected" / f"{split}.jsonl"
-        with aside.open("w", encoding="utf-8") as kept, refused.open("w", encoding="utf-8") as rest:
-            for row, reason in sorted_edits(out, split, counts, concepts):
-                if reason:
-                    reasons[row["concept"]][reason] += 1
-                    rest.write(json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n")
-                else:
-                    sums[row["concept"]].update(
-                        {split: 1, **{key: row[key] for key in SCORES if key in row}}
-                    )
-                    kept.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    (out / "rejected").mkdir(exist_ok=True)
-    for split in SPLITS:
-        common.replace_file(out / split / "metadata.jsonl", write)
-    rows = [
-        {
-            "concept": name,
-            "train": own["train"],
-            "test": own["test"],
-            "rejected": reasons[name].total(),
-            **{
-                head: round(own[key] / (own["train"] + own["test"]), 3)
-                for key, head in SCORES.items()
-                if key in own
-            },
-        }
-        for name, own in sums.items()
-    ]
-    return rows, reasons
-
-
-def samples(out: Path, names: Iterable[str], count: int) -> Image.Image:
-    """The contact sheet: a row of test photos, and under it a row of edits per concept."""
-    files = [f"{i:05}.png" for i in range(count)]
-    paths = [[out / "test" / name / file for file in files] for name in ("source", *names)]
-    rows = [[common.read_image(path) if path.exists() else None for path in row] for row in paths]
-    return common.picture_grid(rows, files, ["photo", *names], cell=160)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def read_concepts(args) -> dict[str, dict]:
-    """{name: its entry in concepts.json} from --concept and --concepts, or the eight built-in prompts."""
-    prompts = {}
-    if args.concepts:
-        prompts |= {
-            name: entry.get("prompt") if isinstance(entry, dict) else entry
-            for name, entry in common.read_json(args.concepts).items()
-        }
-    for text in args.concept or []:
-        name, _, prompt = text.partition("=")
-        prompts[name.strip()] = prompt
-    prompts = prompts or CONCEPTS
-    for name, prompt in prompts.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name) or name.lower() in (
-            "source",
-            "rejected",
-            *SPLITS,
-        ):
-            raise UserError(
-                f"concept {name!r} cannot be a folder's name: use letters, digits, - and _"
-            )
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(
-                f'concept {name!r} has no prompt: write --concept {name}="what to do with the photo"'
-            )
-        if args.teacher == "filters" and name not in FILTERS:
-            raise UserError(f"--teacher filters cannot do {name!r}: it knows {', '.join(FILTERS)}")
-    if len({name.lower() for name in prompts}) < len(prompts):
-        raise UserError(
-            "two concepts' names differ in case alone, which not every file system tells apart"
-        )
-    flags = ("teacher", "teacher_size", *PIPELINE_FLAGS, "arguments", "clip", *GATE)
-    used = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) not in (None, {})}
-    return {name: {"prompt": " ".join(prompt.split()), **used} for name, prompt in prompts.items()}
-
-
-def parse() -> argparse.Namespace:
-    parser = common.StageParser(__doc__, PAPER, DEMO)
-    parser.add_argument(
-        "--images", help="a folder of photos, or `sklearn` for crops of the two that it installs"
-    )
-    parser.add_argument(
-        "--concept",
-        action="append",
-        metavar="NAME=PROMPT",
-        help="an edit to make; can be repeated (default: eight styles)",
-    )
-    parser.add_argument(
-        "--concepts", type=Path, metavar="FILE.json", help="more of them: {name: prompt}"
-    )
-    parser.add_argument(
-        "--teacher", help="a diffusers pipeline by hub id or folder, or `filters`: 8 built-in edits"
-    )
-    parser.add_argument("--size", type=int, help="pixels per side; a multiple of 8")
-    parser.add_argument(
-        "--teacher-size",
-        type=int,
-        help="pixels per side at which the teacher works, best the "
-        "size that it was trained at (default: --size)",
-    )
-    parser.add_argument("--train", type=int, help="photos for training")
-    parser.add_argument("--test", type=int, help="photos held out")
-    parser.add_argument(
-        "--steps",
-        type=int,
-        help="denoising steps (default, as of the next three: the pipeline's own)",
-    )
-    parser.add_argument(
-        "--guidance", type=float, help="classifier-free guidance towards the prompt"
-    )
-    parser.add_argument(
-        "--image-guidance", type=float, help="guidance towards the photo (InstructPix2Pix)"
-    )
-    parser.add_argument(
-        "--strength", type=float, help="image-to-image: share of the noise that is added, 0 to 1"
-    )
-    parser.add_argument(
-        "--argument",
-        action="append",
-        metavar="NAME=VALUE",
-        help="anything else that the pipeline's "
-        "call takes, such as true_cfg_scale=4 or negative_prompt=blurry; can be repeated",
-    )
-    parser.add_argument(
-        "--batch", type=int, help="photos per call of the teacher; the edits do not depend on it"
-    )
-    parser.add_argument(
-        "--save-memory",
-        choices=("none", "slicing", "offload"),
-        help="slicing: attention and VAE in "
-        "slices; offload: also keep the pipeline's parts in main memory until they are needed",
-    )
-    parser.add_argument(
-        "--clip", metavar="MODEL:WEIGHTS", help="open_clip model to score edits with, or `none`"
-    )
-    parser.add_argument(
-        "--min-image-similarity",
-        type=float,
-        help="reject edits less like their photo, by CLIP "
-        "(InstructPix2Pix's filter with ViT-L-14: 0.7; default: keep all)",
-    )
-    parser.add_argument(
-        "--min-directional-similarity",
-        type=float,
-        help="reject edits that change otherwise than the "
-        "text (InstructPix2Pix's filter, on captions: 0.2; default: keep all)",
-    )
-    parser.add_argument(
-        "--preview", type=int, metavar="N", help="only make samples.png, of N photos"
-    )
-    args = parser.parse()
-    args.teacher_size = args.teacher_size or args.size
-    if args.size < 16 or args.size % 8 or args.teacher_size < 16 or args.teacher_size % 8:
-        raise UserError(
-            f"--size {args.size}, --teacher-size {args.teacher_size}: use a multiple of 8, 16 or more"
-        )
-    if (
-        min(args.train, args.test, args.batch) < 1
-        or args.preview < 0
-        or (args.steps is not None and args.steps < 1)
-    ):
-        raise UserError(
-            "--train, --test, --batch and --steps must be 1 or more, --preview 0 or more"
-        )
-    if args.strength is not None and not 0 < args.strength <= 1:
-        raise UserError(f"--strength {args.strength}: over 0, up to 1")
-    if args.clip == "none" and any(getattr(args, limit) is not None for limit in GATE):
-        raise UserError(
-            "--min-image-similarity and --min-directional-similarity need a --clip model"
-        )
-    args.arguments = {}
-    for text in args.argument or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--argument {text}: write NAME=VALUE")
+        model, _, weights = name.partition(":")
+        weights = None if weights == "random" else weights or "no WEIGHTS"
         try:
-            args.arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            args.arguments[name] = value  # a string needs no quotes
-    unused = [flag for flag in (*PIPELINE_FLAGS, "argument") if getattr(args, flag) is not None]
-    if args.teacher == "filters" and unused:
-        raise UserError(f"--teacher filters does not take --{unused[0].replace('_', '-')}")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.model = open_clip.create_model(model, weights).to(device).eval()
+            self.tokenizer = open_clip.get_tokenizer(model)
+        except Exception as error:  # whatever its downloader raises
+            hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
+            raise UserError(f"--clip {name} cannot be loaded: {hint} ({error!s:.200})") from None
+        self.name, self.device = name, device
+        self.config = open_clip.get_model_preprocess_cfg(self.model)
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> unit vectors (B, D) on the CPU."""
+        x = pixels.to(self.device).float() / 255
+        x = F.interpolate(x, self.config["size"], mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (x.new_tensor(self.config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        with training.autocast(self.device):
+            vectors = self.model.encode_image((x - mean) / std)
+        return F.normalize(vectors.float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def text(self, text: str) -> tuple[Tensor, Tensor]:
+        """Unit vector (D,), and the text tower's last features (T, D) from the start to the end
+        token, on the CPU."""
+        ids = self.tokenizer([text]).to(self.device)  # (1, 77), padded with 0
+        vector = F.normalize(self.model.encode_text(ids).float(), dim=-1)[0]
+        options = {"text_indices": 1, "normalize_intermediates": True, "intermediates_only": True}
+        last = self.model.forward_intermediates(text=ids, **options)["text_intermediates"][0]
+        return vector.cpu(), last[0, : int((ids != 0).sum())].float().cpu()
+
+
+def feature_hashes(out: Path, concepts: dict, tower: str) -> dict[str, str]:
+    """{a tensor of features.safetensors: hash of the tower and of its prompt or pictures}."""
+    hashes = {}
+    for name, concept in concepts.items():
+        hashes[f"tokens/{name}"] = training.Pictures([], 0, [concept["prompt"]], tower).data_hash
+    for split, name in itertools.product(SPLITS, ("source", *concepts)):
+        pictures = training.Pictures(find_edits(out, split, name), 0, [], tower)
+        hashes[f"{split}/{name}"] = pictures.data_hash
+    return dict(sorted(hashes.items()))
+
+
+def read_features(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """features.safetensors and the hashes it was made with; nothing if it is missing or broken."""
+    try:
+        tensors, metadata = common.read_tensors(out / "features.safetensors", "features")
+        return tensors, metadata.get("hashes", {})
+    except UserError:
+        return {}, {}
+
+
+def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, Tensor]:
+    """features.safetensors: unit vectors (n, D) of "train/source", "test/sketch", ..., a row a file
+    number, 0 where an edit is missing or black, and the prompts' features (T, D), "tokens/sketch".
+    Whatever has another hash than before is made anew, whole: its bytes depend on nothing else."""
+    (saved, before), tensors, lacking = read_features(args.out), {}, {}
+    hashes = feature_hashes(args.out, concepts, clip.name)
+    for key in hashes:
+        folder, name = key.split("/")
+        if hashes[key] == before.get(key):
+            tensors[key] = saved[key]
+        elif folder == "tokens":
+            tensors[key] = clip.text(concepts[name]["prompt"])[1]
+        else:
+            lacking[key] = find_edits(args.out, folder, name)
+            tensors[key] = torch.zeros(len(photos[folder]), len(clip.text("")[0]))
+    read = functools.partial(common.read_image, size=args.size)
+    bar = tqdm(desc="embedding", total=sum(map(len, lacking.values())), unit="picture")
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for key, paths in lacking.items():
+            pictures = training.prefetch(pool, read, paths, depth=2 * BATCH)
+            for start in range(0, len(paths), BATCH):
+                rows = [int(path.stem) for path in paths[start : start + BATCH]]
+                pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
+                tensors[key][rows] = clip.images(pixels) * pixels.flatten(1).any(1, keepdim=True)
+                bar.update(len(rows))
+    metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
+    common.write_tensors(args.out / "features.safetensors", tensors, metadata)
+    return tensors
+
+
+# ---- The gate ------------------------------------------------------------------------------------
+
+
+def clip_scores(before: Tensor, after: Tensor, start: Tensor, goal: Tensor) -> list[list[float]]:
+    """InstructPix2Pix's two measures (arXiv 2211.09800, 3.1.2), cosines in [-1, 1]: of photo and
+    edit (n, D); and of the change in the picture and the change in text (D,), here from "a photo"
+    to the prompt, as the edit has no caption."""
+    direction = F.cosine_similarity(after - before, (goal - start)[None])
+    return torch.stack([(before * after).sum(1), direction], 1).double().round(decimals=4).tolist()
+
+
+def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -> list[dict]:
+    """Moves each edit to or from rejected/ as the gate says, and writes metadata.jsonl beside them.
+    Returns the table: how many are kept, why the others are not, and the kept ones' mean scores."""
+    homes, table = (args.out, args.out / "rejected"), []
+    lines = {home / split: [] for home in homes for split in SPLITS}
+    for name, concept in concepts.items():
+        counts, kept = Counter(), []
+        for split in SPLITS:
+            before, after = features[f"{split}/source"], features[f"{split}/{name}"]
+            texts = clip.text("a photo")[0], clip.text(concept["prompt"])[0]
+            scores = clip_scores(before, after, *texts)
+            for path in find_edits(args.out, split, name):
+                i, photo = int(path.stem), photos[split][int(path.stem)]
+                score = dict(zip(GATE, scores[i], strict=True))
+                low = [key for key in GATE if score[key] < concept.get(f"min_{key}", -1)]
+                reason = "".join(low[:1]) if after[i].any() else "black (a safety checker?)"
+                folder = homes[reason != ""] / split
+                if path.parent != folder / name:
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                    path.replace(folder / name / path.name)
+                source = f"source/{path.name}"
+                row = {"file_name": f"{name}/{path.name}", "source": source}
+                row |= {"source_file_name": source, "concept": name, "prompt": concept["prompt"]}
+                row |= {"photo": photo, "seed": seed_of(args.seed, name, photo), **score}
+                lines[folder].append(json.dumps({**row, "reason": reason}, ensure_ascii=False))
+                counts[reason or split] += 1
+                if not reason:
+                    kept.append(scores[i])
+        row = {"concept": name, "train": counts.pop("train", 0), "test": counts.pop("test", 0)}
+        row |= {"rejected": ", ".join(f"{n} {reason}" for reason, n in counts.items())}
+        means = np.mean(kept or [[0, 0]], axis=0).tolist()
+        table.append(row | dict(zip(GATE, means, strict=True)))
+    for folder, own in lines.items():
+        common.write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in own))
+    return table
+
+
+def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None:
+    """Features, gate, samples.png and result.json, of all concepts in the folder."""
+    features, out, cells = write_features(concepts, photos, clip, args), args.out, []
+    table = sort_edits(concepts, photos, features, clip, args)
+    files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
+    for name in ("source", *concepts):
+        paths = [out / "test" / name / file for file in files]
+        cells.append([common.read_image(path) if path.exists() else None for path in paths])
+    common.write_png(out / "samples.png", common.picture_grid(cells, files, ["photo", *concepts]))
+    for row in table:
+        if not row["train"] or not row["test"]:
+            raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
+    marks = common.marks_of(args, clip=clip.name)
+    if any(concept.get("teacher") == "filters" for concept in concepts.values()):
+        marks.append("built-in filters as teacher")
+    for name, trouble in photos["skipped"].items():
+        print(f"skipped {name}: {trouble}")
+    common.write_result(out, STAGE, time.time() - start, marks, {"Pairs": table})
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def parse():
+    parser = common.Parser(__doc__, out="runs/pairs")
+    flag, size, cosine = parser.add_argument, common.number(int, 16), common.number(float, -1, 1)
+    flag("--images", default="photos", help="a folder, or `sklearn`: crops of its two photographs")
+    flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
+    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or eight are built in")
+    flag("--teacher", default="timbrooks/instruct-pix2pix", help="a hub id, a folder or `filters`")
+    flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
+    flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
+    flag("--train", type=common.count, default=1000, help="photos for training")
+    flag("--test", type=common.count, default=100, help="photos held out")
+    flag("--steps", type=common.count, help="of denoising (default: the pipeline's own)")
+    flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
+    flag("--batch", type=common.count, default=8, help="photos per call; edits do not depend on it")
+    flag("--offload", action="store_true", help="the teacher's parts wait in main memory")
+    flag("--clip", default="ViT-B-32:openai", help="open_clip's MODEL:WEIGHTS, for all stages")
+    what = "reject edits below (InstructPix2Pix, ViT-L-14: {})"
+    flag("--min-image-similarity", type=cosine, default=-1, help=what.format(0.7))
+    flag("--min-directional-similarity", type=cosine, default=-1, help=what.format(0.2))
+    args = parser.parse(DEMO)
+    args.teacher_size = args.teacher_size or args.size
+    if args.size % 8 or args.teacher_size % 8 or not isinstance(args.arguments, dict):
+        raise UserError("--size and --teacher-size: a multiple of 8; --arguments: a JSON object")
+    args.arguments |= {"num_inference_steps": args.steps} if args.steps else {}
+    if args.teacher == "filters" and args.arguments:
+        raise UserError(f"--teacher filters does not take {', '.join(args.arguments)}")
     return args
 
 
-def photo_source(args) -> tuple[list[str], str, Callable]:
-    """Photo names in the order that --seed draws, a digest of them, and read(name, size) -> PIL image."""
-    if args.images == "sklearn":
-        names = [f"{split} {i}" for split in ("test", "train") for i in range(getattr(args, split))]
-        return names, "sklearn", sklearn_crop
-    folder = Path(args.images)
-    if args.out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose one outside")
-    names, digest = list_photos(folder)
-    return (
-        sorted(names, key=lambda name: seed_of(args.seed, name)),
-        digest,
-        lambda name, size: read_photo(folder / name, size, at_least=args.size),
-    )
+def wanted_concepts(args) -> dict[str, dict]:
+    """{name: its entry in concepts.json}, what its edits and their selection depend on."""
+    prompts, concepts = common.read_json(args.concepts) if args.concepts else {}, {}
+    for text in args.concept:
+        name, _, prompt = text.partition("=")
+        prompts[name.strip()] = prompt
+    entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
+    for name, prompt in (prompts or CONCEPTS).items():
+        common.check_name(name, "--concept")
+        if name.lower() in ("source", *map(str.lower, concepts)):
+            raise UserError(f"concept {name!r}: another folder has that name")
+        prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"concept {name!r} has no prompt: write --concept {name}=PROMPT")
+        if args.teacher == "filters" and name not in CONCEPTS:
+            raise UserError(f"--teacher filters cannot do {name!r}: it knows {', '.join(CONCEPTS)}")
+        concepts[name] = {"prompt": " ".join(prompt.split()), **entry}
+    return concepts
 
 
-def is_done(args, settings: dict, concepts: dict[str, dict]) -> bool:
-    """Whether the folder holds all that is asked for. UserError if it holds another run or a concept made otherwise."""
-    if args.overwrite or not args.out.is_dir() or not set(os.listdir(args.out)) - {"samples.png"}:
+def is_done(args, settings: dict, concepts: dict) -> bool:
+    """Whether the folder holds all that is asked for. UserError if it holds another run, or one of
+    the concepts made otherwise; another gate or tower makes no edit anew."""
+    complete = common.is_complete(args.out, settings, args.overwrite)
+    if args.overwrite or not (args.out / "concepts.json").exists():
         return False
-    if (
-        not (args.out / "concepts.json").exists()
-        or common.read_json(args.out / "settings.json") != settings
-    ):
-        return common.prepare_folder(args.out, settings, overwrite=False)
-    known = common.read_concepts(args.out)
-    for name in concepts.keys() & known.keys():
-        for key in sorted((concepts[name].keys() | known[name].keys()) - set(GATE)):
-            there, here = known[name].get(key), concepts[name].get(key)
-            if there != here:
-                raise UserError(
-                    f"{args.out} holds {name!r} made otherwise ({key} {there!r} there, {here!r} here): "
-                    "give it another name, or give another --out; --overwrite deletes all that is there"
-                )
-    if known | concepts != known:
-        (args.out / "result.json").unlink(
-            missing_ok=True
-        )  # complete no longer: concepts or thresholds are new
-    return common.prepare_folder(args.out, settings, overwrite=False)
-
-
-def preview(args, concepts: dict[str, dict], names: list[str], read: Callable) -> None:
-    """Writes samples.png alone, made of the photos and the noise that the run will use for its first test pictures."""
-    there = set(os.listdir(args.out)) if args.out.is_dir() else set()
-    if there and not there & {"settings.json", "samples.png", common.LOCK}:
-        raise UserError(f"{args.out} holds files that no stage made; give another --out")
-    with tempfile.TemporaryDirectory() as folder:
-        skipped = make_sources(
-            Path(folder), names, lambda name: read(name, args.size), test=args.preview, train=0
-        )
-        counts = {"train": 0, "test": sum(1 for _ in numbered(Path(folder, "test/source")))}
-        if not counts["test"]:
-            raise UserError(f"{args.images} has no photo that can be used: {skipped}")
-        jobs = missing_edits(Path(folder), counts, concepts, rank=0, world=1)
-        for _ in tqdm(
-            make_edits(Path(folder), jobs, concepts, read, load_teacher(args), None, args),
-            unit="edit",
-        ):
-            pass
-        common.write_png(args.out / "samples.png", samples(Path(folder), concepts, counts["test"]))
-    print(f"look at {args.out / 'samples.png'}")
-
-
-def meet(value: bool = False) -> bool:
-    """Process 0's value, once all processes have come here."""
-    flag = torch.tensor(value)
-    if distributed.is_initialized():
-        try:
-            distributed.broadcast(flag, 0)
-            distributed.barrier()
-        except RuntimeError:
-            raise UserError("another process stopped: its message says why")
-    return bool(flag)
+    known = training.read_concepts(args.out)
+    for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
+        if known[name].get(key) != concepts[name][key]:
+            differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
+            raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
+    hashes = feature_hashes(args.out, known, args.clip)
+    return complete and known | concepts == known and read_features(args.out)[1] == hashes
 
 
 def main() -> None:
-    args, start = parse(), time.time()
-    concepts = read_concepts(args)
-    names, digest, read = photo_source(args)
-    if args.preview:
-        return preview(args, concepts, names, read)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # one process may wait for another's last hours
-        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    settings = dict(
-        stage="01_distill_pairs",
-        photos=digest,
-        size=args.size,
-        train=args.train,
-        test=args.test,
-        seed=args.seed,
-    )
-    if meet(rank == 0 and is_done(args, settings, concepts)):
+    args, start, first = parse(), time.time(), rank() == 0
+    logging.disable(logging.ERROR)  # libraries' words beside their exceptions
+    concepts = wanted_concepts(args)
+    names, digest, read = find_photos(args)
+    device = training.start(args)
+    settings = {"stage": STAGE, "photos": digest, "seed": args.seed}
+    settings |= {"size": args.size, "train": args.train, "test": args.test}
+    done = torch.tensor(float(first and is_done(args, settings, concepts)))
+    if training.average(done) > 0:
+        common.begin_run(args.out, settings, overwrite=False)  # says so
         return
-    clip = None if args.clip == "none" else common.Clip(args.clip, common.pick_device(args.device))
-    teacher = load_teacher(args)
-    if rank == 0:
-        skipped = {}
-        if (
-            len(
-                list(
-                    itertools.islice(usable(names, lambda name: read(name, args.size), skipped), 2)
-                )
-            )
-            < 2
-        ):
-            raise UserError(
-                f"{args.images} has too few photos that can be used: {dict(list(skipped.items())[:3])}"
-            )
-        if args.out.is_dir() and os.listdir(args.out) == ["samples.png"]:
-            (args.out / "samples.png").unlink()  # a preview's
-        common.prepare_folder(args.out, settings, args.overwrite)
-        known = common.read_concepts(args.out) if (args.out / "concepts.json").exists() else {}
-        common.write_json(args.out / "concepts.json", known | concepts)
-        share = min(
-            1, len(names) / (args.train + args.test)
-        )  # of what is asked for; the proportion stays
-        test = max(1, round(share * args.test))
-        train = min(args.train, len(names) - test)
-        skipped = make_sources(args.out, names, lambda name: read(name, args.size), test, train)
-        for name, trouble in skipped.items():
-            print(f"skipped {name}: {trouble}")
-    meet()
-    counts = {split: sum(1 for _ in numbered(args.out / split / "source")) for split in SPLITS}
-    if not all(counts.values()):
-        raise UserError(f"{args.images} has too few photos that can be used: {counts}")
-    jobs = missing_edits(args.out, counts, concepts, rank, world)
-    total = sum(1 for _ in missing_edits(args.out, counts, concepts, rank, world))
-    sys.setswitchinterval(
-        0.0005
-    )  # the teacher must not wait 5 ms whenever a thread is busy encoding
-    with tqdm(total=total, unit="edit", mininterval=0.5, disable=rank > 0) as bar:
-        for _ in make_edits(args.out, jobs, concepts, read, teacher, clip, args):
-            bar.update()
-    meet()
-    if rank == 0:
-        finish(args, counts, skipped, start)
-
-
-def finish(args, counts: dict[str, int], skipped: dict[str, str], start: float) -> None:
-    """metadata.jsonl, samples.png and result.json, of all concepts in the folder."""
-    concepts = common.read_concepts(args.out)
-    rows, reasons = write_metadata(args.out, counts, concepts)
-    common.write_png(args.out / "samples.png", samples(args.out, concepts, min(6, counts["test"])))
-    for row in rows:
-        if not row["train"] or not row["test"]:
-            raise UserError(
-                f"too few edits of {row['concept']!r} pass ({dict(reasons[row['concept']])}): look at "
-                f"{args.out / 'rejected'}; other thresholds make no edit anew"
-            )
-    marks = ["demo"] if args.demo else []
-    if any(concept["teacher"] == "filters" for concept in concepts.values()):
-        marks.append("built-in filters as teacher")
-    marks += sorted(
-        {mark for concept in concepts.values() for mark in common.clip_mark(concept["clip"])}
-    )
-    marks += [
-        f"partial: {row['concept']}"
-        for row in rows
-        if row["train"] + row["test"] + row["rejected"] < sum(counts.values())
-    ]
-    common.write_json(
-        args.out / "result.json",
-        {
-            "stage": "01_distill_pairs",
-            "marks": marks,
-            "seconds": round(time.time() - start, 1),
-            "photos": counts,
-            "skipped": skipped,
-            "rejected": {name: why for name, why in reasons.items() if why},
-            "tables": {"Pairs": rows},
-        },
-    )
-    print(
-        f"{args.out}: {counts['train']} + {counts['test']} photos ({len(skipped)} skipped), {len(concepts)} concepts "
-        f"({sum(row['rejected'] for row in rows)} edits rejected); look at {args.out / 'samples.png'}"
-    )
+    clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
+    teacher = load_teacher(args, device)
+    if first:  # no longer complete: concepts, gate, tower or pictures differ
+        (args.out / "result.json").unlink(missing_ok=True)
+    common.begin_run(args.out, settings, args.overwrite)
+    if first:
+        path = args.out / "concepts.json"
+        known = training.read_concepts(args.out) if path.exists() else {}
+        common.write_json(path, known | concepts)
+        make_sources(args.out, names, read, args)
+    training.barrier()
+    photos = common.read_json(args.out / "photos.json")
+    make_edits(concepts, photos, read, teacher, args)
+    training.barrier()
+    if first:
+        finish(training.read_concepts(args.out), photos, clip, start, args)
 
 
 if __name__ == "__main__":

@@ -1,1331 +1,796 @@
 """Prunes a GAN while it trains, to the share of its MACs that you ask for.
 
-CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from latent vectors, one element
-a channel; after each step the latents are soft-thresholded, so channels fade until the target is met. Then the generated
-weights are sliced to the surviving channels: a dense, smaller network, no hypernetwork left. Converging: that one trains
-on as usual.
+CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from
+latent vectors, one element a channel; after each step the latents are soft-thresholded, so channels
+fade until the target is met. Then the generated weights are sliced to the surviving channels: a
+dense, smaller network, no hypernetwork left. Converging: that one trains on as usual.
 
-`--task pix2pix` (paired): `--generator FILE` prunes a trained base and keeps what it learned; `--generator e2gan` (or resnet9,
-unet256) starts from scratch. `--task cyclegan` (unpaired, both directions; resnet9, or e2gan without text) and `--task dcgan`
-(pictures from noise) start from scratch.
+`--task pix2pix` (paired): `--generator FILE` prunes a trained base and keeps what it learned; an
+architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and dcgan (noise).
 
-Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's (train, val or test, with A|B side
-        by side), CycleGAN's (trainA trainB testA testB), or a flat folder of pictures; `--data cifar10` downloads CIFAR-10
-Writes  runs/coronet/generator.safetensors      an ordinary generator: fine-tune adapters on it, export it
-                                                (cyclegan: generator_AtoB.safetensors, generator_BtoA.safetensors)
-        sliced/*.safetensors                    what the search left, before converging; the discriminators too
-        search.safetensors, converge.safetensors    to continue
-        search.jsonl, converge.jsonl, search.png, converge.png, pruning.png, samples/*.png, result.json
+Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's
+        (train, val or test, A|B side by side), CycleGAN's (trainA ...), or of pictures (dcgan)
+Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
+        sliced/*.safetensors, search.json   what the search left, discriminators too; its steps
+        search-*, converge-*, samples/*     each phase's state, log, curve, pictures; result.json
 
     python 05_prune_coronet.py --demo
     python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
-    python 05_prune_coronet.py --task cyclegan --data horse2zebra --keep 0.25 --prune-discriminator --batch 1
+    python 05_prune_coronet.py --task cyclegan --data horse2zebra --prune-discriminator --batch 1
     torchrun --nproc_per_node=8 05_prune_coronet.py --keep 0.25 --batch 128
 """
 
+import argparse
 import copy
-import dataclasses
 import itertools
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 import common
+import training
+from common import UserError
 
-PAPER = dict(
-    task="pix2pix",
-    pairs=Path("runs/pairs"),
-    concept=[],
-    generator="auto",
-    out=Path("runs/coronet"),
-    data=None,
-    direction="AtoB",
-    size=0,
-    method="coronet",
-    start="weights",
-    keep=0.25,
-    width=64,
-    clip="ViT-B-32:openai",
-    search_epochs=20,
-    epochs=180,  # together pix2pix's 200
-    batch=16,
-    lr=2e-4,
-    lr_search=1e-4,
-    lr_d=2e-4,
-    lr_z=1e-2,
-    l1=100.0,
-    cycle=10.0,
-    identity=0.5,
-    precision="auto",
-    cache_gb=8.0,
-    fid="auto",
-    save_every=1000,
-)
-DEMO = dict(
-    pairs=Path("runs/demo/pairs"),
-    out=Path("runs/demo/coronet"),
-    width=32,
-    clip="ViT-S-32:random",
-    search_epochs=3,
-    epochs=5,
-    lr=1e-3,
-    lr_search=2e-4,
-    fid="off",
-    save_every=144,
-)
-LOG_EVERY = 50
-MOST = 0.05  # the largest amount by which one step may shrink a latent
+DEMO = {"width": 32, "search_epochs": 3, "epochs": 5, "lr": 1e-3, "lr_search": 2e-4}
+DEMO |= {"fid": "off", "save_every": 144}
+MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
 
+# ---- What there is to keep: MACs as a formula, importance, the target ----------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data in the field's usual layouts: pix2pix's, CycleGAN's, a folder of pictures, CIFAR-10
-
-LAYOUTS = (
-    "train/ and test/ or val/ of pictures that hold A|B side by side (pix2pix), trainA/ trainB/ testA/ testB/ (cyclegan), "
-    "two or more pictures or cifar-10-batches-py/ (dcgan)"
-)
-
-
-def fit(picture: Image.Image, size: int) -> torch.Tensor:
-    """The middle square of a picture, RGB, its short side scaled to `size`, as uint8 (3, size, size)."""
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-def header(path: Path, side_by_side: bool = False) -> bytes:
-    """What a picture file adds to the fingerprint; JPEG has no checksum, so more of its end than of our PNGs'. UserError where
-    it is no picture, or does not hold two squares side by side."""
-    with common.opened(path) as picture:
-        if side_by_side and picture.width != 2 * picture.height:
-            raise common.UserError(
-                f"{path} is {picture.width}x{picture.height}; A|B side by side is twice as wide as high"
-            )
-    return common.file_ends(path, 4096)
-
-
-@dataclasses.dataclass(kw_only=True)
-class SideBySide(common.Pairs):
-    """pix2pix's layout: each file holds A and B side by side, two squares. AtoB: A is the photo and B its edit."""
-
-    direction: str  # AtoB or BtoA
-
-    def statistics(self, concept):
-        return None  # nothing is written into a folder that is not ours
-
-    def path(self, place):
-        return self.folder / self.names[place % len(self.names)]
-
-    def load(self, place):
-        with common.opened(self.path(place)) as picture:
-            picture = common.upright(picture)
-        half = picture.width // 2
-        left = 0 if (place < len(self.names)) == (self.direction == "AtoB") else half
-        return fit(picture.crop((left, 0, left + half, picture.height)), self.size)
-
-    def check(self):
-        return common.fingerprint(
-            [self.names, self.concepts, self.size, self.direction],
-            lambda name: header(self.folder / name, True),
-            self.names,
-        )
-
-
-@dataclasses.dataclass(kw_only=True)
-class Flat(common.Pictures):
-    """Pictures of any size in any format, a place each; the middle square counts."""
-
-    files: list[Path]
-
-    def __post_init__(self):
-        self.places, self.counts = len(self.files), [len(self.files)]
-        names = [f"{path.parent.name}/{path.name}" for path in self.files]
-        self.fingerprint = common.fingerprint([names, self.concepts, self.size], header, self.files)
-
-    def load(self, place):
-        with common.opened(self.files[place]) as picture:
-            picture.draft(
-                None, (2 * self.size, 2 * self.size)
-            )  # JPEG decodes several times faster at 1/2, 1/4, 1/8
-            return fit(common.upright(picture), self.size)
-
-    def plan(self, step, batch, seed):
-        picks, flips = common.draw_picks(self.counts, batch, step, seed)
-        return picks[:, 1:], flips[:, None], picks[:, 0]  # the one concept is 0
-
-
-@dataclasses.dataclass(kw_only=True)
-class Unpaired(Flat):
-    """CycleGAN's layout: pictures of two kinds, A's files before B's. A row of a batch is an A and a B drawn independently, and
-    mirrored each for itself; an epoch passes over the larger set once."""
-
-    first_b: int  # how many are A's
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.sets = self.first_b, self.places - self.first_b
-        self.counts = [max(self.sets)]
-
-    @property
-    def photos(self) -> torch.Tensor:
-        """A's pictures (nA, 3, S, S) uint8, once decoded."""
-        return self.pixels[: self.first_b]
-
-    @property
-    def others(self) -> torch.Tensor:
-        """B's pictures (nB, 3, S, S) uint8, once decoded; none of them belongs to one of A's."""
-        return self.pixels[self.first_b :]
-
-    def plan(self, step, batch, seed):
-        picks, flips = common.draw_picks(self.sets, 2 * batch, step, seed)  # A and B take turns
-        places = picks[:, 1].view(batch, 2) + torch.tensor([0, self.first_b])
-        return places, flips.view(batch, 2), torch.zeros(batch, dtype=torch.long)
-
-
-class Cifar(Flat):
-    """The same of an array (N, H, W, 3) uint8 in the place of files."""
-
-    def __post_init__(self):
-        self.places, self.counts = len(self.files), [len(self.files)]
-        self.fingerprint = common.fingerprint(
-            [self.concepts, self.size], np.ndarray.tobytes, [self.files]
-        )
-
-    def load(self, place):
-        return fit(Image.fromarray(self.files[place]), self.size)
-
-
-def unpaired_from_pairs(pairs: Path, concept: str) -> tuple[Unpaired, common.Pairs]:
-    """Unpaired training data whose truth is known: A is the photos of the first half of the training pairs, B the edits of the
-    others'. The test pairs stay pairs, decoded."""
-    data, test = (
-        common.find_pairs(pairs, "train", [concept]),
-        common.load_pairs(pairs, "test", [concept]),
-    )
-    n = len(data.names)
-    if n < 2:
-        raise common.UserError(
-            f"{pairs / 'train'} holds {n} pair of {concept!r}; it takes two to take them apart"
-        )
-    files = [data.path(place) for place in (*range(n // 2), *range(n + n // 2, 2 * n))]
-    return Unpaired(files=files, first_b=n // 2, size=data.size, concepts=data.concepts), test
-
-
-def cifar10(root: Path, download: bool, size: int) -> tuple[Cifar, Cifar]:
-    """CIFAR-10's 50,000 training pictures, and the first 1000 of its test pictures. Its files are pickles: torchvision compares
-    each one's MD5 with the one it knows before it unpickles anything."""
-    from torchvision import datasets
-
-    several = torch.distributed.is_initialized()
-    try:
-        if download and not (several and torch.distributed.get_rank()):
-            datasets.CIFAR10(root, download=True)
-        if several:
-            torch.distributed.barrier()  # the first process downloads for all
-        train, test = (datasets.CIFAR10(root, train=split).data for split in (True, False))
-    except (RuntimeError, OSError) as error:
-        raise common.UserError(
-            f"CIFAR-10 cannot be {'downloaded to' if download else 'read from'} {root} ({error}); unpack "
-            f"{datasets.CIFAR10.url} there"
-        )
-    return tuple(
-        Cifar(files=part, size=size, concepts=[{"name": "cifar10", "prompt": ""}])
-        for part in (train, test[:1000])
-    )
-
-
-def find_data(
-    task: str, folder: Path, size: int, direction: str = "AtoB"
-) -> tuple[common.Pictures, common.Pictures]:
-    """A folder's training pictures, not decoded yet, and its held-out ones, decoded but for pix2pix, in the layout that the task reads:
-    pix2pix: SideBySide; cyclegan: Unpaired; dcgan: Flat, a tenth of them held out, at most 1000; or CIFAR-10, which torchvision
-    downloads to runs/cifar10 if `folder` is "cifar10". The one concept bears the folder's name."""
-    if task == "dcgan" and (size < 8 or size & (size - 1)):
-        raise common.UserError(f"--size {size}: dcgan needs a power of two from 8 on")
-    if size % 8 or size < 24 and task != "dcgan":
-        raise common.UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
-    common.check_name(folder.resolve().name, folder)  # the generator's concept will bear it
-    same = dict(size=size, concepts=[{"name": folder.resolve().name, "prompt": ""}])
-    found = {
-        name: common.list_pictures(folder / name)
-        for name in ("train", "test", "val", "trainA", "trainB", "testA", "testB")
-    }
-    download = folder == Path("cifar10") and not folder.exists()
-    if task == "dcgan" and (download or (folder / "cifar-10-batches-py").is_dir()):
-        train, test = cifar10(Path("runs/cifar10") if download else folder, download, size)
-    elif not folder.is_dir():
-        raise common.UserError(f"--data {folder} is no folder")
-    elif (
-        task == "pix2pix"
-        and found["train"]
-        and (held_out := "test" if found["test"] else "val" if found["val"] else "")
-    ):
-        train, test = (
-            SideBySide(
-                folder=folder / split,
-                names=[path.name for path in found[split]],
-                rows=[torch.arange(len(found[split]))],
-                direction=direction,
-                **same,
-            )
-            for split in ("train", held_out)
-        )
-    elif task == "cyclegan" and all(
-        found[split + kind] for split in ("train", "test") for kind in "AB"
-    ):
-        train, test = (
-            Unpaired(
-                files=found[split + "A"] + found[split + "B"],
-                first_b=len(found[split + "A"]),
-                **same,
-            )
-            for split in ("train", "test")
-        )
-    elif task == "dcgan" and len(files := common.list_pictures(folder, "**/*")) > 1:
-        order, tenth = (
-            np.random.default_rng(0).permutation(len(files)),
-            max(1, min(1000, len(files) // 10)),
-        )
-        train, test = (
-            Flat(files=[files[i] for i in sorted(part)], **same)
-            for part in (order[tenth:], order[:tenth])
-        )
-    else:
-        there = sorted(path.name for path in folder.iterdir())
-        raise common.UserError(
-            f"--task {task} finds no data in {folder}; looked for {LAYOUTS}; found "
-            f"{', '.join(there[:8]) or 'nothing'}{', ...' * (len(there) > 8)}"
-        )
-    return train, test if task == "pix2pix" else test.decoded()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The task: its networks, its losses, its measures. Batches are (pictures, ..., concept); the last but one are what fakes are
-# to look like. In the losses `g` and `d` are dictionaries of the networks, under DDP or plain. For `grace` steps of a phase fakes that
-# hardly differ are no collapse: DCGAN starts with grey pictures, which at width 4 may differ 2 % as much as the real ones for 100 steps.
-
-
-class Pix2pix:
-    """Paired pictures: one generator, photo -> edit, and a PatchGAN that sees both. Least-squares GAN + 100 L1 (pix2pix)."""
-
-    grace = 0
-
-    def __init__(
-        self, args, data: common.Pairs, device: torch.device, trained: common.Generator | None
-    ):
-        self.l1 = args.l1
-        if trained and trained.config["size"] != data.size:
-            raise common.UserError(
-                f"{args.generator} was trained at {trained.config['size']} pixels, and the data has {data.size}"
-            )
-        generator = (
-            trained.to(device)
-            if trained
-            else common.new_generator(
-                args.generator, args.width, data.size, data.concepts, args.clip, device
-            )
-        )
-        self.generators = {"generator": generator}
-        self.discriminators = {"discriminator": common.new_discriminator(generator)}
-        self.pools, self.names = {}, {}
-        self.concepts = torch.tensor(
-            [generator.concept(concept["name"]) for concept in data.concepts], device=device
-        )
-
-    def fakes(self, g, batch):
-        photo, _, concept = batch
-        return [g["generator"](photo, self.concepts[concept])]
-
-    def generator_loss(self, g, d, batch, fakes):
-        photo, edit, concept = batch
-        text = common.text_of(self.generators["generator"], self.concepts[concept])
-        score = d["discriminator"](photo, fakes[0], text).float()
-        distance = l1(fakes[0], edit)
-        return (score - 1).square().mean() + self.l1 * distance, distance
-
-    def discriminator_loss(self, d, batch, fakes):
-        photo, edit, concept = batch
-        text = common.text_of(self.generators["generator"], self.concepts[concept].repeat(2))
-        real, fake = (
-            d["discriminator"](photo.repeat(2, 1, 1, 1), torch.cat([edit, fakes[0]]), text)
-            .float()
-            .chunk(2)
-        )
-        return ((real - 1).square().mean() + fake.square().mean()) / 2, real
-
-    def measure(self, test, with_fid: bool) -> list[dict]:
-        return common.evaluate(self.generators["generator"], test, with_fid)
-
-    def picture(self, test):
-        return common.progress_picture(self.generators["generator"], test)
-
-
-class CycleGan:
-    """Unpaired pictures of two kinds: two generators, and two PatchGANs that see the picture alone. Least-squares GAN + 10 times
-    the L1 of coming back + half of that for changing what is on the other side already; the discriminators see new and
-    earlier fakes (CycleGAN)."""
-
-    grace = 0
-
-    def __init__(self, args, data: Unpaired, device: torch.device, trained: None):
-        self.weight, self.identity = args.cycle, args.identity
-        self.generators = {
-            f"generator_{way}": common.new_generator(
-                args.generator,
-                args.width,
-                data.size,
-                [{"name": way, "prompt": way}],
-                "none",
-                device,
-            )
-            for way in ("AtoB", "BtoA")
-        }
-        self.discriminators = {
-            f"discriminator_{side}": common.new_discriminator(generator, photo=False)
-            for side, generator in zip("BA", self.generators.values())
-        }
-        self.pools = {f"pool_{side}": Pool(data.size, device) for side in "AB"}
-        self.names = {"L1": "cycle"}
-
-    def fakes(self, g, batch):
-        a, b, _ = batch
-        if not self.identity:
-            return [g["generator_AtoB"](a), g["generator_BtoA"](b)]
-        (to_b, same_b), (to_a, same_a) = (
-            g["generator_AtoB"](torch.cat([a, b])).chunk(2),
-            g["generator_BtoA"](torch.cat([b, a])).chunk(2),
-        )
-        return [to_b, to_a, same_b, same_a]
-
-    def generator_loss(self, g, d, batch, fakes):
-        a, b, _ = batch
-        to_b, to_a, *same = fakes
-        gan = sum(
-            (d[f"discriminator_{side}"](None, fake).float() - 1).square().mean()
-            for side, fake in (("B", to_b), ("A", to_a))
-        )
-        cycle = l1(g["generator_BtoA"](to_b), a) + l1(g["generator_AtoB"](to_a), b)
-        identity = sum(l1(x, y) for x, y in zip(same, (b, a)))
-        return gan + self.weight * (cycle + self.identity * identity), cycle / 2
-
-    def discriminator_loss(self, d, batch, fakes):
-        loss = 0
-        for side, picture, fake in (("A", batch[0], fakes[1]), ("B", batch[1], fakes[0])):
-            fake = self.pools[f"pool_{side}"].swap(fake)
-            real, fake = (
-                d[f"discriminator_{side}"](None, torch.cat([picture, fake])).float().chunk(2)
-            )
-            loss = loss + ((real - 1).square().mean() + fake.square().mean()) / 2
-        return loss, real
-
-    def measure(self, test, with_fid: bool) -> list[dict]:
-        """A row per direction: PSNR and L1 where the test pictures are pairs, and how far a picture is from itself after
-        the way there and back."""
-        rows, (a, b) = [], sides(test)
-        truth = isinstance(test, common.Pairs)
-        for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
-            there, home = (self.generators[f"generator_{name}"].eval() for name in (way, back))
-            made = common.run_generator(there, x, 0)
-            row = {"direction": way}
-            if truth:
-                row |= {"PSNR dB": mean_psnr(made, y), "picture unchanged dB": mean_psnr(x, y)}
-            if with_fid:
-                row["FID"] = common.fid(made, y, next(there.parameters()).device)
-            rows.append(
-                {**row, "PSNR dB there and back": mean_psnr(common.run_generator(home, made, 0), x)}
-            )
-        return rows
-
-    def picture(self, test):
-        rows, labels = [], []
-        for way, x in zip(("AtoB", "BtoA"), sides(test)):
-            made = common.run_generator(self.generators[f"generator_{way}"].eval(), x[:4], 0)
-            rows, labels = (
-                rows + [list(row) for row in zip(x[:4], made)],
-                labels + [way] * len(made),
-            )
-        return common.picture_grid(rows, ["picture", "made of it"], labels)
-
-
-class Pool(torch.nn.Module):
-    """The last fakes that a discriminator saw. A module, so that it is saved with the networks; under several processes a
-    continued run gives all of them the first's."""
-
-    def __init__(self, size: int, device: torch.device):
-        super().__init__()
-        self.register_buffer("pictures", torch.zeros(POOL, 3, size, size, device=device))
-        self.register_buffer(
-            "filled", torch.zeros((), dtype=torch.long)
-        )  # stays on the CPU: reading it waits for no device
-
-    def swap(self, fakes: torch.Tensor) -> torch.Tensor:
-        """fakes (B, 3, S, S) -> as many: once the pool is full, half of them replaced by earlier ones, whose places they take."""
-        given = []
-        for fake in fakes.detach().float():
-            if self.filled < POOL:
-                self.pictures[self.filled] = fake
-                self.filled += 1
-            elif torch.rand(()) < 0.5:
-                place = torch.randint(POOL, ())
-                earlier = self.pictures[place].clone()
-                self.pictures[place] = fake
-                fake = earlier
-            given.append(fake)
-        return torch.stack(given)
-
-
-class Dcgan:
-    """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
-
-    grace = 1000
-
-    def __init__(self, args, data: Flat, device: torch.device, trained: None):
-        generator = common.new_generator("dcgan", args.width, data.size, [], "none", device)
-        self.generators, self.discriminators = (
-            {"generator": generator},
-            {"discriminator": common.new_discriminator(generator)},
-        )
-        self.pools, self.names = {}, {"L1": ""}
-
-    def fakes(self, g, batch):
-        return [
-            g["generator"](
-                torch.randn(len(batch[0]), common.FIXED["noise"], device=batch[0].device)
-            )
-        ]
-
-    def generator_loss(self, g, d, batch, fakes):
-        score = d["discriminator"](fakes[0]).float()
-        return F.softplus(-score).mean(), score.new_zeros(())
-
-    def discriminator_loss(self, d, batch, fakes):
-        real, fake = (
-            d["discriminator"](batch[0]).float(),
-            d["discriminator"](fakes[0]).float(),
-        )  # not one pass: BatchNorm would
-        return F.softplus(-real).mean() + F.softplus(fake).mean(), real  # mix their statistics
-
-    def measure(self, test, with_fid: bool) -> list[dict]:
-        """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees colours and layout, no more."""
-        made = samples(self.generators["generator"], len(test.pixels))
-        row = {
-            "pictures": len(made),
-            "Frechet distance of thumbnails (lower is better)": thumbnail_distance(
-                made, test.pixels
-            ),
-        }
-        if with_fid:
-            row["FID"] = common.fid(
-                made, test.pixels, next(self.generators["generator"].parameters()).device
-            )
-        return [row]
-
-    def picture(self, test):
-        made = samples(self.generators["generator"], 64)
-        return common.picture_grid(
-            [list(row) for row in made.split(8)], [""] * 8, [""] * 8, cell=made.shape[-1]
-        )
-
-
-TASKS = {"pix2pix": Pix2pix, "cyclegan": CycleGan, "dcgan": Dcgan}
-
-
-def l1(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x.float() - y).abs().mean()
-
-
-def mean_psnr(made: torch.Tensor, truth: torch.Tensor) -> float:
-    """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
-    return common.psnr(common.to_float(made), common.to_float(truth)).mean().item()
-
-
-def sides(test) -> tuple[torch.Tensor, torch.Tensor]:
-    """The held-out pictures A and B, uint8: photos and edits of pairs, or two unpaired sets."""
-    return (
-        (test.photos[test.rows[0]], test.edits[0])
-        if isinstance(test, common.Pairs)
-        else (test.photos, test.others)
-    )
-
-
-@torch.no_grad()
-def samples(generator: common.Generator, count: int) -> torch.Tensor:
-    """`count` pictures, uint8 (N, 3, S, S), from noise that is always the same."""
-    noise = torch.randn(count, common.FIXED["noise"], generator=torch.Generator().manual_seed(0))
-    device = next(generator.parameters()).device
-    return torch.cat(
-        [common.to_uint8(generator.eval()(part.to(device))).cpu() for part in noise.split(100)]
-    )
-
-
-def thumbnail_distance(made: torch.Tensor, real: torch.Tensor) -> float | None:
-    """Frechet distance of two sets of uint8 pictures (N, 3, S, S), as 8x8 thumbnails with values in [-1, 1]; None for a single
-    picture, which has no covariance."""
-    if min(len(made), len(real)) < 2:
-        return None
-    sides = []
-    for pictures in (made, real):
-        x = (
-            F.adaptive_avg_pool2d(common.to_float(pictures), 8).flatten(1).double().numpy()
-        )  # (N, 192)
-        sides += [x.mean(0), np.cov(x, rowvar=False)]
-    return common.frechet_distance(*sides)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What there is to keep: MACs as a function of the widths, latents, targets
+Channels = dict[str, torch.Tensor]  # {group: a number per channel, or channels' indices}
 
 
 def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
-    """common.count_macs as a formula in the widths: a list of (reads, writes, unit), whose sum over
-    channels(reads) * channels(writes) * unit is the number of MACs. Cheap enough to be solved for widths at every step."""
-    terms, hooks = [], []
+    """common.count_macs as a formula in the widths, cheap enough to be solved for them at every
+    step: (reads, writes, unit), the sum of channels(reads) * channels(writes) * unit."""
+    terms = []
 
     def record(module, inputs, output):
         if isinstance(module, common.Attention):
             n, m = inputs[0].shape[1], inputs[1].shape[1]
             terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
         else:
-            x = inputs[0] if isinstance(module, torch.nn.ConvTranspose2d) else output
-            positions = x.numel() // x.shape[-1 if isinstance(module, torch.nn.Linear) else 1]
+            x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
             terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
 
     twin = copy.deepcopy(network).to("meta").eval()
     for module in twin.modules():
         if hasattr(module, "reads") or isinstance(module, common.Attention):
-            hooks.append(module.register_forward_hook(record))
+            module.register_forward_hook(record)
     with torch.no_grad():
         twin(*twin.example())
     return terms
 
 
-def macs_of(terms: list[tuple[tuple, tuple, int]], widths: dict) -> int:
-    """mac_terms' formula for some widths (which must name the fixed groups too)."""
+def macs_of(terms: list[tuple], widths: dict[str, int]) -> int:
+    """mac_terms' formula for some widths, the fixed groups' too."""
     total = 0
     for reads, writes, unit in terms:
-        total += (
-            unit * sum(widths[g] for g in reads) * (sum(widths[g] for g in writes) if writes else 1)
-        )
+        outputs = sum(widths[g] for g in writes) if writes else 1
+        total += sum(widths[g] for g in reads) * outputs * unit
     return total
 
 
-def channel_importance(network: common.Network) -> dict[str, torch.Tensor]:
-    """{group: (channels,)}: the RMS of the weights that write or read each channel, relative to its layer's, averaged over the
-    layers; mean 1 a group. Where latents start from when the network is trained already (a choice of ours)."""
+def channel_importance(network: common.Network) -> Channels:
+    """The RMS of the weights that write or read each channel, relative to its layer's, averaged
+    over layers; mean 1 a group. Where latents start from (a choice of ours)."""
     widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
     for _, module in common.named_layers(network):
         weight = module.weight.detach().cpu()
-        weight = weight.transpose(0, 1) if isinstance(module, torch.nn.ConvTranspose2d) else weight
+        weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
         square = weight.square().reshape(*weight.shape[:2], -1).mean(2)  # (O, I)
-        for groups, rms in (
-            (module.writes, square.mean(1).sqrt()),
-            (module.reads, square.mean(0).sqrt()),
-        ):
-            for group, part in zip(groups, rms.split([widths[g] for g in groups])):
+        for groups, mean in ((module.writes, square.mean(1)), (module.reads, square.mean(0))):
+            rms = mean.sqrt()
+            for group, part in zip(groups, rms.split([widths[g] for g in groups]), strict=True):
                 sums[group] += part / rms.mean()
     return {group: sums[group] / sums[group].mean() for group in network.config["widths"]}
 
 
-class Latents(torch.nn.ParameterDict):
-    """One vector per channel group, {group: (channels,)}: what the search shrinks."""
-
-    def __init__(self, network: common.Network, start: str):
-        """start "paper": N(0, 1). "weights": the network's channels ranked by importance and spread evenly over two decades, 0.01
-        to 1, so that half of them can fade while the others barely move (a choice of ours)."""
-
-        def spread(importance):
-            ranks = importance.argsort().argsort()
-            return 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
-
-        super().__init__(
-            {
-                group: torch.randn(network.config["widths"][group])
-                if start == "paper"
-                else spread(importance)
-                for group, importance in channel_importance(network).items()
-            }
-        )
-
-    def with_fixed(self, network: common.Network) -> dict[str, torch.Tensor]:
-        """The latents and ones for the groups that are never pruned: RGB and text."""
-        widths, device = common.all_widths(network.config), next(self.parameters()).device
-        return {
-            g: self[g] if g in self else torch.ones(n, device=device) for g, n in widths.items()
-        }
-
-
 class Target:
-    """Knows how many MACs a choice of widths costs, and which threshold on the latents brings them under a share of all."""
+    """What widths cost in MACs, and which threshold on the latents brings them under a share."""
 
     def __init__(self, network: common.Network, keep: float):
+        self.config, self.parameters = network.config, common.count_parameters(network)
         self.terms, self.full = mac_terms(network), common.all_widths(network.config)
         self.macs = macs_of(self.terms, self.full)
         self.floor = {g: min(n, max(2, n // 16)) for g, n in network.config["widths"].items()}
         smallest = self.share({**self.full, **self.floor})
-        if not 0 < keep < 1 or keep < smallest:
-            raise common.UserError(
-                f"--keep {keep}: give a share of the MACs below 1 and not under {smallest:.3f}, what a "
-                f"{network.kind} keeps with the fewest channels, a sixteenth of each group and at least 2"
+        if not smallest <= keep < 1:
+            raise UserError(
+                f"--keep {keep}: give a share of the MACs from {smallest:.3f} to below 1"
             )
 
     def share(self, widths: dict[str, int]) -> float:
         return macs_of(self.terms, widths) / self.macs
 
-    def widths(self, latents: dict[str, torch.Tensor], threshold: float) -> dict[str, int]:
+    def widths(self, latents: Channels, threshold: float) -> dict[str, int]:
         """Channels with |z| above the threshold, per group; never under the floor."""
-        above = {
-            g: max(int((z.abs() > threshold).sum()), self.floor[g]) for g, z in latents.items()
-        }
-        return {**self.full, **above}
+        above = {g: int((z.abs() > threshold).sum()) for g, z in latents.items()}
+        return {**self.full, **{g: max(n, self.floor[g]) for g, n in above.items()}}
 
-    def threshold(self, latents: dict[str, torch.Tensor], share: float, most: float) -> float:
-        """The smallest threshold (to 1/1000 of `most`) that brings the MACs to `share` or less; `most` if none does."""
-        low, high = -most / 1000, most  # below 0: nothing is dropped
+    def threshold(self, latents: Channels, share: float, most: float) -> float:
+        """The smallest threshold (to 1/1000 of `most`) that brings the MACs to `share` or less;
+        `most` if none does."""
         if self.share(self.widths(latents, 0.0)) <= share:
             return 0.0
+        low, high = -most / 1000, most  # below 0: nothing is dropped
         while high - low > most / 1000:
             middle = (low + high) / 2
-            low, high = (
-                (low, middle)
-                if self.share(self.widths(latents, middle)) <= share
-                else (middle, high)
-            )
+            enough = self.share(self.widths(latents, middle)) <= share
+            low, high = (low, middle) if enough else (middle, high)
         return high
 
-    def kept(self, latents: dict[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
-        """{group: sorted indices} of the largest latents such that the MACs come to `share` or just less: to the last channel
-        that fits, as one channel of a wide group can be more than a hundredth of all MACs."""
-        widths = self.widths(
-            latents,
-            self.threshold(latents, share, max(z.abs().max().item() for z in latents.values())),
-        )
+    def kept(self, latents: Channels, share: float) -> Channels:
+        """{group: sorted indices} of the largest latents such that the MACs come to `share` or just
+        less: to the last channel that fits, which may be a hundredth of all MACs."""
+        most = max(z.abs().max().item() for z in latents.values())
+        widths = self.widths(latents, self.threshold(latents, share, most))
         order = {g: z.abs().sort(descending=True) for g, z in latents.items()}
-        while True:
-            fits = [
-                g
-                for g in latents
-                if widths[g] < self.full[g] and self.share({**widths, g: widths[g] + 1}) <= share
-            ]
-            if not fits:
-                return {g: order[g].indices[: widths[g]].sort().values for g in latents}
-            widths[max(fits, key=lambda g: order[g].values[widths[g]].item())] += 1
+
+        def fits(g: str) -> bool:
+            more = {**widths, g: widths[g] + 1}
+            return widths[g] < self.full[g] and self.share(more) <= share
+
+        while candidates := [g for g in latents if fits(g)]:
+            widths[max(candidates, key=lambda g: order[g].values[widths[g]].item())] += 1
+        return {g: order[g].indices[: widths[g]].sort().values for g in latents}
 
 
-def soft_threshold(latents: Latents, amount: float) -> None:
-    """The proximal step of the l1 norm: z <- sign(z) max(|z| - amount, 0)."""
+# ---- CoroNetGAN: latents, soft threshold, slice, the loop ---------------------------------------
+
+
+def add_latents(network: common.Network, start: str) -> None:
+    """A vector per channel group, what the search shrinks, and hypernetworks that make all weights
+    of them. start "paper": N(0, 1). "weights": spread evenly over two decades, 0.01 to 1, by the
+    channels' importance, so that half can fade while the others barely move (a choice of ours)."""
+    device, latents = next(network.parameters()).device, {}
+    for group, importance in channel_importance(network).items():
+        ranks = importance.argsort().argsort()
+        spread = 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
+        latents[group] = torch.randn(len(ranks)) if start == "paper" else spread
+    network.latents = nn.ParameterDict(latents).to(device)  # is saved, and averaged, with it
+    ones = {g: torch.ones(n, device=device) for g, n in common.all_widths(network.config).items()}
+    common.add_hypernetwork(network, {**ones, **network.latents}, start == "weights")
+
+
+def soft_threshold(network: common.Network, target: Target, share: float) -> float:
+    """The proximal step of the l1 norm, z <- sign(z) max(|z| - amount, 0); returns the MACs' share
+    that is left. The paper's amount is lambda * lr with a constant lambda; here it is the smallest
+    that brings the MACs to `share`, which falls linearly (our choice: it meets any target)."""
+    latents = scores_of(network)
+    amount = target.threshold(latents, share, MAX_SHRINK)
+    left = target.share(target.widths(latents, amount))
     with torch.no_grad():
-        for z in latents.values():
+        for z in network.latents.values():
             z.copy_(z.sign() * (z.abs() - amount).clamp(min=0))
+    return left
 
 
-def on_cpu(latents: Latents) -> dict[str, torch.Tensor]:
-    return {g: z.detach().cpu() for g, z in latents.items()}
-
-
-def scores_of(args, network: common.Network) -> dict[str, torch.Tensor]:
-    """What the methods that CoroNetGAN is compared with keep the channels by, the largest first, {group: (channels,)}: at random, by
-    the size of their weights, or so many of each group that all groups are narrowed alike."""
-    if args.method == "magnitude":
+def scores_of(network: common.Network, method: str = "coronet", seed: int = 0) -> Channels:
+    """What channels are kept by, the largest first: latents, or what CoroNetGAN is compared with,
+    the size of their weights, chance, or so many that all groups are narrowed alike. On the CPU."""
+    if method == "coronet":
+        return {group: z.detach().cpu() for group, z in network.latents.items()}
+    if method == "magnitude":
         return channel_importance(network)
-    rng, widths = torch.Generator().manual_seed(args.seed), network.config["widths"]
-    return {
-        g: torch.rand(n, generator=rng) if args.method == "random" else 1 - torch.arange(n) / n
-        for g, n in widths.items()
-    }
+    rng, widths = torch.Generator().manual_seed(seed), network.config["widths"].items()
+    if method == "random":
+        return {group: torch.rand(n, generator=rng) for group, n in widths}
+    return {group: 1 - torch.arange(n) / n for group, n in widths}
 
 
-def slice_task(task, kept: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Puts the dense, smaller networks in place of those that `kept` = {name: {group: sorted indices}} names."""
-    for networks in (task.generators, task.discriminators):
-        for name in networks.keys() & kept.keys():
-            networks[name] = common.slice_network(networks[name], kept[name])
-
-
-def write_pruning(path: Path, widths: dict[str, tuple[dict, dict]], log: list[dict]) -> None:
-    """The path of the MACs during the search, and bars of every group's channels, {network: (before, after)}."""
-    from matplotlib.figure import Figure
-
-    sizes = [0.3 * len(before) + 1.2 for before, _ in widths.values()]
-    figure = Figure(figsize=(4 + sum(sizes), 3.8), layout="constrained")
-    macs, *panels = figure.subplots(1, 1 + len(widths), width_ratios=[4, *sizes])
-    path_of = [(row["step"], row["MACs %"]) for row in log if "MACs %" in row]
-    for name in widths if path_of else ():
-        macs.plot(
-            [step for step, _ in path_of],
-            [shares[name] for _, shares in path_of],
-            marker=".",
-            label=name,
-        )
-    macs.set(xlabel="search step", ylabel="MACs %", ylim=(0, 105))
-    macs.grid(alpha=0.3)
-    if path_of:  # the other methods cut once, at the end
-        macs.legend(loc="lower left", fontsize="small")
-    for axes, (name, (before, after)) in zip(panels, widths.items()):
-        axes.bar(list(before), list(before.values()), color="lightgrey", label="before")
-        axes.bar(list(before), [after[g] for g in before], color="tab:blue", label="after")
-        axes.tick_params(axis="x", rotation=90)
-        axes.set(title=name, ylabel="channels")
-        axes.legend(loc="upper left", fontsize="small")
-    common.replace_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, both phases
-
-
-def train(
-    task,
-    optimizers: list,
-    after_step,
-    data: common.Pictures,
-    test,
-    args,
-    phase: str,
-    steps: int,
-    lr: float,
-    decay: bool,
-    device,
-    rank: int,
-    world: int,
-) -> dict:
-    """The loop of both phases. optimizers: the generators', the discriminators', then any that `after_step(step)` steps; it
-    returns what to add to the log's row, and True to end the phase. Returns the pace as columns of the table. The generators
-    step first here: their activations are gone when the discriminators' pass begins."""
-    opt_g, opt_d = optimizers[:2]
-    judges = [
-        p
-        for network in task.discriminators.values()
-        for p in network.parameters()
-        if p.requires_grad
-    ]
-    rate = "--lr-search" if len(optimizers) > 2 else "--lr"
-    losses: list[torch.Tensor] = []  # G, D and the distance of each step since the log's last row
-    state = {
-        **task.generators,
-        **task.discriminators,
-        **task.pools,
-        "losses": losses,
-        **{f"opt{i}": optimizer for i, optimizer in enumerate(optimizers)},
-    }
-    start = common.load_state(args.out / f"{phase}.safetensors", **state)
-    log = common.read_log(args.out / f"{phase}.jsonl", start)
-    # the discriminators' own step goes through DDP; the generators' step passes through their plain weights
-    ddp_g, ddp_d = (
-        {name: common.data_parallel(network, device, world) for name, network in networks.items()}
-        for networks in (task.generators, task.discriminators)
-    )
-    began, done, ended = time.time(), log[-1]["step"] if log else start, start == steps
-
-    def save_state() -> None:
-        common.write_text(
-            args.out / f"{phase}.jsonl", "".join(json.dumps(row) + "\n" for row in log)
-        )
-        common.save_state(args.out / f"{phase}.safetensors", steps if ended else done, **state)
-
-    bar = tqdm(
-        range(start, steps), initial=start, total=steps, unit="step", desc=phase, disable=rank > 0
-    )
-    set_training(task)
-    batches = data.batches(args.batch, range(start, steps), args.seed, rank, world, device)
-    until_ended = zip(itertools.takewhile(lambda _: not ended, bar), batches)
-    for step, batch in common.until_stopped(until_ended, save_state, world):
-        common.set_lr(opt_g, lr, step if decay else 0, steps)
-        common.set_lr(opt_d, args.lr_d, step if decay else 0, steps)
-        torch.manual_seed(
-            (args.seed * 1_000_003 + step) * world + rank
-        )  # noise, pools, dropout: no generator state to save
-        for parameter in judges:
-            parameter.requires_grad_(False)
-        with (
-            parametrize.cached()
-        ):  # a generator's weights are made once, however often it is called
-            with common.autocast(device, args.precision):
-                fakes = task.fakes(ddp_g, batch)
-                loss_g, distance = task.generator_loss(ddp_g, task.discriminators, batch, fakes)
-            loss_g.backward()
-        opt_g.step()
-        opt_g.zero_grad()  # now, not before the next pass: a hypernetwork's gradients are as many as its weights
-        for parameter in judges:
-            parameter.requires_grad_(True)
-
-        fakes = [fake.detach() for fake in fakes]
-        with common.autocast(device, args.precision):
-            loss_d, score = task.discriminator_loss(ddp_d, batch, fakes)
-        loss_d.backward()
-        opt_d.step()
-        opt_d.zero_grad()
-        more, ended = after_step(step)
-        ended, done = ended or step + 1 == steps, step + 1
-
-        if more and done % max(1, steps // 50) == 0:
-            log.append({"step": done, **more})
-        losses.append(torch.stack([loss_g, loss_d, distance]).detach())
-        save = ended or done % args.save_every == 0
-        if save or done % LOG_EVERY == 0:
-            row = common.check_health(
-                losses,
-                fakes[0],
-                batch[-2],
-                score,
-                torch.nn.ModuleDict(task.generators),
-                done,
-                args.out,
-                world,
-                rate,
-                done > task.grace,
-            )
-            log.append(
-                {
-                    task.names.get(key, key): value
-                    for key, value in row.items()
-                    if task.names.get(key, key)
-                }
-            )
-            bar.set_postfix(
-                {
-                    key: f"{value:.4g}"
-                    for key, value in log[-1].items()
-                    if key in ("G", "D", "L1", "cycle")
-                }
-            )
-            losses.clear()
-        if save and rank == 0:
-            common.write_png(args.out / "samples" / f"{phase}-{done:07d}.png", task.picture(test))
-            common.write_curve(args.out / f"{phase}.png", log)
-            save_state()
-            set_training(task)
-    seconds = time.time() - began
-    return {f"{phase} steps": done, f"{phase} s": None if start else seconds}
-
-
-def set_training(task) -> None:
-    for network in (*task.generators.values(), *task.discriminators.values()):
-        network.train()
-
-
-def search(
-    task, targets: dict[str, "Target"], data, test, args, device, rank: int, world: int
-) -> dict:
-    """Searching, then slicing: the task's networks named in `targets` become dense and small. Returns the pace.
-
-    The paper's threshold per step is lambda * lr with a constant lambda. Here it is the smallest amount that keeps the MACs on
-    a straight line which reaches the target after nine tenths of the phase (a choice of ours: it meets any target on time)."""
-    networks = {
-        name: network
-        for name, network in {**task.generators, **task.discriminators}.items()
-        if name in targets
-    }
-    steps = args.search_epochs * common.steps_per_epoch(data.counts, args.batch)
-    if args.method == "uniform":
-        slice_task(
-            task,
-            {
-                name: target.kept(scores_of(args, networks[name]), args.keep)
-                for name, target in targets.items()
-            },
-        )
-    latents = {}
-    for name, network in networks.items() if args.method == "coronet" else ():
-        latents[name] = network.latents = Latents(network, args.start).to(
-            device
-        )  # saved, and averaged over processes, with it
-        common.add_hypernetwork(network, latents[name].with_fixed(network), args.start == "weights")
-
-    def without_latents(networks: dict) -> list:
-        return [
-            p
-            for network in networks.values()
-            for key, p in network.named_parameters()
-            if not key.startswith("latents.")
-        ]
-
-    opt_g = common.adam(without_latents(task.generators), args.lr_search if latents else args.lr)
-    opt_d = common.adam(without_latents(task.discriminators), args.lr_d)
-    optimizers = [opt_g, opt_d]
-    if latents:
-        optimizers.append(
-            torch.optim.SGD(
-                [z for group in latents.values() for z in group.values()], args.lr_z, momentum=0.9
-            )
-        )
-
-    def shrink(step: int) -> tuple[dict, bool]:
-        if not latents:
-            return {}, False
-        for group in latents.values():
-            torch.nn.utils.clip_grad_norm_(group.parameters(), 1.0)
-        optimizers[2].step()
-        optimizers[2].zero_grad()
-        line = 1 - (1 - args.keep) * min(1.0, (step + 1) / (0.9 * steps))
-        shares = {}
-        for name, target in targets.items():
-            there = on_cpu(latents[name])
-            amount = target.threshold(there, line, MOST)
-            shares[name] = target.share(
-                target.widths(there, amount)
-            )  # now: on the CPU `there` is the latents, not a copy
-            soft_threshold(latents[name], amount)
-        return {"MACs %": {name: 100 * share for name, share in shares.items()}}, max(
-            shares.values()
-        ) <= args.keep
-
-    lr = opt_g.param_groups[0]["lr"]
-    pace = train(
-        task, optimizers, shrink, data, test, args, "search", steps, lr, False, device, rank, world
-    )
-    if args.method != "uniform":
-        kept = {
-            name: target.kept(
-                on_cpu(latents[name]) if latents else scores_of(args, networks[name]), args.keep
-            )
-            for name, target in targets.items()
-        }
-        for network in networks.values() if latents else ():
-            common.remove_parametrizations(network)
+def cut(task, targets: dict[str, Target], args) -> None:
+    """Puts dense, smaller networks in the place of the task's that have a target."""
+    for name, target in targets.items():
+        network = task.networks[name]
+        kept = target.kept(scores_of(network, args.method, args.seed), args.keep)
+        if args.method == "coronet":
+            common.merge(network)
             del network.latents
-        slice_task(task, kept)
+        task.networks[name] = common.slice_network(network, kept)
+
+
+def search(task, targets: dict[str, Target], data, test, args) -> dict:
+    """The first phase, after which the networks that have a target are small. A continued run that
+    is converging replays its end: no step is left, and the channels are the same."""
+    if args.method == "coronet":
+        for name in targets:
+            add_latents(task.networks[name], args.start)
+    if args.method == "uniform":  # narrow from the start
+        cut(task, targets, args)
+    steps = args.search_epochs * training.steps_per_epoch(data.counts, args.batch)
+    pace = train(task, targets, data, test, args, "search", steps)
+    if args.method != "uniform":
+        cut(task, targets, args)
     return pace
 
 
-def read_data(
-    args, task: str, trained: common.Generator | None
-) -> tuple[common.Pictures, common.Pictures]:
-    """Training pictures, not decoded yet, and held-out ones, decoded but for pix2pix."""
+def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
+    """The loop of both phases; a search ends when its targets are met. The generators step first
+    here: their activations are gone when the discriminators' pass begins. Returns the pace."""
+    pruned = [network for network in task.networks.values() if hasattr(network, "latents")]
+    parameters = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    weights = [(name, p) for name, p in parameters if ".latents." not in name]
+    lr = args.lr_search if pruned else args.lr
+    opt_g = training.adam([p for name, p in weights if name.startswith("networks.g")], lr)
+    opt_d = training.adam([p for name, p in weights if name.startswith("networks.d")], args.lr_d)
+    parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
+    if pruned:
+        latents = [p for name, p in parameters if ".latents." in name]
+        opt_z = parts["opt_z"] = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
+    loop = training.Loop(args, data, steps, parts, args.out, phase, phase)
+    discriminator_parameters = [p for name, p in parameters if name.startswith("networks.d")]
+    # the discriminators' own step goes through DDP; the generators' passes their plain weights
+    own = {name: training.data_parallel(network) for name, network in task.networks.items()}
+    mixed = {**own, **task.named("discriminator")}
+    task.train()
+    for batch in loop:
+        if phase == "converge":
+            training.set_lr(opt_g, lr, loop.step, steps)
+            training.set_lr(opt_d, args.lr_d, loop.step, steps)
+
+        for parameter in discriminator_parameters:
+            parameter.requires_grad_(False)
+        with parametrize.cached():  # weights are made once, however often they are used
+            with training.autocast(loop.device, args.precision):
+                fakes = task.fakes(mixed, batch)
+                loss_g, more = task.generator_loss(mixed, batch, fakes)
+            loss_g.backward()
+        opt_g.step()
+        opt_g.zero_grad()  # now: a hypernetwork's gradients are as many as its weights
+        for parameter in discriminator_parameters:
+            parameter.requires_grad_(True)
+
+        fakes = [fake.detach() for fake in fakes]
+        with training.autocast(loop.device, args.precision):
+            loss_d, score = task.discriminator_loss(own, batch, fakes)
+        loss_d.backward()
+        opt_d.step()
+        opt_d.zero_grad()
+
+        done, shares = loop.step + 1, {}
+        if pruned:
+            for network in pruned:
+                nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
+            opt_z.step()
+            opt_z.zero_grad()
+            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * steps))
+            for name, target in targets.items():
+                shares[name] = soft_threshold(task.networks[name], target, line)
+            if done % max(1, steps // 50) == 0:
+                loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
+            if max(shares.values()) <= args.keep:
+                loop.end()
+        real = batch[-2] if done > task.grace else None
+        if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
+            common.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
+            loop.save()
+            task.train()
+    return {f"{phase} steps": loop.step, f"{phase} s": loop.pace()["training s"]}
+
+
+# ---- The tasks: networks, losses, measures ------------------------------------------------------
+
+
+class Task(nn.Module):
+    """A GAN to prune: networks whose names begin "generator" or "discriminator". In a batch
+    (pictures, ..., concept) the last but one are what fakes should look like; `nets` are the
+    networks, under DDP or plain. For `grace` steps of a phase equal fakes are no collapse."""
+
+    def __init__(self, networks: dict[str, common.Network]):
+        super().__init__()
+        self.networks, self.pools, self.grace = nn.ModuleDict(networks), {}, 0
+
+    def named(self, kind: str) -> dict[str, common.Network]:
+        return {name: x for name, x in self.networks.items() if name.startswith(kind)}
+
+
+def least_squares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The discriminator's loss from scores of real pictures and of as many fakes; the former."""
+    real, fake = scores.float().chunk(2)
+    return ((real - 1).square().mean() + fake.square().mean()) / 2, real
+
+
+class Pix2pix(Task):
+    """Photo -> edit, and a PatchGAN that sees both: least-squares GAN + 100 L1 (pix2pix)."""
+
+    def __init__(self, args, data: training.Pairs, trained: common.Generator | None):
+        tokens, clip = None, ""
+        if args.generator == "e2gan" and not args.data and not args.no_text:
+            tokens, clip = training.prompt_tokens(args.pairs, data.concepts)
+        new = args.generator, args.width, data.size, data.concepts, tokens, clip
+        generator = trained or common.new_generator(*new)
+        if (size := generator.config["size"]) != data.size:
+            raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
+        discriminator = common.new_discriminator(generator)
+        super().__init__({"generator": generator, "discriminator": discriminator})
+        self.l1 = args.l1
+        places = [generator.concept(concept["name"]) for concept in data.concepts]
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+
+    def text(self, concept):
+        return common.prompt_embedding(self.networks["generator"], self.places[concept])
+
+    def fakes(self, nets, batch):
+        photo, _, concept = batch
+        return [nets["generator"](photo, self.places[concept])]
+
+    def generator_loss(self, nets, batch, fakes):
+        photo, edit, concept = batch
+        score = nets["discriminator"](photo, fakes[0], self.text(concept)).float()
+        distance = F.l1_loss(fakes[0].float(), edit)
+        return (score - 1).square().mean() + self.l1 * distance, {"L1": distance}
+
+    def discriminator_loss(self, nets, batch, fakes):
+        photo, edit, concept = batch
+        pictures, text = torch.cat([edit, fakes[0]]), self.text(concept.repeat(2))
+        return least_squares(nets["discriminator"](photo.repeat(2, 1, 1, 1), pictures, text))
+
+    def measure(self, test, with_fid: bool) -> list[dict]:
+        return training.evaluate(self.networks["generator"], test, with_fid)
+
+    def picture(self, test):
+        return training.progress_picture(self.networks["generator"], test)
+
+
+class CycleGan(Task):
+    """Unpaired pictures of two kinds: two generators, and two PatchGANs that see the picture alone.
+    Least-squares GAN + 10 times the L1 of coming back + half of that for changing what is on the
+    other side already; the discriminators see new and earlier fakes (CycleGAN)."""
+
+    def __init__(self, args, data, trained=None):
+        networks = {}
+        for way in ("AtoB", "BtoA"):
+            new = args.generator, args.width, data.size, [{"name": way, "prompt": way}]
+            networks[f"generator_{way}"] = generator = common.new_generator(*new)
+        for side in "BA":
+            networks[f"discriminator_{side}"] = common.new_discriminator(generator, photo=False)
+        super().__init__(networks)
+        self.pools = {"pool_A": [], "pool_B": []}
+        self.cycle, self.identity = args.cycle, args.identity
+
+    def fakes(self, nets, batch):
+        a, b, _ = batch
+        if not self.identity:
+            return [nets["generator_AtoB"](a), nets["generator_BtoA"](b)]
+        to_b, same_b = nets["generator_AtoB"](torch.cat([a, b])).chunk(2)
+        to_a, same_a = nets["generator_BtoA"](torch.cat([b, a])).chunk(2)
+        return [to_b, to_a, same_b, same_a]
+
+    def generator_loss(self, nets, batch, fakes):
+        a, b, _ = batch
+        to_b, to_a, *same = fakes
+        gan = (nets["discriminator_B"](None, to_b).float() - 1).square().mean()
+        gan = gan + (nets["discriminator_A"](None, to_a).float() - 1).square().mean()
+        cycle = F.l1_loss(nets["generator_BtoA"](to_b).float(), a)
+        cycle = cycle + F.l1_loss(nets["generator_AtoB"](to_a).float(), b)
+        identity = sum(F.l1_loss(x.float(), y) for x, y in zip(same, (b, a), strict=False))
+        return gan + self.cycle * (cycle + self.identity * identity), {"cycle": cycle / 2}
+
+    def discriminator_loss(self, nets, batch, fakes):
+        loss = 0
+        for side, picture, fake in (("A", batch[0], fakes[1]), ("B", batch[1], fakes[0])):
+            pictures = torch.cat([picture, swap(self.pools[f"pool_{side}"], fake)])
+            part, real = least_squares(nets[f"discriminator_{side}"](None, pictures))
+            loss = loss + part
+        return loss, real
+
+    def measure(self, test, with_fid: bool) -> list[dict]:
+        """A row per direction; PSNR to the truth only where the test pictures are pairs."""
+        rows, (a, b) = [], test.pixels.split(test.sets)
+        for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
+            there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
+            fake, row = training.run_generator(there, x, 0), {"direction": way}
+            if test.paired:
+                row |= {"PSNR dB": mean_psnr(fake, y), "picture unchanged dB": mean_psnr(x, y)}
+            if with_fid:
+                row["FID"] = training.fid(fake, y, next(there.parameters()).device)
+            row["PSNR dB there and back"] = mean_psnr(training.run_generator(home, fake, 0), x)
+            rows.append(row)
+        return rows
+
+    def picture(self, test):
+        rows, labels = [], []
+        for way, x in zip(("AtoB", "BtoA"), test.pixels.split(test.sets), strict=True):
+            fake = training.run_generator(self.networks[f"generator_{way}"].eval(), x[:4], 0)
+            rows += zip(x[:4], fake, strict=True)
+            labels += [way] * len(fake)
+        return common.picture_grid(rows, ["picture", "made of it"], labels)
+
+
+def mean_psnr(fake: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
+    return training.psnr(common.to_float(fake), common.to_float(truth)).mean().item()
+
+
+def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
+    """fakes (B, 3, S, S) -> as many: once the pool of earlier fakes is full, half of them replaced
+    by some of these, whose places they take (CycleGAN)."""
+    given = []
+    for fake in fakes.detach().float():
+        if len(pool) < POOL:
+            pool.append(fake.clone())
+        elif torch.rand(()) < 0.5:
+            place = int(torch.randint(POOL, ()))
+            pool[place], fake = fake.clone(), pool[place].to(fake.device)
+        given.append(fake)
+    return torch.stack(given)
+
+
+class Dcgan(Task):
+    """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
+
+    def __init__(self, args, data, trained=None):
+        super().__init__(dcgan_networks(args.width, data.size))
+        self.grace = 1000  # it starts with grey pictures, at width 4 for 100 steps
+
+    def fakes(self, nets, batch):
+        noise = torch.randn(len(batch[0]), common.FIXED["noise"], device=batch[0].device)
+        return [nets["generator"](noise)]
+
+    def generator_loss(self, nets, batch, fakes):
+        return F.softplus(-nets["discriminator"](fakes[0]).float()).mean(), {}
+
+    def discriminator_loss(self, nets, batch, fakes):
+        # not one pass: batch norm would mix their statistics
+        real, fake = (nets["discriminator"](x).float() for x in (batch[0], fakes[0]))
+        return F.softplus(-real).mean() + F.softplus(fake).mean(), real
+
+    @torch.no_grad()
+    def samples(self, count: int) -> torch.Tensor:
+        """uint8 (count, 3, S, S), from noise that is always the same."""
+        rng, generator = torch.Generator().manual_seed(0), self.networks["generator"].eval()
+        noise = torch.randn(count, common.FIXED["noise"], generator=rng).to(next(self.parameters()))
+        return torch.cat([common.to_uint8(generator(z)).cpu() for z in noise.split(100)])
+
+    def measure(self, test, with_fid: bool) -> list[dict]:
+        """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
+        colours and layout, no more."""
+        fake, statistics = self.samples(len(test.pixels)), []
+        for pictures in (fake, test.pixels):
+            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8).flatten(1).double().numpy()
+            statistics += [x.mean(0), np.cov(x, rowvar=False)]  # of (N, 192)
+        distance = training.frechet_distance(*statistics)
+        row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
+        if with_fid:
+            row["FID"] = training.fid(fake, test.pixels, next(self.parameters()).device)
+        return [row]
+
+    def picture(self, test):
+        rows = self.samples(64).split(8)
+        return common.picture_grid(rows, [""] * 8, [""] * 8, cell=rows[0].shape[-1])
+
+
+TASKS = {"pix2pix": Pix2pix, "cyclegan": CycleGan, "dcgan": Dcgan}
+
+
+# ---- Data: the pairs, or the field's usual layouts ----------------------------------------------
+
+LAYOUTS = {
+    "pix2pix": "train/ and test/ or val/, pictures that hold A|B side by side",
+    "cyclegan": "trainA/, trainB/, testA/, testB/",
+    "dcgan": "four or more pictures",
+}
+
+
+class SideBySide(training.Pairs):
+    """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
+
+    def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
+        rows = [torch.arange(len(files))]
+        super().__init__([*files, *files], size, concepts, rows, direction)
+        self.direction = direction
+
+    def load(self, place):
+        picture = common.on_white(common.read_picture(self.files[place]))
+        width, height = picture.size
+        if width != 2 * height:
+            raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")
+        left = 0 if (place < len(self.rows[0])) == (self.direction == "AtoB") else height
+        half = picture.crop((left, 0, left + height, height))
+        half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
+        return common.to_pixels(half)
+
+
+class Sets(training.Pictures):
+    """One set of pictures of any size, of which the middle square counts, or two sets, A and B: a
+    row of a batch is then an A and a B drawn independently, and mirrored each for itself; an epoch
+    passes over the larger set once. `paired`: B[i] is what A[i] should become."""
+
+    def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
+        self.sets, self.paired = [len(files) for files in sets], paired
+        super().__init__([*itertools.chain(*sets)], size, concepts, self.sets)
+        self.counts, self.starts = [max(self.sets)], [0, self.sets[0]][: len(sets)]
+
+    def load(self, place):
+        return common.to_pixels(common.read_square(self.files[place], self.size))
+
+    def plan(self, step, batch, seed):
+        k = len(self.sets)
+        picks, flips = training.draw_picks(self.sets, k * batch, step, seed)  # they take turns
+        places = picks[:, 1].view(batch, k) + torch.tensor(self.starts)
+        return places, flips.view(batch, k), torch.zeros(batch, dtype=torch.long)
+
+
+def take_apart(pairs: Path, concept: str) -> list[Sets]:
+    """Unpaired training data whose truth is known: A is the photos of the first half of the
+    training pairs, B the edits of the others'. The test pairs stay pairs."""
+    data, test = (training.find_pairs(pairs, split, [concept]) for split in ("train", "test"))
+    n, m = data.counts[0], test.counts[0]
+    if n < 2:
+        raise UserError(f"{pairs / 'train'} holds one pair of {concept!r}; it takes two")
+    train = [data.files[: n // 2], data.files[n + n // 2 :]]
+    held_out = Sets([test.files[:m], test.files[m:]], test.size, test.concepts, paired=True)
+    return [Sets(train, data.size, data.concepts), held_out]
+
+
+def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> list:
+    """A folder's training and held-out pictures, not decoded yet, in the task's layout; of a flat
+    folder a tenth, at most 1000, is held out. The concept bears the folder's name."""
+    if task != "dcgan" and (size % 8 or size < 24):
+        raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
+    concepts = [{"name": folder.resolve().name, "prompt": ""}]
+    common.check_name(concepts[0]["name"], folder)
+    names = ("train", "test", "val", "trainA", "trainB", "testA", "testB")
+    found = {name: common.list_pictures(folder / name) for name in names}
+    held_out = found["test"] or found["val"]
+    if task == "pix2pix" and found["train"] and held_out:
+        return [SideBySide(x, size, concepts, direction) for x in (found["train"], held_out)]
+    if task == "cyclegan" and all(found[name] for name in names[3:]):
+        sets = [found["trainA"], found["trainB"]], [found["testA"], found["testB"]]
+        return [Sets(files, size, concepts) for files in sets]
+    files = common.list_pictures(folder, "**/*") if task == "dcgan" else []
+    if len(files) > 3:
+        order = np.random.default_rng(0).permutation(len(files))
+        tenth = max(2, min(1000, len(files) // 10))
+        parts = ([files[i] for i in sorted(part)] for part in (order[tenth:], order[:tenth]))
+        return [Sets([part], size, concepts) for part in parts]
+    inside = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+    raise UserError(f"--task {task} finds no {LAYOUTS[task]} in {folder} but {inside}")
+
+
+def read_data(args, trained: common.Generator | None) -> list:
+    """Training pictures and held-out ones, not decoded yet."""
+    names = list(dict.fromkeys(args.concept or []))
     if args.data:
-        return find_data(
-            task, args.data, args.size or (64 if task == "dcgan" else 256), args.direction
-        )
-    if task == "dcgan":
-        raise common.UserError("--task dcgan: give --data, a folder of pictures, or --data cifar10")
-    names = list(dict.fromkeys(args.concept))
-    if task == "cyclegan":
-        if len(names) != 1:
-            raise common.UserError(
-                "--task cyclegan: give --data, a folder with trainA, trainB, testA and testB, "
-                "or one --concept of --pairs"
-            )
-        return unpaired_from_pairs(args.pairs, names[0])
-    known = common.read_concepts(args.pairs)
-    names = names or (
-        [concept["name"] for concept in trained.config["concepts"]] if trained else list(known)
-    )
-    return common.find_pairs(args.pairs, "train", names), common.find_pairs(
-        args.pairs, "test", names
-    )
+        size = args.size or (64 if args.task == "dcgan" else 256)
+        return find_data(args.task, args.data, size, args.direction)
+    if args.task == "cyclegan" and len(names) == 1:
+        return take_apart(args.pairs, names[0])
+    if args.task != "pix2pix":
+        raise UserError(f"give --data, {LAYOUTS[args.task]} (or one --concept, for cyclegan)")
+    if trained and not names:
+        names = [concept["name"] for concept in trained.config["concepts"]]
+    names = names or list(training.read_concepts(args.pairs))
+    return [training.find_pairs(args.pairs, split, names) for split in ("train", "test")]
 
 
-def check_generator(args, given: set[str]) -> common.Generator | None:
-    """Fills in --generator, and refuses what the task has no use for, and flags `given` that a trained generator contradicts. The
-    trained generator, on the CPU; None where an architecture is to be trained from scratch."""
-    base = f"runs/{'demo/' if args.demo else ''}base/generator.safetensors"
+# ---- DCGAN's networks ----------------------------------------------------------------------------
+
+
+def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
+    """Batch norm of a group's channels, scales starting as N(1, 0.02) (DCGAN). It carries .writes
+    alone: no hypernetwork makes its numbers, but they are sliced with the group."""
+    module = nn.BatchNorm2d(widths[group])
+    nn.init.normal_(module.weight, 1.0, 0.02)
+    module.writes = (group,)
+    return module
+
+
+class DcganGenerator(common.Network):
+    """DCGAN's generator (arXiv 1511.06434): noise to 4x4, doubled up to config["size"]; batch norm
+    and ReLU, tanh at the end. Its convolutions keep their biases, which the norms erase."""
+
+    kind = "dcgan generator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, groups = common.all_widths(config), ["noise", *config["widths"], "rgb"]
+        self.ups = nn.ModuleList()
+        for i, (reads, writes) in enumerate(itertools.pairwise(groups)):
+            stride = (2, 1) if i else (1, 0)  # and padding
+            self.ups.append(common.layer(nn.ConvTranspose2d, widths, reads, writes, 4, *stride))
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[1:-1]])
+
+    def forward(self, noise):
+        """noise (B, 100) of N(0, 1) -> (B, 3, S, S) in [-1, 1]"""
+        x = noise[..., None, None]
+        for up, norm in zip(self.ups[:-1], self.norms, strict=True):
+            x = F.relu(norm(up(x)))  # (B, C, 4 * 2^i, 4 * 2^i)
+        return torch.tanh(self.ups[-1](x))
+
+    def example(self, size=None, batch=1, device="meta"):
+        return (torch.randn(batch, common.FIXED["noise"], device=device),)
+
+
+class DcganDiscriminator(common.Network):
+    """DCGAN's: strided convolutions down to 4x4, batch norm but after the first, one score."""
+
+    kind = "discriminator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, groups = common.all_widths(config), ["rgb", *config["widths"]]
+        self.convs = nn.ModuleList()
+        for reads, writes in itertools.pairwise(groups):
+            self.convs.append(common.layer(nn.Conv2d, widths, reads, writes, 4, 2, 1))
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[2:]])
+        self.score = common.layer(nn.Conv2d, widths, groups[-1], "score", 4)
+
+    def forward(self, picture):
+        """picture (B, 3, S, S) in [-1, 1] -> (B, 1, 1, 1), without sigmoid"""
+        x = F.leaky_relu(self.convs[0](picture), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        return self.score(x)
+
+    def example(self, size=None, batch=1, device="meta"):
+        shape = batch, 3, self.config["size"], self.config["size"]
+        return (torch.randn(shape, device=device),)
+
+
+common.NETWORKS |= {"dcgan": DcganGenerator, "dcgan-d": DcganDiscriminator}
+
+
+def dcgan_networks(width: int, size: int) -> dict[str, common.Network]:
+    """Untrained; width: channels of the generator's last map and the discriminator's first."""
+    depth = size.bit_length() - 3
+    if depth < 1 or size != 4 * 2**depth:
+        raise UserError(f"dcgan makes pictures of 8, 16, 32, 64, ... pixels, not {size}")
+    down = {f"d{i}": width * min(2**i, 8) for i in range(depth)}
+    up = {f"u{i}": n for i, n in enumerate(reversed(down.values()))}
+    config = {"width": width, "size": size}
+    generator = common.build_network({"arch": "dcgan", **config, "widths": up, "full": up})
+    config = {"arch": "dcgan-d", **config, "widths": down, "full": down}
+    return {"generator": generator, "discriminator": common.build_network(config)}
+
+
+# ---- The command line, figures, tables -----------------------------------------------------------
+
+
+def parse() -> argparse.Namespace:
+    parser = common.Parser(__doc__, "runs/coronet")
+    flag = parser.add_argument
+    flag("--task", choices=list(TASKS), default="pix2pix", help="what kind of GAN")
+    flag("--data", type=Path, help="a folder in the layout of pix2pix, CycleGAN, or of pictures")
+    flag("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="of A|B: photo to edit")
+    flag("--size", type=common.count, help="pixels to scale --data to: 256, or 64 for dcgan")
+    flag("--pairs", type=Path, default="runs/pairs", help="stage 1's folder; read without --data")
+    flag("--cache", type=Path, default="runs/cache", help=training.CACHE_HELP)
+    flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
+    known = f"a trained one's file, or a new one: {', '.join(common.ARCHITECTURES)}; auto: stage "
+    known += "3's, or unet256 with --data, resnet9 for cyclegan"
+    flag("--generator", default="auto", help=known)
+    flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
+    flag("--width", type=common.count, default=64, help="a new generator's first layer's channels")
+    methods = ["coronet", "uniform", "random", "magnitude"]
+    flag("--method", choices=methods, default="coronet", help="the others are to compare with")
+    made = "what hypernetworks make at first: the network's weights, or the paper's random ones"
+    flag("--start", choices=["weights", "paper"], default="weights", help=made)
+    flag("--keep", type=common.positive, default=0.25, help="share of the MACs to keep")
+    flag("--prune-discriminator", action="store_true", help="prune these to the same share")
+    flag("--search-epochs", type=common.count, default=20, help="passes while pruning")
+    rest = "passes after it, and what it did not need; rates fall to 0 in the second half"
+    flag("--epochs", type=common.count, default=180, help=rest)
+    flag("--batch", type=common.count, default=16, help="pictures a step, all processes together")
+    flag("--lr", type=common.positive, default=2e-4, help="the generator's while converging")
+    flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
+    flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
+    flag("--lr-z", type=common.positive, default=1e-2, help="the latents' (SGD, momentum 0.9)")
+    flag("--l1", type=common.weight, default=100.0, help="pix2pix: weight of the L1 loss")
+    flag("--cycle", type=common.weight, default=10.0, help="cyclegan: of the L1 of coming back")
+    flag("--identity", type=common.weight, default=0.5, help="cyclegan: of no change, * --cycle")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
+    flag("--fid", choices=["auto", "off"], default="auto", help=training.FID_HELP)
+    flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
+    return parser.parse(DEMO)
+
+
+def check_generator(args) -> common.Generator | None:
+    """Fills in --generator, refuses what does not fit, and reads a trained one, on the CPU."""
     if args.generator == "auto":
-        args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task) or (
-            "unet256" if args.data else base
-        )
-    trained = args.generator not in common.NETWORKS and args.task == "pix2pix"
+        base = "runs/demo/base" if args.demo else "runs/base"
+        usual = "unet256" if args.data else f"{base}/generator.safetensors"
+        args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task, usual)
     fits = ["dcgan"] if args.task == "dcgan" else list(common.ARCHITECTURES)
+    trained = args.task == "pix2pix" and Path(args.generator).is_file()
     if not trained and args.generator not in fits:
-        raise common.UserError(
-            f"--task {args.task} takes --generator {' or '.join(fits)}, not {args.generator}"
+        takes = " or ".join(fits) + (" or a trained one's file" if args.task == "pix2pix" else "")
+        raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
+    if trained and (args.start == "paper" or args.method == "uniform"):
+        raise UserError(
+            "--start paper and --method uniform forget what a trained generator learned"
         )
-    if trained and not Path(args.generator).is_file():
-        raise common.UserError(
-            f"--generator {args.generator}: neither a file nor one of {', '.join(fits)}"
-        )
-    if trained and args.start == "paper":
-        raise common.UserError(
-            f"--start paper would forget what {args.generator} has learned: leave it out, "
-            "or give --generator an architecture"
-        )
-    if trained and args.method == "uniform":
-        raise common.UserError(
-            "--method uniform trains a narrower network from scratch: give --generator an architecture, not a file"
-        )
-    if args.data and args.concept:
-        raise common.UserError("--concept names concepts of --pairs: leave it out, or --data")
-    if args.size and not args.data:
-        raise common.UserError("--size scales --data; pairs have their own size")
-    if not trained:
-        return None
-    generator = common.load_generator(Path(args.generator))
-    for flag, there in (
-        ("width", generator.config["width"]),
-        ("clip", generator.config.get("clip", "none")),
-    ):
-        if flag in given and getattr(args, flag) != there:
-            raise common.UserError(
-                f"--{flag} {getattr(args, flag)} is for a new network, and {args.generator} has --{flag} {there}: "
-                "leave it out, or give --generator an architecture"
-            )
-    return generator
+    if args.concept and args.data or args.size and not args.data:
+        raise UserError("--concept goes with --pairs and --size with --data: leave one out")
+    return common.load_generator(Path(args.generator)) if trained else None
 
 
-def save_task(task, folder: Path, searched: int) -> None:
-    """All networks, and after how many steps the search ended: the last file, so that it says that all are there."""
-    for name, network in (*task.generators.items(), *task.discriminators.items()):
-        common.save_network(folder / f"{name}.safetensors", network)
-    common.write_json(folder / "search.json", {"steps": searched})
+def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
+    """Bars of every group's channels, before and after."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(targets), 3.8), layout="constrained")
+    for i, (name, target) in enumerate(targets.items()):
+        axes = figure.add_subplot(1, len(targets), i + 1)
+        for label, config in (("before", target.config), ("after", task.networks[name].config)):
+            axes.bar(list(config["widths"]), list(config["widths"].values()), label=label)
+        axes.tick_params(axis="x", rotation=90)
+        axes.set(title=name, ylabel="channels")
+        axes.legend()
+    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
-def load_task(task, folder: Path, device: torch.device) -> int | None:
-    """Puts the networks that save_task saved in the place of the task's, and empties the pools. The steps of the search; None if
-    it has not ended."""
-    if not (folder / "search.json").exists():
-        return None
-    for networks in (task.generators, task.discriminators):
-        for name in networks:
-            networks[name] = common.load_network(
-                folder / f"{name}.safetensors", device, networks[name].kind
-            ).requires_grad_(True)
-    for pool in task.pools.values():
-        pool.filled.zero_()
-        pool.pictures.zero_()
-    steps = common.read_json(folder / "search.json").get("steps")
-    if type(steps) is not int or steps < 1:
-        raise common.UserError(
-            f"{folder / 'search.json'} names no number of steps: --overwrite starts the run again"
-        )
-    return steps
-
-
-def result_tables(
-    task, args, full: dict, pace: dict, before: list, sliced: list, after: list
-) -> dict[str, list[dict]]:
-    """full: {network: its config, MACs and parameters before}; the rest as task.measure gives it."""
-    networks = {**task.generators, **task.discriminators}
+def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
+    """The tables: sizes and pace, task.measure's rows before, sliced and after, channels."""
     sizes, channels = [], []
-    for name, (config, macs, parameters) in full.items():
-        small = networks[name]
-        left = common.count_macs(small)
-        sizes.append(
-            {
-                "network": name,
-                "architecture": config["arch"],
-                "method": args.method,
-                "keep": args.keep,
-                "size px": config["size"],
-                "GMACs before": macs / 1e9,
-                "GMACs": left / 1e9,
-                "MACs %": 100 * left / macs,
-                "parameters M before": parameters / 1e6,
-                "parameters M": common.count_parameters(small) / 1e6,
-            }
-        )
-        channels += [
-            {"network": name, "group": g, "before": n, "after": small.config["widths"][g]}
-            for g, n in config["widths"].items()
-        ]
+    for name, target in targets.items():
+        small, row = task.networks[name], {"network": name, "architecture": target.config["arch"]}
+        macs, parameters = common.count_macs(small), common.count_parameters(small)
+        row |= {"method": args.method, "keep": args.keep, "size px": target.config["size"]}
+        share = 100 * macs / target.macs
+        row |= {"GMACs before": target.macs / 1e9, "GMACs": macs / 1e9, "MACs %": share}
+        row |= {"parameters M before": target.parameters / 1e6, "parameters M": parameters / 1e6}
+        sizes.append(row)
+        for group, n in target.config["widths"].items():
+            left = small.config["widths"][group]
+            channels.append({"network": name, "group": group, "before": n, "after": left})
     sizes[0] |= {"batch": args.batch, **pace}
-    rows = []
-    for i, row in enumerate(after):
-        earlier = {
-            f"{when} dB": there[i]["PSNR dB"]
-            for when, there in (("before", before), ("sliced", sliced))
-            if there and "PSNR dB" in row
-        }
-        earlier |= {"FID before": before[i]["FID"]} if before and "FID" in before[i] else {}
-        first = next(iter(row))
-        rows.append({first: row[first], **earlier, **row})
-    return {"Pruning": sizes, "Pruned generator, held-out pictures": rows, "Channels": channels}
+    for when, measured in (("before", before), ("sliced", sliced)):
+        for row, was in zip(after, measured, strict=bool(measured)):
+            row |= {f"{key} {when}": was[key] for key in ("PSNR dB", "FID") if key in was}
+    return {"Pruning": sizes, "Pruned generator, held-out pictures": after, "Channels": channels}
 
 
 def main() -> None:
-    parser = common.StageParser(__doc__, PAPER, DEMO)
-    parser.add_argument(
-        "--task",
-        choices=list(TASKS),
-        help="pix2pix: pairs; cyclegan: two unpaired sets; dcgan: pictures from noise",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="a folder in the layout of pix2pix, of CycleGAN, or of pictures; or cifar10",
-    )
-    parser.add_argument(
-        "--direction", choices=["AtoB", "BtoA"], help="which half of an A|B picture is the photo"
-    )
-    parser.add_argument(
-        "--size", type=int, help="pixels to scale --data to; 0: 256, or 64 for dcgan"
-    )
-    parser.add_argument("--pairs", type=Path, help="folder that stage 1 wrote; read without --data")
-    parser.add_argument(
-        "--concept",
-        action="append",
-        help="train on this concept; can be repeated (default: the generator's)",
-    )
-    parser.add_argument(
-        "--generator",
-        help="a trained generator's file, or an architecture to train from scratch: "
-        f"{', '.join(common.ARCHITECTURES)}, dcgan; auto: stage 3's base, unet256 with --data, resnet9 for cyclegan",
-    )
-    parser.add_argument(
-        "--method",
-        choices=["coronet", "uniform", "random", "magnitude"],
-        help="what chooses the channels; the other "
-        "three are for comparison: all groups narrowed alike from the start, or the channels cut after the search phase",
-    )
-    parser.add_argument(
-        "--start",
-        choices=["weights", "paper"],
-        help="what the hypernetworks make at first: the weights that the "
-        "network has, trained or not, or the paper's random ones",
-    )
-    parser.add_argument("--keep", type=float, help="share of the MACs to keep")
-    parser.add_argument(
-        "--prune-discriminator",
-        action="store_true",
-        help="prune the discriminators to the same share",
-    )
-    parser.add_argument(
-        "--width",
-        type=int,
-        help="channels of the first layer (dcgan: of the last hidden one), for a new architecture",
-    )
-    parser.add_argument(
-        "--clip",
-        help="text tower for a new e2gan as open_clip's MODEL:WEIGHTS; none: an e2gan without text",
-    )
-    parser.add_argument("--search-epochs", type=int, help="passes over all pictures while pruning")
-    parser.add_argument(
-        "--epochs",
-        type=int,
-        help="passes after it, and what the search did not need; the learning "
-        "rates fall to 0 in the second half",
-    )
-    parser.add_argument(
-        "--batch", type=int, help="pictures or pairs a step, all processes together"
-    )
-    parser.add_argument("--lr", type=float, help="the generator's learning rate while converging")
-    parser.add_argument(
-        "--lr-search",
-        type=float,
-        help="the generators' learning rate in the search: a weight is a sum "
-        "of nine terms, and all of them move",
-    )
-    parser.add_argument("--lr-d", type=float, help="the discriminators' learning rate")
-    parser.add_argument(
-        "--lr-z",
-        type=float,
-        help="the latents' learning rate (SGD with momentum 0.9, gradients clipped to norm 1)",
-    )
-    parser.add_argument("--l1", type=float, help="pix2pix: weight of the L1 loss")
-    parser.add_argument("--cycle", type=float, help="cyclegan: weight of the L1 of coming back")
-    parser.add_argument(
-        "--identity",
-        type=float,
-        help="cyclegan: weight, times --cycle, of the L1 of a picture "
-        "that is on the other side already",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "bf16", "fp32"],
-        help="auto: bf16 autocast where the hardware has it",
-    )
-    parser.add_argument(
-        "--cache-gb",
-        type=float,
-        help="most pixels to hold on the device; more are held in a file in --out",
-    )
-    parser.add_argument("--fid", choices=["auto", "off"], help=common.FID_HELP)
-    parser.add_argument(
-        "--save-every", type=int, help="steps between saved states and progress pictures"
-    )
-    args = parser.parse()
-
-    began = time.time()
-    trained = check_generator(args, parser.given)
-    device = common.pick_device(args.device)
-    rank, world = common.start_processes(device)
-    torch.manual_seed(args.seed)
-    data, test = read_data(args, args.task, trained)
-    task = TASKS[args.task](args, data, device, trained)
-    networks = {**task.generators, **(task.discriminators if args.prune_discriminator else {})}
-    targets = {name: Target(network, args.keep) for name, network in networks.items()}
-    settings = common.settings_of(
-        args,
-        "05_prune_coronet",
-        generator=trained.sha256 if trained else args.generator,
-        data=[data.fingerprint, test.fingerprint],
-    )
+    args, began = parse(), time.time()
+    trained = check_generator(args)
+    device = training.start(args)
+    data, test = read_data(args, trained)
+    task = TASKS[args.task](args, data, trained).to(device)
+    pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
+    targets = {name: Target(network, args.keep) for name, network in pruned.items()}
+    data.cache(args.cache)  # by which all input is known to be good
+    test.cache(args.cache)
+    about = {"data": [data.data_hash, test.data_hash]}
+    about["generator"] = trained.sha256 if trained else args.generator
+    settings = common.settings_of(args, "05_prune_coronet", **about)
     if common.begin_run(args.out, settings, args.overwrite):
         return
 
-    data.hold(args.cache_gb, args.out, device, rank, world)
-    if rank == 0 and args.task == "pix2pix":  # the first process alone measures
-        test.hold(args.cache_gb, args.out, torch.device("cpu"))
-    with_fid = args.fid == "auto"
-    before = task.measure(test, with_fid) if trained and rank == 0 else []
-    full = {
-        name: (network.config, common.count_macs(network), common.count_parameters(network))
-        for name, network in networks.items()
-    }
-    pace, sliced = {}, args.out / "sliced"
-    searched = load_task(task, sliced, device)
-    if searched is None:
-        pace = search(task, targets, data, test, args, device, rank, world)
-        if rank == 0:
-            after = {**task.generators, **task.discriminators}
-            write_pruning(
-                args.out / "pruning.png",
-                {
-                    name: (config["widths"], after[name].config["widths"])
-                    for name, (config, *_) in full.items()
-                },
-                common.read_log(args.out / "search.jsonl", pace["search steps"]),
-            )
-            save_task(
-                task, sliced, pace["search steps"]
-            )  # last: from here on a continued run converges
-        if world > 1:
-            torch.distributed.barrier()
-        searched = load_task(task, sliced, device)
-    after_slice = task.measure(test, False) if rank == 0 else []
-    optimizers = [
-        common.adam([p for network in kind.values() for p in network.parameters()], lr)
-        for kind, lr in ((task.generators, args.lr), (task.discriminators, args.lr_d))
-    ]
-    steps = (args.search_epochs + args.epochs) * common.steps_per_epoch(data.counts, args.batch)
-    pace = {"search steps": searched, **pace}
-    steps -= searched  # what the search did not need is added: runs of equal flags have equal steps
-    pace |= train(
-        task,
-        optimizers,
-        lambda step: ({}, False),
-        data,
-        test,
-        args,
-        "converge",
-        steps,
-        args.lr,
-        True,
-        device,
-        rank,
-        world,
-    )
-    if rank > 0:
+    first, with_fid = common.rank() == 0, args.fid == "auto"  # the first process measures
+    before = task.measure(test, with_fid) if trained and first else []
+    pace = search(task, targets, data, test, args)
+    if first:
+        write_pruning(args.out / "pruning.png", task, targets)
+        for name, network in task.networks.items():
+            common.save_network(args.out / f"sliced/{name}.safetensors", network)
+        common.write_json(args.out / "sliced/search.json", {"steps": pace["search steps"]})
+    sliced = task.measure(test, False) if first else []
+    for pool in task.pools.values():
+        pool.clear()
+    steps = (args.search_epochs + args.epochs) * training.steps_per_epoch(data.counts, args.batch)
+    steps -= pace["search steps"]  # what it did not need is added: equal flags, equal steps
+    pace |= train(task, {}, data, test, args, "converge", steps)
+    if not first:
         return
-    for name, network in task.generators.items():
+    for name, network in task.named("generator").items():
         common.save_network(args.out / f"{name}.safetensors", network)
-    tables = result_tables(
-        task, args, full, pace, before, after_slice, task.measure(test, with_fid)
-    )
-    reads = [
-        *([] if args.data else [args.pairs]),
-        *([Path(args.generator).parent] if trained else []),
-    ]
-    marks = common.marks_of(
-        args, *reads, clip=next(iter(task.generators.values())).config.get("clip", "")
-    )
-    source = [(args.data or args.pairs).resolve().name, *args.concept]
-    common.write_result(args.out, "05_prune_coronet", began, marks, tables, data=" ".join(source))
+    after = task.measure(test, with_fid)
+    tables = result_tables(task, targets, args, pace, before, sliced, after)
+    reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
+    marks = common.marks_of(args, *reads, clip=network.config.get("clip", ""))
+    name = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
+    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables, data=name)
 
 
 if __name__ == "__main__":

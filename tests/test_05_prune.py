@@ -1,508 +1,430 @@
-"""Stage 5's three tasks on data that takes seconds: the target is met by every network, a killed run ends in the same bytes, unpaired
-training finds an edit that it never saw a pair of."""
+"""Stage 5 on data that takes seconds: every network meets its target, whatever the task, method and
+layout; a pruned base keeps what it learned; a killed run ends in the same bytes."""
 
-import argparse
+import contextlib
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import script
+from PIL import Image
 
 import common
-from conftest import ROOT, script
-from test_03_04_05_training import (
-    RANKS,
-    assert_same_files,
-    kill_midway_and_continue,
-    run_twice,
-    table,
-)
+import training
 
-EDITS = {"dark": lambda x: 0.25 * x}
-SMALL = [
-    "--width",
-    8,
-    "--batch",
-    4,
-    "--fid",
-    "off",
-    "--device",
-    "cpu",
-    "--lr",
-    "1e-3",
-    "--lr-search",
-    "2e-4",
-    "--search-epochs",
-    6,
-    "--epochs",
-    2,
-]
+CPU = torch.device("cpu")
+SIZES = "--width 8 --search-epochs 6 --epochs 2"
+SMALL = f"{SIZES} --batch 4 --fid off --device cpu --lr 1e-3 --lr-search 2e-4"
+
+
+@pytest.fixture(scope="module")
+def five(load_stage):
+    return load_stage("05")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, write_pairs):
-    """Pairs of one edit, and the same pictures in the layouts of pix2pix, CycleGAN and DCGAN."""
+    """Pairs of one edit, the same pictures in the other layouts, a generator of another size."""
     root = tmp_path_factory.mktemp("data")
-    write_pairs(root / "pairs", EDITS, train=24, test=6)
-    for split in ("train", "test"):
-        pairs = common.load_pairs(root / "pairs", split, ["dark"])
-        for i, (photo, edit) in enumerate(zip(pairs.photos, pairs.edits[0])):
-            common.write_png(
-                root / "sides" / split / f"{i}.png", common.to_pil(torch.cat([photo, edit], 2))
-            )
-            common.write_png(root / "unpaired" / f"{split}A" / f"{i}.png", common.to_pil(photo))
-            if i < 20:  # the sets need not be equally large
-                common.write_png(root / "unpaired" / f"{split}B" / f"{i}.png", common.to_pil(edit))
-            common.write_png(root / "flat" / split / f"{i}.png", common.to_pil(photo))
-    base = common.new_generator(
-        "resnet9", 8, 64, [{"name": "dark", "prompt": "darken it"}], "none", torch.device("cpu")
-    )
-    common.save_network(root / "base", base)
+    write_pairs(root / "pairs", {"dark": lambda x: 0.25 * x}, train=24, test=6)
+    for path in (root / "pairs").glob("*/source/*"):
+        split, edit = path.parts[-3], path.parents[1] / "dark" / path.name
+        both = torch.cat([common.read_image(path), common.read_image(edit)], 2)
+        common.write_png(root / "sides" / split / path.name, common.to_pil(both))
+        kinds = {f"unpaired/{split}A": path, f"flat/{split}": path}
+        if path.stem < "00020":  # the sets need not be equally large
+            kinds[f"unpaired/{split}B"] = edit
+        for folder, source in kinds.items():
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, root / folder)
+    dark = [{"name": "dark", "prompt": "darken it"}]
+    common.save_network(root / "base", common.new_generator("resnet9", 8, 64, dark))
     return root
 
 
-@pytest.fixture
-def prune(load_stage, monkeypatch, tmp_path):
-    """prune(*flags) runs stage 5 in this process; returns its folder."""
-    module = load_stage("05")
+def flags_of(data, text: str) -> list[str]:
+    """The words, D/ as the data's folder."""
+    return [word.replace("D/", f"{data}/") for word in f"--cache D/cache {SMALL} {text}".split()]
 
-    def call(*flags):
-        monkeypatch.setattr(
-            sys, "argv", [str(script("05")), *map(str, [*SMALL, "--out", tmp_path / "out", *flags])]
-        )
-        module.main()
+
+@pytest.fixture
+def prune(five, data, monkeypatch, tmp_path):
+    """prune("--keep 0.3 ...") runs stage 5 in this process; returns its folder."""
+
+    def call(text):
+        flags = [*flags_of(data, text), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", [script("05"), *flags])
+        five.main()
         return tmp_path / "out"
 
-    call.module = module
     return call
 
 
+def table(folder, title):
+    return common.read_json(folder / "result.json")["tables"][title]
+
+
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- Pruning -------------------------------------------------------------------------------------
+
 TASKS = {
-    "A|B, unet256": [
-        "--task",
-        "pix2pix",
-        "--data",
-        "sides",
-        "--generator",
-        "unet256",
-        "--size",
-        32,
-    ],
-    "pairs, resnet9": ["--task", "pix2pix", "--pairs", "pairs", "--generator", "resnet9"],
-    "pairs, e2gan": [
-        "--task",
-        "pix2pix",
-        "--pairs",
-        "pairs",
-        "--generator",
-        "e2gan",
-        "--clip",
-        "ViT-S-32:random",
-        "--width",
-        16,
-    ],
-    "trainA trainB, resnet9": [
-        "--task",
-        "cyclegan",
-        "--data",
-        "unpaired",
-        "--size",
-        32,
-        "--width",
-        4,
-        "--search-epochs",
-        4,
-        "--epochs",
-        1,
-    ],
-    "pairs taken apart, e2gan without text": [
-        "--task",
-        "cyclegan",
-        "--pairs",
-        "pairs",
-        "--concept",
-        "dark",
-        "--generator",
-        "e2gan",
-    ],
-    "flat, dcgan": ["--task", "dcgan", "--data", "flat", "--size", 32, "--epochs", 6],
+    "A|B, unet256": "--task pix2pix --data D/sides --generator unet256 --size 32",
+    "pairs, resnet9": "--task pix2pix --pairs D/pairs --generator resnet9",
+    "pairs, e2gan": "--task pix2pix --pairs D/pairs --generator e2gan --width 16",
+    "trainA trainB, resnet9": "--task cyclegan --data D/unpaired --size 32 --width 4 --epochs 1",
+    "pairs taken apart, e2gan": "--task cyclegan --pairs D/pairs --concept dark --generator e2gan",
+    "flat, dcgan": "--task dcgan --data D/flat --size 32 --epochs 6",
 }
 
 
 @pytest.mark.parametrize("flags", TASKS.values(), ids=TASKS)
-def test_every_task_meets_its_target_from_below_for_all_networks(data, prune, flags):
-    flags = [
-        data / flag if flag in ("sides", "pairs", "unpaired", "flat") else flag for flag in flags
-    ]
-    out = prune(*flags, "--prune-discriminator", "--keep", "0.3")
+def test_every_task_meets_its_target_from_below_for_all_networks(prune, flags):
+    out = prune(f"{flags} --prune-discriminator --keep 0.3")
     rows = table(out, "Pruning")
     assert len(rows) == (4 if "cyclegan" in flags else 2)
-    for row in rows:
-        assert 29 < row["MACs %"] <= 30, row
-    for path in out.glob("generator*.safetensors"):
-        kind = "dcgan generator" if "dcgan" in flags else "generator"
-        network = common.load_network(path, torch.device("cpu"), kind)
+    assert all(29 < row["MACs %"] <= 30 for row in rows), rows
+    generators = list(out.glob("generator*.safetensors"))
+    assert len(generators) == (2 if "cyclegan" in flags else 1)
+    for path in generators:
+        network = common.load_network(path, "cpu", "generator", "dcgan generator")
         assert network.config["widths"] != network.config["full"]
-    assert len(list(out.glob("generator*.safetensors"))) == (2 if "cyclegan" in flags else 1)
-    path = [
-        row["MACs %"]
-        for row in map(json.loads, (out / "search.jsonl").read_text().splitlines())
-        if "MACs %" in row
-    ]
-    for name in path[0]:
-        assert path[0][name] > 80 and path[-1][name] <= 30
-    for name, tensor in common.read_tensors(out / "search.safetensors", "state")[0].items():
-        assert not name.endswith(".b0") or not tensor.any(), (
-            name
-        )  # starting from weights, it stays 0
-    for name in ("pruning.png", "search.png", "converge.png"):
+        assert ("text_dim" in network.config) == ("--pairs D/pairs --generator e2gan" in flags)
+    shares = [row["MACs %"] for row in read_log(out / "search-log.jsonl") if "MACs %" in row]
+    for name in shares[0]:
+        assert shares[0][name] > 80 and shares[-1][name] <= 30
+    state, _ = common.read_tensors(out / "search-state.safetensors", "state")
+    hidden = [tensor for name, tensor in state.items() if name.endswith(".b0")]
+    assert hidden and not any(tensor.any() for tensor in hidden)  # starting from weights, b0 stays
+    for name in ("pruning.png", "search-curve.png", "converge-curve.png"):
         assert common.read_image(out / name).shape[1] > 100
-    [*_, measured] = table(out, "Pruned generator, held-out pictures")
+    measured = table(out, "Pruned generator, held-out pictures")[-1]
     assert all(np.isfinite(value) for value in measured.values() if isinstance(value, float))
 
 
-def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(data, prune):
-    out = prune(
-        *TASKS["pairs taken apart, e2gan without text"][:2],
-        "--pairs",
-        data / "pairs",
-        "--concept",
-        "dark",
-        "--generator",
-        "e2gan",
-        "--keep",
-        "0.5",
-        "--search-epochs",
-        10,
-        "--epochs",
-        30,
-    )
+def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(prune):
+    flags = TASKS["pairs taken apart, e2gan"]
+    out = prune(f"{flags} --keep 0.5 --search-epochs 10 --epochs 30")
     there, back = table(out, "Pruned generator, held-out pictures")
-    assert (
-        there["PSNR dB"] > there["picture unchanged dB"] + 3
-        and back["PSNR dB"] > back["picture unchanged dB"] + 1
-    )
+    assert there["PSNR dB"] > there["picture unchanged dB"] + 3
+    assert back["PSNR dB"] > back["picture unchanged dB"] + 1
 
 
-@pytest.mark.parametrize(
-    "task, state", [("cyclegan", "search.safetensors"), ("dcgan", "converge.safetensors")]
-)
-def test_unpaired_and_unconditional_runs_killed_and_continued_end_in_the_same_bytes(
-    data, stage, tmp_path, task, state
-):
-    folder = data / ("unpaired" if task == "cyclegan" else "flat")
-    flags = [
-        *SMALL,
-        "--task",
-        task,
-        "--data",
-        folder,
-        "--size",
-        32,
-        "--keep",
-        "0.5",
-        "--save-every",
-        4,
-        "--prune-discriminator",
-        "--width",
-        4,
-    ]
-    flags += (
-        ["--search-epochs", 4, "--epochs", 1]
-        if task == "cyclegan"
-        else ["--search-epochs", 4, "--epochs", 20, "--width", 16]
-    )
-    stage("05", *flags, "--out", tmp_path / "whole")
-    kill_midway_and_continue(
-        stage, "05", [*flags, "--out", tmp_path / "killed"], tmp_path / "killed", state
-    )
-    files = [
-        path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors")
-    ]
-    assert len(files) >= 5
-    assert_same_files(
-        tmp_path / "whole", tmp_path / "killed", *files, "search.jsonl", "converge.jsonl"
-    )
+@pytest.fixture(scope="module")
+def base(data, stage):
+    flags = "--width 8 --batch 8 --lr 2e-3 --epochs 40 --fid off --concept dark"
+    where = f"--pairs {data}/pairs --cache {data}/cache --out {data}/trained"
+    stage("03", *flags.split(), *where.split())
+    return data / "trained/generator.safetensors"
 
 
-@pytest.mark.slow
-def test_two_processes_train_cyclegan_as_one(data, stage, tmp_path):
-    """For two steps: small latents magnify the rounding of sums in another order, until another channel goes first."""
-    flags = [
-        "--task",
-        "cyclegan",
-        "--data",
-        data / "unpaired",
-        "--size",
-        32,
-        "--width",
-        4,
-        "--batch",
-        8,
-        "--search-epochs",
-        1,
-        "--epochs",
-        1,
-        "--keep",
-        "0.5",
-        "--fid",
-        "off",
-        "--precision",
-        "fp32",
-        "--device",
-        "cpu",
-        "--save-every",
-        1,
-    ]
-    stage("05", *flags, "--out", tmp_path / "one")
-    run_twice(script("05"), *flags, "--out", tmp_path / "two")
-    one, two = (
-        [json.loads(line) for line in (tmp_path / run / "search.jsonl").read_text().splitlines()][
-            :4
-        ]
-        for run in ("one", "two")
-    )
-    assert [row["step"] for row in one] == [1, 1, 2, 2]
-    for a, b in zip(one, two):
-        assert a == b if "MACs %" in a else a == pytest.approx(b, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_that_train_dcgan_keep_equal_weights(data, tmp_path):
-    """Not as one: each has noise of its own, and batch norm's statistics are a process's."""
-    (tmp_path / "ranks.py").write_text(
-        RANKS.format(root=str(ROOT), tests=str(ROOT / "tests"), number="05", networks=4)
-    )
-    run_twice(
-        tmp_path / "ranks.py",
-        *SMALL,
-        "--task",
-        "dcgan",
-        "--data",
-        data / "flat",
-        "--size",
-        32,
-        "--keep",
-        "0.5",
-        "--search-epochs",
-        1,
-        "--epochs",
-        1,
-        "--out",
-        tmp_path / "out",
-    )
-    assert (tmp_path / "out/generator.safetensors").exists()
+def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune):
+    source = f"--pairs D/pairs --generator {base} --batch 8"
+    out = prune(f"{source} --keep 0.4 --search-epochs 6 --epochs 20")
+    small, full = common.load_generator(out / "generator.safetensors"), common.load_generator(base)
+    assert 0.39 < common.count_macs(small, 32) / common.count_macs(full, 32) <= 0.4
+    assert small.config["full"] == full.config["widths"]
+    assert small.config["concepts"] == full.config["concepts"]
+    [row] = table(out, "Pruned generator, held-out pictures")
+    assert row["PSNR dB"] > row["photo unchanged dB"] + 2
+    assert row["PSNR dB before"] > row["photo unchanged dB"] + 2 and row["PSNR dB sliced"] > 0
 
 
 @pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start paper"])
-def test_methods_to_compare_with_meet_the_same_target(data, prune, method):
-    out = prune(
-        "--pairs",
-        data / "pairs",
-        "--generator",
-        "resnet9",
-        "--keep",
-        "0.25",
-        "--method",
-        *method.split(),
-    )
+def test_methods_to_compare_with_meet_the_same_target(prune, method):
+    out = prune(f"--pairs D/pairs --generator resnet9 --keep 0.25 --method {method}")
     [row] = table(out, "Pruning")
-    assert (
-        row["search steps"] + row["converge steps"] == 8 * 6
-    )  # epochs, steps in one: all methods train equally long
+    assert row["search steps"] + row["converge steps"] == 8 * 6  # epochs, steps in one
     assert 24 < row["MACs %"] <= 25 and row["method"] == method.split()[0]
     if method == "uniform":
         shares = [row["after"] / row["before"] for row in table(out, "Channels")]
         assert max(shares) - min(shares) < 0.2
 
 
-def test_the_last_channel_that_fits_is_kept(prune):
-    network = common.new_generator(
-        "unet256", 8, 32, [{"name": "a", "prompt": ""}], "none", torch.device("cpu")
-    )
-    target = prune.module.Target(network, 0.37)
+def test_the_last_channel_that_fits_is_kept(five):
+    network = common.new_generator("unet256", 8, 32, [{"name": "a", "prompt": ""}])
+    target = five.Target(network, 0.37)
     torch.manual_seed(0)
     latents = {g: torch.randn(n) for g, n in network.config["widths"].items()}
     kept = target.kept(latents, 0.37)
     widths = {**target.full, **{g: len(indices) for g, indices in kept.items()}}
     assert target.share(widths) <= 0.37
     for g, n in network.config["widths"].items():
-        if widths[g] < n:
-            assert target.share({**widths, g: widths[g] + 1}) > 0.37
+        assert widths[g] == n or target.share({**widths, g: widths[g] + 1}) > 0.37
         magnitude = latents[g].abs()
-        assert magnitude[kept[g]].min() >= magnitude.sort(descending=True).values[len(kept[g]) - 1]
+        assert magnitude[kept[g]].min() >= magnitude.sort(descending=True).values[widths[g] - 1]
 
 
-def test_a_full_pool_gives_half_earlier_fakes_back(prune, monkeypatch):
-    monkeypatch.setattr(prune.module, "POOL", 8)
+STOPPED = {
+    "search": "--task cyclegan --data D/unpaired --search-epochs 4 --epochs 1",
+    "converge": "--task dcgan --data D/flat --search-epochs 2 --epochs 4",
+}
+
+
+@pytest.mark.parametrize("phase", STOPPED)
+def test_runs_stopped_and_continued_end_in_the_same_bytes(prune, tmp_path, monkeypatch, phase):
+    """Stopped when they have saved for the second time in a phase."""
+    flags = f"{STOPPED[phase]} --size 32 --width 4 --keep 0.5 --prune-discriminator --save-every 7"
+    prune(flags).rename(tmp_path / "whole")
+    save, saved = training.Loop.save, []
+
+    def save_and_stop(loop):
+        save(loop)
+        saved.append(loop.prefix)
+        if saved.count(f"{phase}-") == 2:
+            raise SystemExit
+
+    monkeypatch.setattr(training.Loop, "save", save_and_stop)
+    with pytest.raises(SystemExit):
+        prune(flags)
+    monkeypatch.setattr(training.Loop, "save", save)
+    out, whole = prune(flags), tmp_path / "whole"
+    files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    files += ["search-log.jsonl", "converge-log.jsonl", "sliced/search.json"]
+    for path in files:
+        assert (whole / path).read_bytes() == (out / path).read_bytes(), path
+
+
+# ---- CycleGAN's pool, DCGAN ----------------------------------------------------------------------
+
+
+def test_a_full_pool_gives_half_earlier_fakes_back(five, monkeypatch):
+    monkeypatch.setattr(five, "POOL", 8)
     torch.manual_seed(0)
-    pool = prune.module.Pool(2, torch.device("cpu"))
-    picture = torch.arange(108.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    assert torch.equal(pool.swap(picture[:8]), picture[:8])  # while it fills
-    given = torch.cat([pool.swap(part) for part in picture[8:].split(4)])[:, 0, 0, 0]
-    earlier = given != picture[8:, 0, 0, 0]
-    assert 30 < earlier.sum() < 70
-    assert (given[earlier] < picture[8:, 0, 0, 0][earlier]).all() and len(
-        set(given.tolist())
-    ) == len(given)
+    pool, picture = [], torch.arange(108.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    assert torch.equal(five.swap(pool, picture[:8]), picture[:8])  # while it fills
+    given = torch.cat([five.swap(pool, part) for part in picture[8:].split(4)])[:, 0, 0, 0]
+    earlier, fresh = given != picture[8:, 0, 0, 0], picture[8:, 0, 0, 0]
+    assert 30 < earlier.sum() < 70 and len(pool) == 8
+    assert (given[earlier] < fresh[earlier]).all() and len(set(given.tolist())) == len(given)
 
 
-def test_thumbnails_tell_colours_apart(prune):
+@pytest.mark.parametrize("name", ["generator", "discriminator"])
+def test_dcgan_sliced_equals_masked_and_is_rebuilt_from_its_file(five, tmp_path, name):
     torch.manual_seed(0)
-    pictures = torch.randint(0, 256, (6000, 3, 16, 16), dtype=torch.uint8)
-    one, other = pictures[:3000], pictures[3000:]
-    same, darker = (
-        prune.module.thumbnail_distance(one, other),
-        prune.module.thumbnail_distance(one, other // 2),
-    )
-    assert 0 <= same < 1 and darker > 40  # 192 dimensions, whose mean falls from 0 to about -1/2
+    network = five.dcgan_networks(8, 32)[name].eval()
+    widths, kept = common.all_widths(network.config), {}
+    for g, n in network.config["widths"].items():
+        kept[g] = torch.randperm(n)[: n // 2].sort().values
+    modules = [module for module in network.modules() if hasattr(module, "writes")]
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    small = common.slice_network(network, kept).eval()
+    for x in (network, small):
+        terms, example = five.mac_terms(network), x.example(batch=2, device="cpu")
+        assert five.macs_of(terms, common.all_widths(x.config)) == common.count_macs(x)
+        common.save_network(tmp_path / name, x)
+        loaded = common.load_network(tmp_path / name, "cpu", x.kind)
+        assert torch.equal(loaded(*example), x(*example)) and loaded.config == x.config
+    for module in modules:  # dead channels are 0 after the norm
+        whole = {g: torch.arange(widths[g]) for g in module.writes}
+        alive = common.channel_indices(module.writes, {**whole, **kept}, widths)
+        dead = torch.ones(len(module.bias), dtype=torch.bool).index_fill(0, alive, False)
+        transposed = isinstance(module, torch.nn.ConvTranspose2d)
+        (module.weight.data.transpose(0, 1) if transposed else module.weight.data)[dead] = 0
+        module.bias.data[dead] = 0
+    assert torch.allclose(network(*example), small(*example), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--task", "dcgan", "--pairs", "pairs"], "give --data"),
-        (["--task", "cyclegan", "--pairs", "pairs"], "one --concept"),
-        (
-            ["--task", "cyclegan", "--data", "unpaired", "--generator", "dcgan"],
-            "takes --generator e2gan or resnet9 or unet256",
-        ),
-        (["--task", "dcgan", "--data", "flat", "--generator", "e2gan"], "takes --generator dcgan"),
-        (["--task", "pix2pix", "--data", "unpaired"], "looked for train/"),
-        (["--task", "cyclegan", "--data", "sides"], "looked for train/"),
-        (["--task", "dcgan", "--data", "flat", "--size", 32, "--keep", "0.001"], "not under 0.0"),
-        (["--pairs", "pairs", "--generator", "base", "--method", "uniform"], "from scratch"),
-        (["--pairs", "pairs", "--generator", "base", "--start", "paper"], "would forget"),
-        (["--pairs", "pairs", "--generator", "base", "--keep", "0.5"], "trained at 64 pixels"),
-        (
-            ["--pairs", "pairs", "--generator", "base", "--width", "4"],
-            "has --width 8: leave it out",
-        ),
-        (
-            ["--pairs", "pairs", "--generator", "base", "--clip", "ViT-S-32:random"],
-            "has --clip none: leave it out",
-        ),
-        (
-            ["--pairs", "pairs", "--generator", "resnet"],
-            "neither a file nor one of e2gan, resnet9, unet256",
-        ),
-        (["--data", "sides", "--concept", "dark"], "leave it out, or --data"),
-        (
-            ["--pairs", "pairs", "--generator", "resnet9", "--size", "32"],
-            "pairs have their own size",
-        ),
-        (["--pairs", "pairs", "--generator", "resnet9", "--l1", "-1"], "from 0 on"),
-        (["--task", "pix2pix", "--data", "sides/train/0.png"], "is no folder"),
-        (
-            ["--pairs", "pairs", "--generator", "e2gan", "--clip", "none", "--concept", "nothing"],
-            "no concept 'nothing'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("grace", [6, 1000])
+def test_alike_fakes_of_noise_are_no_collapse_at_first(five, prune, monkeypatch, grace):
+    """A generator that makes nearly one grey of every noise."""
+    network, fakes = common.NETWORKS["dcgan"], five.Dcgan.fakes
+    forward = network.forward
+    monkeypatch.setattr(network, "forward", lambda *x: 1e-4 * forward(*x))
+
+    def set_grace(task, *batch):
+        task.grace = grace
+        return fakes(task, *batch)
+
+    monkeypatch.setattr(five.Dcgan, "fakes", set_grace)
+    flags = "--task dcgan --data D/flat --size 32 --width 4 --method uniform --keep 0.5"
+    collapses = pytest.raises(training.Collapse, match="step 12: the generator makes the same")
+    with collapses if grace == 6 else contextlib.nullcontext():
+        prune(f"{flags} --search-epochs 2 --epochs 1 --save-every 6")
+
+
+# ---- Layouts -------------------------------------------------------------------------------------
+
+
+def save_random(path, width, height) -> None:
+    """A smooth random picture, so that a JPEG is near it."""
+    rng = np.random.default_rng(list(str(path.parent.name + path.name).encode()))
+    picture = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize((width, height), Image.Resampling.BICUBIC).save(path)
+
+
+def save_all(folder, names, width, height):
+    """5 training and 3 other pictures in each of the folders."""
+    for name in names.split():
+        for i in range(5 if "train" in name else 3):
+            save_random(folder / name / f"{i}.jpg", width, height)
+    return folder
+
+
+@pytest.fixture
+def find(five, tmp_path):
+    """find(task, folder, ...) -> training and held-out pictures, decoded."""
+
+    def call(*args):
+        return [part.cache(tmp_path / "cache") for part in five.find_data(*args)]
+
+    return call
+
+
+def rows_of(data, batch=4, steps=range(6)) -> list[tuple]:
+    """The batches' rows, as tuples of pictures' bytes."""
+    rows = []
+    for *parts, concept in data.batches(batch, steps, 3, CPU):
+        assert not concept.any()
+        for row in zip(*parts, strict=True):
+            rows.append(tuple(common.to_uint8(picture).numpy().tobytes() for picture in row))
+    return rows
+
+
+def either_way(*pictures) -> dict[tuple, bool]:
+    """{row's bytes: is it mirrored}"""
+    plain = tuple(x.contiguous().numpy().tobytes() for x in pictures)
+    return {plain: False, tuple(x.flip(-1).contiguous().numpy().tobytes() for x in pictures): True}
+
+
+@pytest.mark.parametrize("direction", ["AtoB", "BtoA"])
+@pytest.mark.parametrize("held_out", ["test", "val"])
+def test_side_by_side_is_cut_into_photo_and_edit(find, tmp_path, direction, held_out):
+    folder = save_all(tmp_path / "data", f"train {held_out}", 64, 32)
+    train, test = find("pix2pix", folder, 32, direction)
+    known = {}
+    for i in range(5):
+        a, b = common.read_image(folder / f"train/{i}.jpg").split(32, 2)
+        known |= dict.fromkeys(either_way(*((a, b) if direction == "AtoB" else (b, a))), i)
+    rows = rows_of(train)
+    assert {known[row] for row in rows} == set(range(5)) and len(set(rows)) > 5
+    photos, edits = next(test.parts(0))
+    both = [photos[1], edits[1]] if direction == "AtoB" else [edits[1], photos[1]]
+    assert torch.equal(torch.cat(both, 2), common.read_image(folder / held_out / "1.jpg"))
+    assert test.concepts == train.concepts == [{"name": "data", "prompt": ""}]
+    generator = common.new_generator("unet256", 4, 32, test.concepts)
+    assert [row["concept"] for row in training.evaluate(generator, test)] == ["data"]
+
+
+def test_unpaired_rows_are_drawn_and_mirrored_apart(find, tmp_path):
+    folder = save_all(tmp_path / "data", "trainA trainB testA testB", 32, 32)
+    for i in (5, 6):
+        save_random(folder / f"trainB/{i}.png", 32, 32)
+    train, test = find("cyclegan", folder, 32)
+    known = {}
+    for path in sorted(folder.glob("train*/*")):
+        for key, mirrored in either_way(common.read_image(path)).items():
+            known[key[0]] = path.relative_to(folder), mirrored
+    rows = [(known[a], known[b]) for a, b in rows_of(train, 2, range(30))]
+    assert {str(a[0].parent) + str(b[0].parent) for a, b in rows} == {"trainAtrainB"}
+    assert len({a[0] for a, _ in rows}) == 5 and len({b[0] for _, b in rows}) == 7
+    assert len({(a[1], b[1]) for a, b in rows}) == 4
+    assert len({(a[0], b[0]) for a, b in rows}) > 20  # of 35 couples, not the same again and again
+    assert training.steps_per_epoch(train.counts, 7) == 1  # an epoch passes over the larger set
+    assert len({known[b] for _, b in rows_of(train, 7, range(1))}) == 7
+    a, b = test.pixels.split(test.sets)
+    assert torch.equal(a[2], common.read_image(folder / "testA/2.jpg"))
+    assert torch.equal(b[0], common.read_image(folder / "testB/0.jpg"))
+
+
+def test_pairs_taken_apart_share_no_photo(five, data):
+    train, test = five.take_apart(data / "pairs", "dark")
+    a, b = train.files[:12], train.files[12:]
+    assert not {x.name for x in a} & {x.name for x in b} and len(b) == 12
+    assert {x.parent.name for x in a} == {"source"} and {x.parent.name for x in b} == {"dark"}
+    test.cache(data / "cache")
+    assert test.paired and test.sets == [6, 6]
+    for kind, pixels in zip(("source", "dark"), test.pixels.split(6), strict=True):
+        wanted = common.read_image(data / f"pairs/test/{kind}/00004.png")
+        assert torch.equal(pixels[4], wanted)
+
+
+def test_a_flat_folder_holds_a_tenth_out(find, tmp_path):
+    folder = tmp_path / "data"
+    for i in range(21):
+        name = f"{i}.{'JPG' if i % 3 else 'png'}"
+        save_random(folder / "sub" / name if i % 2 else folder / name, 48, 32)
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "0.png", folder / ".thumbnails/0.png")
+    train, test = find("dcgan", folder, 32)
+    assert train.counts == [19] and test.pixels.shape == (2, 3, 32, 32)
+    assert not set(train.files) & set(test.files)
+    seen, mirrored = rows_of(train, 1, range(38)), set()
+    for path in train.files:
+        middle = either_way(common.read_image(path)[:, :, 8:40])
+        assert sum(row in middle for row in seen) == 2
+        mirrored |= {middle[row] for row in seen if row in middle}
+    assert mirrored == {False, True}
+
+
+def test_hashes_change_with_the_data(five, tmp_path):
+    both = save_all(tmp_path, "train test trainA trainB testA testB", 64, 32)
+
+    def hashes():
+        asked = [("pix2pix", 32), ("pix2pix", 32, "BtoA"), ("cyclegan", 32)]
+        asked += [("dcgan", 32), ("dcgan", 64)]
+        return [five.find_data(task, both, *more)[0].data_hash for task, *more in asked]
+
+    first = hashes()
+    assert hashes() == first and len(set(first)) == 5
+    for name in ("train", "trainB"):
+        for path in sorted((both / name).iterdir()):
+            Image.open(path).convert("L").convert("RGB").save(path)
+    assert not set(hashes()) & set(first)
+
+
+BAD_FOLDERS = {
+    "dcgan": ("", "finds no four or more pictures in .* but nothing"),
+    "dcgan ": ("0.png 1.png 2.png", "four or more pictures in .* but 0.png, 1.png, 2.png"),
+    "pix2pix": ("train/0.png", r"train/ and test/ or val/.*but train$"),
+    "pix2pix ": ("trainA/0.png trainB/0.png", "but trainA, trainB"),
+    "cyclegan": ("trainA/0.png trainB/0.png testA/0.png", "but testA, trainA, trainB"),
+    " pix2pix": ("train/0.png val/0.png train/odd.png", "odd.png is 60x32, no two squares"),
+    " pix2pix ": ("train/0.png val/0.png train/bad.png", "bad.png is not a picture"),
+}
+
+
+@pytest.mark.parametrize("task", BAD_FOLDERS)
+def test_bad_folders(find, tmp_path, task):
+    (names, words), folder = BAD_FOLDERS[task], tmp_path / "data"
+    for name in names.split():
+        save_random(folder / name, 60 if "odd" in name else 64, 32)
+        if "bad" in name:
+            (folder / name).write_bytes(b"GIF89a")
+    with pytest.raises(common.UserError, match=words):
+        find(task.strip(), folder, 32)
+
+
+BAD_FLAGS = [
+    ("--task dcgan --pairs D/pairs", "give --data"),
+    (
+        "--task dcgan --data D/flat --size 48",
+        "dcgan makes pictures of 8, 16, 32, 64, ... pixels, not",
+    ),
+    ("--task dcgan --data D/flat --size 32 --keep 0.001", "a share of the MACs from 0.0"),
+    ("--task dcgan --data D/flat --generator e2gan", "takes no --generator e2gan but dcgan"),
+    ("--task cyclegan --pairs D/pairs", "one --concept"),
+    ("--task cyclegan --data D/unpaired --generator dcgan", "but e2gan or resnet9 or unet256"),
+    ("--task pix2pix --data D/nowhere", "but nothing"),
+    ("--task pix2pix --data D/sides --size 60", "a multiple of 8 from 24 on"),
+    ("--pairs D/pairs --generator D/base --method uniform", "forget what a trained"),
+    ("--pairs D/pairs --generator D/base --start paper", "forget what a trained"),
+    ("--pairs D/pairs --generator D/base --keep 0.5", "trained at 64 pixels"),
+    ("--pairs D/pairs --generator resnet", "or a trained one's file"),
+    ("--data D/sides --concept dark", "leave one out"),
+    ("--pairs D/pairs --generator resnet9 --size 32", "leave one out"),
+    ("--pairs D/pairs --generator e2gan --no-text --concept nothing", "no concept 'nothing'"),
+]
+
+
+@pytest.mark.parametrize("flags, words", BAD_FLAGS)
 def test_bad_input_is_one_line(data, error_of, tmp_path, flags, words):
-    flags = [
-        data / flag
-        if str(flag).split("/")[0] in ("sides", "pairs", "unpaired", "flat", "base")
-        else flag
-        for flag in flags
-    ]
-    assert words in error_of("05", *SMALL, *flags, "--out", tmp_path / "out")
+    assert words in error_of("05", *flags_of(data, flags), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_all_stages_take_the_same_files_for_pictures(load_stage, tmp_path):
-    for suffix in [*common.SUFFIXES, ".JPG", ".pdf", ".txt", ""]:
-        (tmp_path / f"{len(suffix)}{suffix}").touch()
-    wanted = sorted(path for path in tmp_path.iterdir() if path.suffix not in (".pdf", ".txt", ""))
-    (tmp_path / "._1.png").touch()  # what macOS leaves beside 1.png
-    assert common.list_pictures(tmp_path) == load_stage("06").find_pictures(tmp_path) == wanted
-    assert [tmp_path / name for name in load_stage("01").list_photos(tmp_path)[0]] == wanted
-
-
-def test_a_trained_generator_is_read_once(data, error_of, monkeypatch, tmp_path):
-    read, load = [], common.load_network
-    monkeypatch.setattr(
-        common, "load_network", lambda path, *rest: read.append(path) or load(path, *rest)
-    )
-    network = common.build_network(
-        common.generator_config("resnet9", 8, 32, [{"name": "dark", "prompt": ""}])
-    )
-    common.save_network(tmp_path / "base", network)
-    error_of(
-        "05",
-        *SMALL,
-        "--pairs",
-        data / "pairs",
-        "--generator",
-        tmp_path / "base",
-        "--keep",
-        "0.0001",
-        "--out",
-        tmp_path / "out",
-    )
-    assert read == [tmp_path / "base"]
-
-
-@pytest.mark.parametrize("text", ["{}", '{"steps": "8"}', '{"steps": -1}', '{"steps": true}'])
-def test_a_run_goes_on_from_no_search_of_unknown_length(prune, tmp_path, text):
-    common.write_text(tmp_path / "search.json", text)
-    network = common.build_network(common.generator_config("dcgan", 4, 8, []))
-    common.save_network(tmp_path / "generator.safetensors", network)
-    task = argparse.Namespace(generators={"generator": network}, discriminators={}, pools={})
-    with pytest.raises(common.UserError, match="search.json names no"):
-        prune.module.load_task(task, tmp_path, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("method, rate", [("coronet", "--lr-search"), ("uniform", "--lr")])
-def test_advice_names_the_rate_of_the_phase(data, error_of, tmp_path, method, rate):
-    line = error_of(
-        "05",
-        *SMALL,
-        "--pairs",
-        data / "pairs",
-        "--generator",
-        "resnet9",
-        "--method",
-        method,
-        "--search-epochs",
-        1,
-        rate,
-        "1e30",
-        "--out",
-        tmp_path / "out",
-    )
-    assert f"lower {rate} or --lr-d" in line
-
-
-def test_alike_fakes_of_noise_are_no_collapse_at_first(data, prune, monkeypatch):
-    """A generator that makes nearly one grey of every noise, judged in its grace and after."""
-    forward = common.DcganGenerator.forward
-    monkeypatch.setattr(
-        common.DcganGenerator, "forward", lambda self, noise: 1e-4 * forward(self, noise)
-    )
-    flags = [
-        "--task",
-        "dcgan",
-        "--data",
-        data / "flat",
-        "--size",
-        32,
-        "--width",
-        4,
-        "--method",
-        "uniform",
-        "--keep",
-        "0.5",
-        "--search-epochs",
-        2,
-        "--epochs",
-        1,
-        "--save-every",
-        6,
-    ]
-    monkeypatch.setattr(prune.module.Dcgan, "grace", 6)
-    with pytest.raises(common.Collapse, match="step 12: the generator makes the same picture"):
-        prune(*flags)
-    monkeypatch.setattr(prune.module.Dcgan, "grace", 1000)
-    prune(*flags)

@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import import_stage, script
 from PIL import Image
 from safetensors.torch import load_file
 
 import common
+import training as shared
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TEXT = {"text_dim": 16, "tokens": 5, "clip": "x"}
 EDITS = {"dark": lambda x: x // 3, "inverted": lambda x: 255 - x, "warm": lambda x: x[..., ::-1]}
 ALL = "--pairs pairs --device cpu --precision fp32 --fid off --save-every 1 --seed 2"
-BASE = "--concept dark --concept inverted --clip ViT-S-32:random --width 8"
+BASE = "--concept dark --concept inverted --width 8"
 CYCLEGAN = "--task cyclegan --concept dark --width 4 --batch 28 --search-epochs 2"
 DCGAN = "--task dcgan --data pairs/train --size 32 --width 4 --prune-discriminator --start paper"
 SLOW = "--lr 2e-5 --lr-d 2e-5 --lr-search 1e-5 --lr-z 1e-3"  # a step of Adam magnifies rounding
@@ -42,22 +43,23 @@ RUNS = {
 
 
 def make_pairs(folder):
-    """Stage 1's folder of three concepts: 6 photos of coarse squares to train on, 2 to test on."""
+    """Stage 1's folder of three concepts: 6 photos of coarse squares to train on, 2 to test on,
+    and the prompts' features as its stand-in makes them."""
     rng = np.random.RandomState(0)
     for split, count in (("train", 6), ("test", 2)):
         coarse = rng.randint(0, 256, (count, 4, 4, 3), np.uint8)
         noise = rng.randint(0, 128, (count, 32, 32, 3), np.uint8)
         photos = coarse.repeat(8, 1).repeat(8, 2) // 2 + noise
-        rows = []
         for name, edit in {"source": lambda x: x, **EDITS}.items():
             (folder / split / name).mkdir(parents=True)
             for i, photo in enumerate(photos):
                 Image.fromarray(edit(photo)).save(folder / split / name / f"{i}.png")
-                row = {"file_name": f"{name}/{i}.png", "source": f"source/{i}.png", "concept": name}
-                rows.append(json.dumps(row))
-        (folder / split / "metadata.jsonl").write_text("\n".join(rows[count:]))
     prompts = {name: {"prompt": f"make it {name}"} for name in EDITS}
-    (folder / "concepts.json").write_text(json.dumps(prompts))
+    common.write_json(folder / "concepts.json", prompts)
+    clip = import_stage("01").Clip("ViT-S-32:random", torch.device("cpu"))
+    tokens = {f"tokens/{name}": clip.text(prompts[name]["prompt"])[1] for name in EDITS}
+    about = {"kind": "features", "clip": clip.name}
+    common.write_tensors(folder / "features.safetensors", tokens, about)
     return folder
 
 
@@ -81,11 +83,16 @@ def build(arch, blocks=None, **text):
 
 def networks(folder):
     """The weights that every network starts from, and so the order in which its layers draw."""
-    made = {name: build(name) for name in ("e2gan", "resnet9", "unet256", "dcgan")}
+    made = {name: build(name) for name in ("e2gan", "resnet9", "unet256")}
     made["e2gan with text"] = build("e2gan", **TEXT)
-    for name in ("unet256", "resnet9", "e2gan with text", "dcgan"):
+    for name in ("unet256", "resnet9", "e2gan with text"):
         torch.manual_seed(4)
         made[f"{name}, D"] = common.new_discriminator(made[name], photo=name != "resnet9")
+    torch.manual_seed(3)
+    dcgan = import_stage("05").dcgan_networks(8, 32)
+    torch.manual_seed(4)
+    made["dcgan, D"] = common.build_network(dcgan["discriminator"].config)
+    made["dcgan"] = dcgan["generator"]
     return {name: parameters(network) for name, network in made.items()}
 
 
@@ -106,26 +113,29 @@ def lora(folder):
     """LoRA's start, row by row of A and without signs, which the SVD leaves open; B is 0."""
     generator = build("e2gan", **TEXT)
     ranks = {"stem.conv": 4, "down2.conv": 2, "blocks.tb.feed1": 2, "up1.conv": 3, "film1": 1}
-    starts = common.add_lora(generator, ranks, 16.0)
+    starts = import_stage("04").add_lora(generator, ranks, 16.0)
     return [[list(map(abs, numbers(row))) for row in matrix] for matrix in starts if matrix.any()]
 
 
 def picks(folder):
     """The order of batches: rows of concept, photo, and whether it is mirrored."""
-    drawn = [common.draw_picks([7], 2, 5, 3), common.draw_picks([5, 3], 4, 1, 0)]
-    drawn.append(common.draw_picks([4, 9, 2], 8, 2, 7))
+    drawn = [shared.draw_picks([7], 2, 5, 3), shared.draw_picks([5, 3], 4, 1, 0)]
+    drawn.append(shared.draw_picks([4, 9, 2], 8, 2, 7))
     return [torch.cat([chosen, flips[:, None]], 1).tolist() for chosen, flips in drawn]
 
 
 def batches(folder):
     """Three steps across an epoch's end, in one process and in two: both halves of each picture."""
-    pairs = common.find_pairs(make_pairs(folder / "pairs"), "train", ["dark", "inverted"])
+    pairs = shared.find_pairs(make_pairs(folder / "pairs"), "train", ["dark", "inverted"])
+    pairs.cache(folder)
     device, found = torch.device("cpu"), {}
     for rank, world in ((0, 1), (0, 2), (1, 2)):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         found[f"process {rank} of {world}"] = steps = []
-        for *pictures, concept in pairs.batches(4, range(1, 4), 3, rank, world, device):
+        for *pictures, concept in pairs.batches(4, range(1, 4), 3, device):
             halves = torch.stack(pictures).unflatten(4, (2, 16)).mean((2, 3, 5))
             steps.append([concept.tolist(), halves.tolist()])
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
     return found
 
 
@@ -139,7 +149,7 @@ def run(name, folder):
     found = {}
     for path in sorted((folder / name).rglob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path.stem] = [row for row in rows if "PSNR dB" not in row]
+        found[path.stem.removesuffix("-log")] = [row for row in rows if "PSNR dB" not in row]
     return found
 
 

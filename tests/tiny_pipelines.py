@@ -1,167 +1,92 @@
-"""Diffusers pipelines of a few thousand random weights, saved as folders that `from_pretrained` loads."""
+"""Diffusers pipelines of a few thousand random weights, saved as folders that `from_pretrained`
+loads."""
 
 import json
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxKontextPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+import transformers
 
 
-def clip_text(folder: Path, width: int = 16) -> tuple[CLIPTextModel, CLIPTokenizer]:
+def clip_text(folder: Path) -> dict:
     """A text encoder over single letters."""
     letters = [chr(i) for i in range(33, 127)]
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    config = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        projection_dim=width,
-    )
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
-    )
-    return CLIPTextModel(config), tokenizer
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    vocabulary.write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    merges.write_text("#version: 0.2\n")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "projection_dim": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, **ends))
+    tokenizer = transformers.CLIPTokenizer(str(vocabulary), str(merges), model_max_length=77)
+    return {"text_encoder": encoder, "tokenizer": tokenizer}
 
 
-def t5_text(width: int = 16) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+def t5_text() -> dict:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "photo": 3, "sketch": 4}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = T5Config(
-        vocab_size=len(words), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2
-    )
-    return T5EncoderModel(config), PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=32,
-    )
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(words), **sizes))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=tokenizer, model_max_length=32, **special)
+    return {"text_encoder_2": encoder, "tokenizer_2": tokenizer}
 
 
-def vae(latents: int, shift: bool = False) -> AutoencoderKL:
+def vae(latents: int, **more) -> diffusers.AutoencoderKL:
     """Halves the picture once."""
-    plain = (
-        dict(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0, scaling_factor=1.0)
-        if shift
-        else {}
-    )
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=latents,
-        norm_num_groups=4,
-        sample_size=32,
-        **plain,
-    )
+    options = {"down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1}
+    options |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
+    options |= {"latent_channels": latents, "norm_num_groups": 4, "sample_size": 32}
+    return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **options, **more)
 
 
-def unet(channels: int) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=channels,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        norm_num_groups=4,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
+def unet(channels: int) -> diffusers.UNet2DConditionModel:
+    options = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "sample_size": 16}
+    options |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1}
+    options |= {"block_out_channels": (8, 16), "norm_num_groups": 4, "in_channels": channels}
+    options |= {"out_channels": 4, "cross_attention_dim": 16, "attention_head_dim": 2}
+    return diffusers.UNet2DConditionModel(**options)
+
+
+def save_unet_pipeline(kind: type, channels: int, scheduler, folder: Path) -> Path:
+    parts = {"vae": vae(4), "unet": unet(channels), "scheduler": scheduler}
+    without = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    texts = clip_text(folder / "words")
+    pipe = kind(**texts, **parts, **without, requires_safety_checker=False)
+    pipe.save_pretrained(folder)
+    return folder
 
 
 def instruct_pix2pix(folder: Path) -> Path:
     torch.manual_seed(0)
-    text_encoder, tokenizer = clip_text(folder / "words")
-    StableDiffusionInstructPix2PixPipeline(
-        vae=vae(4),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet(8),
-        image_encoder=None,
-        scheduler=EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear")
+    kind = diffusers.StableDiffusionInstructPix2PixPipeline
+    return save_unet_pipeline(kind, 8, scheduler, folder)
 
 
 def text_to_image(folder: Path) -> Path:
     torch.manual_seed(0)
-    text_encoder, tokenizer = clip_text(folder / "words")
-    StableDiffusionPipeline(
-        vae=vae(4),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet(4),
-        image_encoder=None,
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    return save_unet_pipeline(diffusers.StableDiffusionPipeline, 4, scheduler, folder)
 
 
 def flux_kontext(folder: Path) -> Path:
     """Flow matching, two text encoders, a transformer over packed latents."""
     torch.manual_seed(0)
-    (text_encoder, tokenizer), (text_encoder_2, tokenizer_2) = (
-        clip_text(folder / "words"),
-        t5_text(),
-    )
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    FluxKontextPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(4, shift=True),
-        transformer=transformer,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=tokenizer_2,
-    ).save_pretrained(folder)
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
+    sizes |= {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8)}
+    sizes |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True}
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    plain |= {"shift_factor": 0.0, "scaling_factor": 1.0}
+    parts = {"transformer": diffusers.FluxTransformer2DModel(**sizes), "vae": vae(4, **plain)}
+    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    texts = {**clip_text(folder / "words"), **t5_text()}
+    diffusers.FluxKontextPipeline(**texts, **parts).save_pretrained(folder)
     return folder

@@ -1,0 +1,200 @@
+"""Stage 3 on pairs that take seconds: it learns, tells prompts apart, stops where training
+collapses, and trains on two processes as on one, as does stage 5."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import ROOT, script
+
+import common
+import training
+
+EDITS = {"inverted": lambda x: 1 - x, "dark": lambda x: 0.25 * x}
+BASE = "--width 8 --batch 8 --lr 2e-3 --seed 1 --fid off"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, stage, write_pairs):
+    """Pairs of two concepts, clusters, and a base that learned both."""
+    root = tmp_path_factory.mktemp("world")
+    write_pairs(root / "pairs", EDITS)
+    common.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
+    stage("03", *f"{files(root)} {BASE} --epochs 40 --out {root}/base".split())
+    return root
+
+
+def files(root) -> str:
+    return f"--pairs {root}/pairs --clusters {root}/clusters --cache {root}/cache"
+
+
+def concept_rows(folder) -> list[dict]:
+    return common.read_json(folder / "result.json")["tables"]["Base concepts, held-out photos"]
+
+
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_base_learns_its_concepts(world, stage):
+    rows = concept_rows(world / "base")
+    assert [row["concept"] for row in rows] == ["inverted", "dark"]
+    for row in rows:
+        assert row["PSNR dB"] > row["photo unchanged dB"] + 3, row
+    assert (world / "base/samples").is_dir() and not list(world.rglob("*.part"))
+    again = stage("03", *f"{files(world)} {BASE} --epochs 40 --out {world}/base".split())
+    assert "done already" in again.stdout
+
+
+def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_path):
+    """Less than half of the demo's training: its photos, six of its concepts and its settings."""
+    stage("01", "--demo", "--out", tmp_path / "pairs")
+    concepts = "--concept sketch --concept oil --concept poster --concept neon --concept night"
+    where = f"--pairs {tmp_path}/pairs --cache {tmp_path}/cache --out {tmp_path}/base"
+    stage("03", "--demo", *f"{where} {concepts} --concept emboss --epochs 5".split())
+    rows = concept_rows(tmp_path / "base")
+    assert len(rows) == 6
+    for row in rows:
+        assert row["PSNR dB"] > row["best wrong prompt dB"] + 1.5, row
+
+
+def test_the_best_model_and_the_curve_are_kept(world):
+    log = read_log(world / "base/log.jsonl")
+    means = [statistics.mean(row["PSNR dB"].values()) for row in log if "PSNR dB" in row]
+    assert len(means) == 8  # 40 epochs, every 5
+    test = training.find_pairs(world / "pairs", "test", ["inverted", "dark"])
+    test.cache(world / "cache")
+    for file, wanted in (("best", max(means)), ("generator", means[-1])):
+        generator = common.load_generator(world / f"base/{file}.safetensors")
+        rows = training.evaluate(generator, test)
+        found = statistics.mean(row["PSNR dB"] for row in rows)
+        assert found == pytest.approx(wanted, abs=1e-3)
+    assert common.read_image(world / "base/curve.png").shape[1] > 100
+
+
+@pytest.mark.parametrize("arch", ["resnet9", "unet256", "e2gan --no-text"])
+def test_networks_without_prompts_train_on_one_concept(world, stage, tmp_path, error_of, arch):
+    flags = f"{files(world)} --out {tmp_path}/out --arch {arch} --width 8 --epochs 1 --fid off"
+    flags = [*flags.split(), "--concept", "dark"]
+    assert "learns one --concept" in error_of("03", *flags, "--concept", "inverted")
+    stage("03", *flags)
+    generator = common.load_generator(tmp_path / "out/generator.safetensors")
+    assert generator.config["arch"] == arch.split()[0] and not generator.takes_text
+
+
+# ---- Collapse ------------------------------------------------------------------------------------
+
+
+def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
+    world, error_of, tmp_path, monkeypatch
+):
+    """The weights are broken in the 25th step, between the second checkpoint and the third."""
+    out, kept, steps = tmp_path / "base", {}, []
+    prompt_embedding = common.prompt_embedding
+
+    def count_and_break(generator, concept):
+        steps.append(1)
+        if len(steps) == 22:
+            kept.update({path: path.read_bytes() for path in out.glob("*.safetensors")})
+        if len(steps) == 25:
+            next(generator.parameters()).data.fill_(float("nan"))
+        return prompt_embedding(generator, concept)
+
+    monkeypatch.setattr(common, "prompt_embedding", count_and_break)
+    flags = f"{files(world)} {BASE} --save-every 10 --eval-every 100 --epochs 40 --out {out}"
+    line = error_of("03", *flags.split())
+    assert line.startswith("error: training collapsed shortly before step 30: a loss or a weight")
+    assert {path.stem for path in kept} == {"generator", "state"}
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize("rate, words", [("1e30", "not finite"), ("30", "same picture of every")])
+def test_rates_that_break_a_network(world, error_of, tmp_path, rate, words):
+    flags = f"{files(world)} {BASE} --lr {rate} --epochs 20 --out {tmp_path}/base"
+    assert words in error_of("03", *flags.split())
+
+
+def test_loop_names_what_collapsed():
+    torch.manual_seed(0)
+    fake, edit, score = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.randn(4, 1, 2, 2)
+    same, network = fake[:1].expand_as(fake), torch.nn.Linear(2, 2)
+
+    def health(loss, *pictures):
+        loop = training.Loop(Namespace(), None, 100, {"g": network})
+        loop.losses.append(torch.tensor([1.0, loss]))
+        return loop.health(*pictures)
+
+    assert health(2.0, fake, edit, score) == [1.0, 2.0]
+    assert health(2.0, same, None, score)  # nothing to compare with
+    assert health(2.0, 0 * fake, 0 * edit, score)  # edits all alike ask for no more
+    bad = {"a loss or a weight is not finite": (float("nan"), fake, edit, score)}
+    bad["same picture of every photo"] = 1.0, same, edit, score
+    bad["everything the same score"] = 1.0, fake, edit, torch.ones_like(score)
+    for words, parts in bad.items():
+        with pytest.raises(training.Collapse, match=words):
+            health(*parts)
+    network.weight.data[0, 0] = float("inf")
+    with pytest.raises(training.Collapse, match="a loss or a weight is not finite"):
+        health(1.0, fake, edit, score)
+
+
+# ---- Two processes -------------------------------------------------------------------------------
+
+RANKS = """
+import sys, torch
+sys.path[:0] = [{root!r}]
+import common, importlib.util, training
+spec = importlib.util.spec_from_file_location("stage", {script!r})
+stage = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stage)
+wrap, networks = training.data_parallel, []
+training.data_parallel = lambda network, *rest: networks.append(network) or wrap(network, *rest)
+
+def main():
+    stage.main()
+    mine = torch.cat([p.detach().flatten() for network in networks for p in network.parameters()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(both, mine)
+    assert len(networks) > 1 and torch.equal(*both), "the ranks' weights differ"
+
+common.run(main)
+"""
+
+STAGES = {
+    "03": "--clusters W/clusters --width 8 --seed 1 --epochs 1 --batch 8",
+    "05": "--generator W/base/generator.safetensors --keep 0.5 --search-epochs 2 --epochs 1 "
+    "--batch 8 --lr-search 2e-5 --lr-d 2e-5",
+}
+
+
+@pytest.mark.parametrize("number", STAGES)
+def test_two_processes_train_as_one(world, stage, tmp_path, number):
+    """Few and short steps: Adam turns the rounding of sums in another order into differences that
+    grow. The losses, not the weights: a bias that instance norm erases has a gradient of pure
+    rounding."""
+    flags = f"{STAGES[number]} --pairs W/pairs --cache W/cache --fid off --precision fp32"
+    flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
+    stage(number, *flags, "--out", tmp_path / "one")
+    file = tmp_path / "ranks.py"
+    file.write_text(RANKS.format(root=str(ROOT), script=script(number)))
+    port = f"--master_port={20000 + os.getpid() % 20000}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
+    command = [*torchrun, str(file), *flags, "--out", str(tmp_path / "two")]
+    options = {"timeout": 300, "capture_output": True, "text": True}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    assert done.returncode == 0, done.stderr
+    logs = []
+    for name in ("one", "two"):
+        rows = []
+        for path in sorted((tmp_path / name).rglob("*log.jsonl")):
+            rows += [row for row in read_log(path) if "D" in row]
+        logs.append(rows)
+    assert len(logs[0]) == len(logs[1]) > 0
+    for one, two in zip(*logs, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)

@@ -1,0 +1,654 @@
+"""What the training stages share: pairs, batches, devices, the frame of their loops, measures.
+
+The step itself (the twenty lines of discriminator and generator that people edit) stands in each
+stage; `Loop` is what goes around it. Every batch is a function of (seed, step) alone, so a run that
+was killed continues and ends in the same bytes as one that was not.
+"""
+
+import contextlib
+import datetime
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import torch.distributed as distributed
+import torch.nn as nn
+from PIL import Image
+from tqdm import tqdm
+
+import common
+from common import UserError, rank, world
+
+LOG_EVERY = 50  # steps
+CACHE_HELP = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
+FID_HELP = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
+
+# ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------
+
+
+class Pictures:
+    """Pictures of one size in numbered places. A subclass says what a batch is made of (`plan`),
+    and how a file is read (`load`). After `cache`, pixels (places, 3, S, S) uint8 are there."""
+
+    def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
+        self.files, self.size, self.concepts = list(files), size, concepts
+        digest = hashlib.sha256(json.dumps([size, concepts, about]).encode())
+        with ThreadPoolExecutor() as pool:
+            for ends in pool.map(self.ends, self.files):
+                digest.update(ends)
+        self.cache_hash = self.data_hash = digest.hexdigest()[:16]
+
+    def ends(self, path: Path) -> bytes:
+        """A file's name, length and ends, enough to tell pictures apart: those of stage 1's PNGs
+        hold the checksum of all pixels."""
+        with open(path, "rb") as file:
+            head, length = file.read(24), file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - 4096))
+            return f"{path.name} {length}".encode() + head + file.read()
+
+    def load(self, place: int) -> torch.Tensor:
+        """uint8 (3, S, S), decoded from the place's file; UserError if that is broken."""
+        return common.read_image(self.files[place], self.size)
+
+    def plan(self, step: int, batch: int, seed: int) -> tuple[torch.Tensor, ...]:
+        """The batch of a step, a function of its arguments alone: the places (B, k) of its rows of
+        k pictures, whether each is mirrored (B, k) bool, and the rows' concepts (B,) long."""
+        raise NotImplementedError
+
+    def cache(self, folder: Path):
+        """Decodes every picture into <folder>/<hash>.u8, unless that is there, and maps it: the
+        page cache decides what stays in memory. It is never written through the mapping, where a
+        full disk would be SIGBUS and no error. Returns self."""
+        path, count = folder / f"{self.cache_hash}.u8", len(self.files) * 3 * self.size**2
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
+            if not path.exists() or path.stat().st_size != count:
+                common.replace_file(path, self.write_pixels)
+        pixels = torch.from_file(str(path), size=count, dtype=torch.uint8)
+        self.pixels = pixels.view(-1, 3, self.size, self.size)
+        return self
+
+    def write_pixels(self, path: Path) -> None:
+        places = range(len(self.files))
+        with open(path, "wb") as file, ThreadPoolExecutor() as pool:
+            for pixels in tqdm(pool.map(self.load, places), "decoding", len(places), delay=2):
+                file.write(pixels.numpy())
+
+    def batches(self, batch: int, steps: range, seed: int, device: torch.device) -> Iterator[tuple]:
+        """Yields for each step this process's share of the plan, on the device: k tensors
+        (B / world, 3, S, S) in [-1, 1] (of pairs: photo and edit), and concept (B / world,) long.
+        A thread gathers and pins two steps ahead, so that nothing here waits on CUDA."""
+        if batch % world():
+            raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
+
+        def gather(step: int) -> tuple[int, list[torch.Tensor]]:
+            places, flips, concept = (x[rank() :: world()] for x in self.plan(step, batch, seed))
+            parts = [self.pixels[places.T.flatten()], flips.T.flatten(), concept.clone()]
+            pinned = device.type == "cuda"
+            return places.shape[1], [part.pin_memory() if pinned else part for part in parts]
+
+        with ThreadPoolExecutor(1) as thread:
+            for k, parts in prefetch(thread, gather, steps, depth=2):
+                pixels, flips, concept = (part.to(device, non_blocking=True) for part in parts)
+                pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+                yield *common.to_float(pixels).chunk(k), concept
+
+
+class Pairs(Pictures):
+    """Photos and edits: first the photos' places, then concept by concept its edits'."""
+
+    def __init__(self, files, size, concepts, rows: list[torch.Tensor], about: object = ""):
+        """rows: per concept (n,) long, which photo each of its edits shows."""
+        super().__init__(files, size, concepts, about)
+        self.rows, self.chosen = rows, [torch.arange(len(row)) for row in rows]
+        self.starts = [len(files) - sum(map(len, rows[c:])) for c in range(len(rows))]
+
+    def choose(self, concept: int, chosen: torch.Tensor) -> None:
+        """Restricts a concept to some of its edits (indices), by which data_hash changes, and what
+        is decoded does not."""
+        self.chosen[concept] = chosen
+        digest = hashlib.sha256(f"{self.data_hash} {concept} {chosen.tolist()}".encode())
+        self.data_hash = digest.hexdigest()[:16]
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(chosen) for chosen in self.chosen]
+
+    def plan(self, step, batch, seed):
+        picks, flips = draw_picks(self.counts, batch, step, seed)
+        edits = torch.tensor([self.chosen[c][i] for c, i in picks.tolist()])
+        photos = torch.tensor([self.rows[c][i] for c, i in zip(picks[:, 0], edits, strict=True)])
+        places = torch.stack([photos, torch.tensor(self.starts)[picks[:, 0]] + edits], 1)
+        return places, flips[:, None].expand(-1, 2), picks[:, 0]
+
+    def parts(self, concept: int, count: int = 32) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """A concept's photos and edits in order, uint8 (count, 3, S, S) each."""
+        for i in self.chosen[concept].split(count):
+            yield self.pixels[self.rows[concept][i]], self.pixels[self.starts[concept] + i]
+
+
+def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
+    """Maps in threads and in order like pool.map, but at most `depth` items ahead."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
+
+
+def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple:
+    """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step
+    alone, so that a resumed run needs no generator state."""
+    epoch, place = divmod(step, steps_per_epoch(counts, batch))
+    order = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
+    return tuple(part[place * batch : (place + 1) * batch] for part in order)
+
+
+@functools.lru_cache(maxsize=1)  # once an epoch: with 600,000 pairs it takes as long as some steps
+def epoch_order(counts: tuple[int, ...], longest: int, epoch: int, seed: int) -> tuple:
+    """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often
+    (+-1); each epoch passes over every concept in a new order, and a concept with fewer pairs than
+    `longest` starts over within the epoch."""
+    rng, orders = torch.Generator().manual_seed(seed * 1_000_003 + epoch), []
+    for n in counts:
+        passes = [torch.randperm(n, generator=rng) for _ in range(-(-longest // n))]
+        orders.append(torch.cat(passes)[:longest])
+    flips = torch.rand(longest * len(counts), generator=rng) < 0.5
+    concepts = torch.arange(len(counts)).repeat(longest)
+    return torch.stack([concepts, torch.stack(orders, 1).flatten()], 1), flips
+
+
+def epoch_length(counts: Sequence[int], batch: int) -> int:
+    """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
+    return max(*counts, -(-batch // len(counts)))
+
+
+def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
+    return epoch_length(counts, batch) * len(counts) // batch
+
+
+# ---- The pairs folder, as stage 1 writes it ------------------------------------------------------
+
+
+def read_concepts(pairs: Path) -> dict[str, dict]:
+    """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a
+    concept has no prompt."""
+    path = pairs / "concepts.json"
+    concepts = common.read_json(path, maker="01_distill_pairs.py")
+    for name, entry in concepts.items():
+        common.check_name(name, path)
+        if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
+            raise UserError(f"{path}: concept {name!r} has no prompt")
+    if not concepts:
+        raise UserError(f"{path} names no concept")
+    return concepts
+
+
+def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
+    """Sorted file names of a concept's edits. UserError unless there are some, each of a photo."""
+    names = [path.name for path in common.list_pictures(pairs / split / concept)]
+    photos = {path.name for path in common.list_pictures(pairs / split / "source")}
+    if not names:
+        raise UserError(f"{pairs / split / concept} holds no edits; 01_distill_pairs.py makes them")
+    if set(names) - photos:
+        raise UserError(f"{pairs / split / 'source'} lacks {min(set(names) - photos)}")
+    return names
+
+
+def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> Pairs:
+    """The pairs of some concepts, not decoded yet; `samples` restricts the first concept's to
+    these photos' file names."""
+    known = read_concepts(pairs)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{pairs} has no concept {name!r}; it has {', '.join(known)}")
+    edits = {name: edit_names(pairs, split, name) for name in names}
+    photos = sorted(set().union(*edits.values()))
+    files = [pairs / split / "source" / photo for photo in photos]
+    size, rows, place = (
+        common.read_image(files[0]).shape[-1],
+        [],
+        {x: i for i, x in enumerate(photos)},
+    )
+    if size % 8 or size < 24:
+        raise UserError(f"{pairs}: {size} pixels; the networks need a multiple of 8 from 24 on")
+    for name in names:
+        files += [pairs / split / name / edit for edit in edits[name]]
+        rows.append(torch.tensor([place[edit] for edit in edits[name]]))
+    concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
+    found = Pairs(files, size, concepts, rows)
+    if samples is not None:
+        if absent := sorted(set(samples) - set(edits[names[0]])):
+            raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
+        found.choose(0, torch.from_numpy(np.searchsorted(edits[names[0]], sorted(set(samples)))))
+    return found
+
+
+def read_features(pairs: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """features.safetensors of a pairs folder: CLIP's unit vectors {"train/sketch": (n, D)}, a row
+    a file number, and the token features of prompts {"tokens/sketch": (T, D)}; the tower's name."""
+    path = pairs / "features.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} does not exist; 01_distill_pairs.py makes it")
+    tensors, metadata = common.read_tensors(path, "features")
+    return tensors, str(metadata.get("clip"))
+
+
+def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[list, str]:
+    """The token features (T, D) of these concepts' prompts, and the tower that made them, which
+    must be `clip` where that is given."""
+    tensors, tower = read_features(pairs)
+    if clip and tower != clip:
+        raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
+    try:
+        return [tensors[f"tokens/{concept['name']}"] for concept in concepts], tower
+    except KeyError as error:
+        raise UserError(f"{pairs / 'features.safetensors'} lacks {error}: run stage 1") from None
+
+
+def chosen_concepts(args, role: str) -> list[str]:
+    """--concept, or the "base" or "new" concepts that stage 2 found."""
+    path = args.clusters / "concepts.json"
+    names = args.concept or common.read_json(path, maker="02_cluster.py").get(role)
+    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
+        raise UserError(f"{path} lists no {role} concepts: name some with --concept")
+    return list(dict.fromkeys(names))
+
+
+# ---- Devices and processes -----------------------------------------------------------------------
+
+
+def start(args) -> torch.device:
+    """Picks the device, joins torchrun's processes where there are several, and seeds."""
+    device = pick_device(args.device)
+    if world() > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        hours = datetime.timedelta(hours=12)  # the others wait while the first measures
+        distributed.init_process_group(backend, timeout=hours)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # shapes do not change
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 has units of its own there; without them it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    units = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(units.get("amx_bf16") or units.get("avx512_bf16"))
+
+
+def autocast(device: torch.device, precision: str = "auto"):
+    """A forward pass's context: bf16 where `precision` says so, or is auto and the hardware can."""
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def barrier() -> None:
+    if world() > 1:
+        distributed.barrier()
+
+
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """Replaces a tensor by its mean over the processes."""
+    if world() > 1:
+        try:
+            distributed.all_reduce(tensor)
+        except RuntimeError:  # a connection is gone
+            raise UserError("another process ended; its message is above or below") from None
+        tensor /= world()
+    return tensor
+
+
+def data_parallel(network: nn.Module) -> nn.Module:
+    """The network under DDP, whose backward pass averages gradients; itself in one process."""
+    if world() == 1:
+        return network
+    device = next(network.parameters()).device
+    ids = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(network, ids, broadcast_buffers=False)
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+def adam(parameters, lr: float) -> torch.optim.Adam:
+    """pix2pix's optimizer, all parameters in one kernel."""
+    return torch.optim.Adam(parameters, lr, (0.5, 0.999), fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
+    """pix2pix's schedule: constant for the first half of the steps, then linear to 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
+
+
+class Collapse(UserError):
+    """Training that can't be saved."""
+
+
+class Loop:
+    """What goes around a stage's steps.
+
+        loop = Loop(args, data, steps, {"g": generator, "opt_g": opt_g}, out)
+        for photo, edit, concept in loop:               # from where the state in `out` stopped
+            ...                                         # loop.step: how many steps are done
+            if loop.record({"G": loss_g, "D": loss_d}, fake, edit, score):
+                loop.save()                             # the first process, when it is time to
+
+    SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
+    several processes all stop after the same step. Without `out` nothing is read or written."""
+
+    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc=""):
+        """parts: modules and optimizers by name, all that a run needs to continue. name: begins
+        the names of state, log and curve, where a stage has two loops."""
+        self.args, self.data, self.out, self.desc = args, data, out, desc
+        self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
+        self.device = next(self.modules.parameters()).device
+        self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
+        self.steps = self.total = steps
+        self.parts = {**parts, "losses": self.losses}
+        self.start, self.rows = load_state(self.path("state.safetensors"), self.parts)
+        self.step = self.rows[-1]["step"] if self.start == steps and self.rows else self.start
+
+    def path(self, name: str) -> Path | None:
+        return self.out and self.out / (self.prefix + name)
+
+    def __iter__(self) -> Iterator[tuple]:
+        args, caught = self.args, []
+
+        def catch(number, frame):
+            if caught and world() == 1:  # a second signal does not wait
+                raise KeyboardInterrupt
+            caught.append(number)
+
+        before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
+        left, hide = range(self.start, self.total), rank() > 0
+        self.bar = tqdm(desc=self.desc, initial=self.start, total=self.total, disable=hide)
+        self.began = time.time()
+        try:
+            for batch in self.data.batches(args.batch, left, args.seed, self.device):
+                torch.manual_seed((args.seed * 1_000_003 + self.step) * world() + rank())
+                yield batch
+                self.bar.update()
+                self.began = time.time()
+                if average(torch.tensor(float(len(caught)))) > 0:  # on the CPU: no GPU waits
+                    self.save()
+                    barrier()  # none ends before the first has saved
+                    raise KeyboardInterrupt
+                if self.step == self.steps:
+                    break
+        finally:
+            self.bar.close()
+            for n, handler in before.items():
+                signal.signal(n, handler)
+
+    def record(self, losses: dict, fake, edit, score, save: bool = False) -> bool:
+        """Ends a step. losses: scalars by name, whose means are logged every LOG_EVERY steps and
+        whenever it is time to save: every --save-every steps, after the last, and where `save`.
+        Collapse is raised before anything is written. Whether this process should save now."""
+        self.step += 1
+        self.losses.append(torch.stack(list(losses.values())).detach())
+        save = save or self.step == self.steps or self.step % self.args.save_every == 0
+        if save or self.step % LOG_EVERY == 0:
+            means = dict(zip(losses, self.health(fake, edit, score), strict=True))
+            self.rows.append({"step": self.step, **means})
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            self.losses.clear()
+        self.seconds += time.time() - self.began  # what the stage does from here on is no training
+        return save and rank() == 0
+
+    def health(self, fake, edit, score) -> list[float]:
+        """The losses' means since the last row, over all processes. Collapse where a loss or a
+        weight is not finite, where fakes (B, 3, H, W) differ less than 2 % as much as the edits
+        (not looked at where edit is None), or where a score is the same everywhere."""
+        losses = torch.stack([loss.to(self.device) for loss in self.losses]).mean(0)
+        spreads = [
+            x.float().std(0, correction=0).mean() for x in (fake, fake if edit is None else edit)
+        ]
+        spreads.append(
+            score.float().std(correction=0) if score.numel() > 1 else losses.new_ones(())
+        )
+        *means, fakes, edits, scores = average(
+            torch.cat([losses, torch.stack(spreads).detach()])
+        ).tolist()
+        finite = torch.stack([p.isfinite().all() for p in self.modules.parameters()]).all()
+        reason = (
+            "a loss or a weight is not finite"
+            if not finite or not all(map(math.isfinite, means))
+            else "the generator makes the same picture of every photo"
+            if edits > 1 / 255 and fakes < 0.02 * edits
+            else "the discriminator gives everything the same score"
+            if scores < 1e-4
+            else ""
+        )
+        if reason:
+            raise Collapse(
+                f"training collapsed shortly before step {self.step}: {reason}. {self.out} keeps "
+                "the last good checkpoint, if there was one; lower the learning rates and start "
+                "again with --overwrite or another --out"
+            )
+        return means
+
+    def end(self) -> None:
+        """This step is the last one; call it before `record`."""
+        self.steps = self.step + 1
+
+    def save(self) -> None:
+        """Log, curve and state, by the first process."""
+        if self.out and rank() == 0:
+            log = "".join(json.dumps(row) + "\n" for row in self.rows)
+            common.write_text(self.path("log.jsonl"), log)
+            if self.rows:
+                write_curve(self.path("curve.png"), self.rows)
+            done = self.total if self.step == self.steps else self.step
+            save_state(self.path("state.safetensors"), done, self.parts, self.rows)
+
+    def pace(self) -> dict:
+        """Columns for a table. A resumed run knows only its part's seconds."""
+        images = (self.step - self.start) * self.args.batch / self.seconds if self.seconds else None
+        pace = {"steps": self.step, "batch": self.args.batch}
+        return {**pace, "training s": None if self.start else self.seconds, "images/s": images}
+
+
+def save_state(path: Path, step: int, parts: dict, rows: list[dict]) -> None:
+    """What a run needs to continue after `step` steps: modules, optimizers, lists of tensors, and
+    the log's rows."""
+    tensors = {}
+    for part, value in parts.items():
+        state = dict(enumerate(value)) if isinstance(value, list) else value.state_dict()
+        if isinstance(value, torch.optim.Optimizer):
+            state = {f"{i}.{key}": x for i, e in state["state"].items() for key, x in e.items()}
+        tensors |= {f"{part}/{key}": torch.as_tensor(x) for key, x in state.items()}
+    common.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
+
+
+def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
+    """Puts a saved state back into the same parts; returns steps and rows, none without a file."""
+    if not path or not path.exists():
+        return 0, []
+    tensors, metadata = common.read_tensors(path, "state")
+    try:
+        for part, value in parts.items():
+            keys = [key for key in tensors if key.startswith(f"{part}/")]
+            state = {key.removeprefix(f"{part}/"): tensors[key] for key in keys}
+            if isinstance(value, list):
+                value[:] = [state[key] for key in sorted(state, key=int)]
+            elif isinstance(value, torch.optim.Optimizer):
+                entries: dict[int, dict] = {}
+                for key, x in state.items():
+                    index, name = key.split(".", 1)
+                    entries.setdefault(int(index), {})[name] = x
+                groups = value.state_dict()["param_groups"]
+                value.load_state_dict({"state": entries, "param_groups": groups})
+            else:
+                value.load_state_dict(state)
+        rows = [{"step": int(row["step"]), **row} for row in metadata["rows"]]
+        return int(metadata["step"]), rows
+    except Exception as error:  # whatever a damaged file brings about
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is no state of this run ({reason}): give --overwrite") from None
+
+
+# ---- Measures ------------------------------------------------------------------------------------
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1] -> (B,).
+    Peak: 2, the range's width."""
+    error = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+
+
+@torch.no_grad()
+def run_generator(generator, photos: torch.Tensor, concept: int, batch: int = 32) -> torch.Tensor:
+    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""
+    device = next(generator.parameters()).device
+    edits = []
+    for part in photos.split(batch):
+        index = torch.full((len(part),), concept, device=device)
+        edits.append(common.to_uint8(generator(common.to_float(part.to(device)), index)).cpu())
+    return torch.cat(edits)
+
+
+def measure(generator: common.Generator, pairs: Pairs, c: int, place: int) -> dict:
+    """Mean PSNR in dB and mean absolute error (0..255) of a concept's edits against the teacher's,
+    made with the prompt in some place of the generator's, and the PSNR of the photo left as it
+    is."""
+    sums = torch.zeros(3)
+    for photos, edits in pairs.parts(c):
+        fake = common.to_float(run_generator(generator, photos, place))
+        photo, edit = common.to_float(photos), common.to_float(edits)
+        l1 = (fake - edit).abs().mean((1, 2, 3)) * 127.5
+        sums += torch.stack([psnr(fake, edit), psnr(photo, edit), l1]).sum(1)
+    means = (sums / pairs.counts[c]).tolist()
+    return dict(zip(("PSNR dB", "photo unchanged dB", "L1 (0-255)"), means, strict=True))
+
+
+def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
+    """A row of measures per concept of `pairs` and, if asked for, FID to the teacher's edits. The
+    generator is left in eval mode."""
+    generator.eval()
+    rows = []
+    for c, concept in enumerate(pairs.concepts):
+        place = generator.concept(concept["name"])
+        rows.append({"concept": concept["name"], **measure(generator, pairs, c, place)})
+        if with_fid:
+            photos, edits = next(pairs.parts(c, pairs.counts[c]))
+            fakes = run_generator(generator, photos, place)
+            rows[-1]["FID"] = fid(fakes, edits, next(generator.parameters()).device)
+    return rows
+
+
+def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:
+    """What `python -m pytorch_fid` prints for two folders of these uint8 pictures (N, 3, H, W). It
+    falls as the sets grow: compare only values of equal numbers. None where Inception's weights
+    cannot be had, or for one picture."""
+    network = inception(device)
+    if network is None or min(len(fakes), len(truth)) < 2:
+        return None
+    from pytorch_fid.fid_score import compute_statistics_of_path
+
+    found = []
+    for pictures in (fakes, truth):
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+            for i, picture in enumerate(pictures):
+                common.write_png(Path(folder, f"{i:06}.png"), common.to_pil(picture))
+            batch = min(50, len(pictures))
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every folder
+                found += compute_statistics_of_path(folder, network, batch, 2048, device, 0)
+    return frechet_distance(*found)
+
+
+@functools.cache
+def inception(device: torch.device) -> nn.Module | None:
+    """pytorch-fid's network; None, and one line that says why, without its weights."""
+    from pytorch_fid import inception as library
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # its layers draw their initial weights
+            return (
+                library.InceptionV3([library.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
+                .to(device)
+                .eval()
+            )
+    except Exception as error:  # whatever urllib and torch.load raise
+        cache = Path(torch.hub.get_dir(), "checkpoints")
+        print(f"FID is left blank ({error!s:.200}); put {library.FID_WEIGHTS_URL} into {cache}")
+        return None
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with S1 = R R': S1 S2 has the eigenvalues of
+    the symmetric R' S2 R. pytorch-fid takes the root of S1 S2 as a general matrix: the same to six
+    digits, in 25 seconds instead of 2, and at times, for fewer than 2048 pictures, an exception."""
+    values, vectors = np.linalg.eigh(sigma1)
+    kept = values > 1e-12 * values[-1]
+    root = vectors[:, kept] * np.sqrt(values[kept])  # (2048, rank)
+    mixed = np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)
+    traces = np.trace(sigma1) + np.trace(sigma2)
+    return float(((mu1 - mu2) ** 2).sum() + traces - 2 * np.sqrt(mixed).sum())
+
+
+def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
+    """photo | teacher | model for the first photos of every concept."""
+    rows, labels = [], []
+    for c, concept in enumerate(pairs.concepts):
+        photos, edits = next(pairs.parts(c, per_concept))
+        fakes = run_generator(generator.eval(), photos, generator.concept(concept["name"]))
+        rows += zip(photos, edits, fakes, strict=True)
+        labels += [concept["name"]] * len(photos)
+    return common.picture_grid(rows, ["photo", "teacher", "model"], labels)
+
+
+def write_curve(path: Path, rows: Sequence[dict]) -> None:
+    """Draws a log over its steps: one panel for the losses, and one for each measure per concept,
+    as in {"step": 50, "G": 9.1, "D": 0.2} and {"step": 288, "PSNR dB": {"sketch": 16.2}}."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, dict[str, list[tuple]]] = {}  # title -> line -> [(step, value)]
+    for row in rows:
+        for key, value in row.items():
+            lines, title = (value, key) if isinstance(value, dict) else ({key: value}, "loss")
+            for line, number in lines.items():
+                panels.setdefault(title, {}).setdefault(line, []).append((row["step"], number))
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    axes_row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, lines) in zip(axes_row, panels.items(), strict=True):
+        lines.pop("step", None)
+        for line, points in lines.items():
+            axes.plot(*zip(*points, strict=True), label=line)
+        axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
+        axes.legend()
+    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
