@@ -25,9 +25,10 @@ import itertools
 import json
 import logging
 import math
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -288,13 +289,14 @@ def find_edits(out: Path, split: str, name: str) -> list[Path]:
     """A concept's edits in order, rejected ones too; with the name "source" the photos."""
     paths = [*(out / split / name).glob("[0-9]*.png")]
     paths += (out / "rejected" / split / name).glob("[0-9]*.png")
+    paths = [path for path in paths if path.stem.isdecimal()]  # no copy that a person made
     return sorted(paths, key=lambda path: path.name)
 
 
 def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, args) -> None:
     """Makes the edits that are missing, of several processes each its share; threads read ahead
     and write behind while the teacher works."""
-    jobs, writing = [], []
+    jobs = []
     for name, split in itertools.product(concepts, SPLITS):
         made = {path.name for path in find_edits(args.out, split, name)}
         for i in range(rank(), len(photos[split]), world()):
@@ -302,23 +304,24 @@ def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, 
             if path.name not in made:
                 jobs.append((name, photos[split][i], path))
 
-    def write(path: Path, edit: Image.Image) -> None:
-        edit = edit.convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
-        common.write_png(path, edit)
-
-    bar = tqdm(total=len(jobs), unit="edit", disable=rank() > 0)
-    with bar, ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        given = training.prefetch(readers, lambda job: read(job[1], args.teacher_size), jobs)
+    def edits(pool) -> Iterator[tuple[Path, Image.Image]]:
+        given = training.prefetch(pool, lambda job: read(job[1], args.teacher_size), jobs)
         for name, group in itertools.groupby(jobs, key=lambda job: job[0]):
             while batch := list(itertools.islice(group, args.batch)):
-                _, names, paths = zip(*batch, strict=True)
+                seeds = [seed_of(args.seed, name, photo) for _, photo, _ in batch]
                 images = list(itertools.islice(given, len(batch)))
-                seeds = [seed_of(args.seed, name, photo) for photo in names]
-                edits = teacher(images, name, concepts[name]["prompt"], seeds)
-                list(writing)  # raises what went wrong with the batch before
-                writing = writers.map(write, paths, edits)
-                bar.update(len(batch))
-        list(writing)
+                made = teacher(images, name, concepts[name]["prompt"], seeds)
+                yield from zip([path for *_, path in batch], made, strict=True)
+
+    def write(item: tuple[Path, Image.Image]) -> None:
+        edit = item[1].convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
+        common.write_png(item[0], edit)
+
+    sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
+    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
+        written = training.prefetch(writers, write, edits(readers))
+        for _ in tqdm(written, total=len(jobs), unit="edit", disable=rank() > 0):
+            pass
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
@@ -369,14 +372,15 @@ def feature_hashes(out: Path, concepts: dict, tower: str) -> dict[str, str]:
     """{a tensor of features.safetensors: hash of the tower and of its prompt or pictures}."""
     hashes = {}
     for name, concept in concepts.items():
-        hashes[f"tokens/{name}"] = training.Pictures([], 0, [concept["prompt"]], tower).data_hash
+        prompt = hashlib.sha256(f"{tower} {concept['prompt']}".encode())
+        hashes[f"tokens/{name}"] = prompt.hexdigest()[:16]
     for split, name in itertools.product(SPLITS, ("source", *concepts)):
         pictures = training.Pictures(find_edits(out, split, name), 0, [], tower)
         hashes[f"{split}/{name}"] = pictures.data_hash
     return dict(sorted(hashes.items()))
 
 
-def read_features(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def saved_features(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """features.safetensors and the hashes it was made with; nothing if it is missing or broken."""
     try:
         tensors, metadata = common.read_tensors(out / "features.safetensors", "features")
@@ -389,7 +393,7 @@ def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, 
     """features.safetensors: unit vectors (n, D) of "train/source", "test/sketch", ..., a row a file
     number, 0 where an edit is missing or black, and the prompts' features (T, D), "tokens/sketch".
     Whatever has another hash than before is made anew, whole: its bytes depend on nothing else."""
-    (saved, before), tensors, lacking = read_features(args.out), {}, {}
+    (saved, before), tensors, lacking = saved_features(args.out), {}, {}
     hashes = feature_hashes(args.out, concepts, clip.name)
     for key in hashes:
         folder, name = key.split("/")
@@ -547,7 +551,7 @@ def is_done(args, settings: dict, concepts: dict) -> bool:
             differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
             raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
     hashes = feature_hashes(args.out, known, args.clip)
-    return complete and known | concepts == known and read_features(args.out)[1] == hashes
+    return complete and known | concepts == known and saved_features(args.out)[1] == hashes
 
 
 def main() -> None:
@@ -565,6 +569,7 @@ def main() -> None:
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
     teacher = load_teacher(args, device)
     if first:  # no longer complete: concepts, gate, tower or pictures differ
+        common.lock_folder(args.out)
         (args.out / "result.json").unlink(missing_ok=True)
     common.begin_run(args.out, settings, args.overwrite)
     if first:

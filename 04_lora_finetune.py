@@ -333,7 +333,7 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
     if common.rank() == 0:
         bar_chart(out / "gain.png", rows)
-        common.write_json(out / "crucial.json", {"base": base.sha256, "groups": crucial})
+        common.write_json(out / "crucial.json", {"groups": crucial})
         marks = common.marks_of(args, args.pairs, args.base.parent)
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
@@ -349,7 +349,7 @@ def bar_chart(path: Path, rows: list[dict]) -> None:
     colours = ["tab:blue" if row["crucial"] == "yes" else "lightgrey" for row in rows]
     axes.bar([row["layers"] for row in rows], heights, color=colours)
     axes.set_ylabel("fall of held-out error,\n% per 1000 weights (blue: crucial)")
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=120))
+    common.write_figure(path, figure)
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
@@ -378,7 +378,8 @@ def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: flo
 def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     """One concept, from its pairs to its result.json in <out>/<concept>."""
     began, out, tables = time.time(), args.out / name, {}
-    train, test = training_pairs(args, name), training.find_pairs(args.pairs, "test", [name])
+    train = training_pairs(args, name).cache(args.cache)
+    test = training.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = dict.fromkeys(chosen, 1 if args.rank == "auto" else args.rank)
     if args.rank == "paper":
         ranks = {group: PAPER_RANKS.get(group, 1) for group in chosen}
@@ -394,9 +395,9 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
         tables["Rank search, found"] = [cost]
         generator = prepare(args, train.concepts[0], ranks)
     row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None}
-    row["before dB"] = training.evaluate(generator, test.cache(args.cache))[0]["PSNR dB"]
+    row["before dB"] = training.evaluate(generator, test)[0]["PSNR dB"]
     steps = args.steps or args.epochs * training.steps_per_epoch(train.counts, args.batch)
-    pace = finetune(args, generator, train.cache(args.cache), steps, out, test)
+    pace = finetune(args, generator, train, steps, out, test)
     if common.rank() > 0:
         return
     file = out / ("adapter.safetensors" if args.mode == "lora" else "generator.safetensors")

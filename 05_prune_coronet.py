@@ -11,7 +11,7 @@ architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and 
 Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's
         (train, val or test, A|B side by side), CycleGAN's (trainA ...), or of pictures (dcgan)
 Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
-        sliced/*.safetensors, search.json   what the search left, discriminators too; its steps
+        sliced/*.safetensors, pruning.png   what the search left, discriminators too; channels
         search-*, converge-*, samples/*     each phase's state, log, curve, pictures; result.json
 
     python 05_prune_coronet.py --demo
@@ -703,6 +703,8 @@ def check_generator(args) -> common.Generator | None:
         args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task, usual)
     fits = ["dcgan"] if args.task == "dcgan" else list(common.ARCHITECTURES)
     trained = args.task == "pix2pix" and Path(args.generator).is_file()
+    if args.generator.endswith(".safetensors") and not Path(args.generator).is_file():
+        raise UserError(f"{args.generator} does not exist; 03_train_base.py makes one")
     if not trained and args.generator not in fits:
         takes = " or ".join(fits) + (" or a trained one's file" if args.task == "pix2pix" else "")
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
@@ -727,7 +729,7 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
         axes.legend()
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    common.write_figure(path, figure)
 
 
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
@@ -763,6 +765,8 @@ def main() -> None:
     test.cache(args.cache)
     about = {"data": [data.data_hash, test.data_hash]}
     about["generator"] = trained.sha256 if trained else args.generator
+    clip = next(iter(task.named("generator").values())).config.get("clip", "")
+    about["clip"] = clip  # the tower whose prompts a new generator learns
     settings = common.settings_of(args, "05_prune_coronet", **about)
     if common.begin_run(args.out, settings, args.overwrite):
         return
@@ -774,7 +778,6 @@ def main() -> None:
         write_pruning(args.out / "pruning.png", task, targets)
         for name, network in task.networks.items():
             common.save_network(args.out / f"sliced/{name}.safetensors", network)
-        common.write_json(args.out / "sliced/search.json", {"steps": pace["search steps"]})
     sliced = task.measure(test, False) if first else []
     for pool in task.pools.values():
         pool.clear()
@@ -788,7 +791,7 @@ def main() -> None:
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
-    marks = common.marks_of(args, *reads, clip=network.config.get("clip", ""))
+    marks = common.marks_of(args, *reads, clip=clip)
     name = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
     common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables, data=name)
 

@@ -8,7 +8,7 @@ Reads   generator*.safetensors (stages 3, 5), adapter.safetensors (stage 4), pho
 Writes  runs/onnx/<concept>.onnx    photo (N, 3, H, W) in [-1, 1] -> edit, like it; with --io uint8
                                     (N, H, W, 3) in 0..255; the metadata says which
         runs/onnx/comparison.png    photo, teacher, every generator's edit, the file's
-        runs/onnx/applied/...       edits of --apply's pictures; result.json
+        runs/onnx-applied/...       edits of --apply's pictures
 
     python 06_export_onnx.py --demo
     python 06_export_onnx.py --adapter runs/lora --size 256 --precision int8 --io uint8
@@ -364,7 +364,7 @@ def export_all(args, began: float) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns the files."""
     adapters = []
     for path in args.adapter or []:
-        adapters += sorted(path.rglob("adapter.safetensors")) if path.is_dir() else [path]
+        adapters += common.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
     knowing = load_sources(args.generator, adapters, args.strength)
     for name in args.concept or []:
         if name not in knowing:
@@ -418,7 +418,8 @@ def export_all(args, began: float) -> list[Path]:
         row |= {"ms": times[key], "FPS": 1000 / times[key]}
         row[f"of {REFERENCE}'s time"] = times[key] / times[REFERENCE]
         row |= {"threads": args.threads, "size px": args.size}
-    folders = [path.parent for path in args.generator] + ([] if args.photos else [args.pairs])
+    folders = [path.parent for path in [*args.generator, *adapters]]
+    folders += [] if args.photos else [args.pairs]
     marks, seconds = common.marks_of(args, *folders), time.time() - began
     tables = {"ONNX files": [row for _, row in rows]}
     common.write_result(args.out, "06_export_onnx", seconds, marks, tables)
@@ -488,7 +489,7 @@ def main() -> None:
     args, began = parse(), time.time()
     files = args.model or export_all(args, began)
     if args.apply:
-        apply_files(files, args.apply, args.out / "applied")
+        apply_files(files, args.apply, args.out.with_name(f"{args.out.name}-applied"))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ checkpoint is one safetensors file whose metadata says how to rebuild its networ
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import hashlib
@@ -119,8 +120,7 @@ class ConvNorm(nn.Module):
         super().__init__()
         self.norm, self.relu = options.get("norm", True), options.get("relu", True)
         if up:
-            transposed = {"padding": 1, "output_padding": 1}
-            self.conv = layer(nn.ConvTranspose2d, widths, reads, writes, 3, 2, **transposed)
+            self.conv = layer(nn.ConvTranspose2d, widths, reads, writes, 3, 2, 1, 1)
         else:
             pad = {"padding": kernel // 2, "padding_mode": options.get("pad", "zeros")}
             self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, **pad)
@@ -192,8 +192,7 @@ class TransformerBlock(nn.Module):
             self.cross_attention = Attention(widths, full, heads, "tb", "text", "cross")
         self.feed1 = layer(nn.Linear, widths, "tb", "feed")
         self.feed2 = layer(nn.Linear, widths, "feed", "tb")
-        transposed = {"padding": 1, "output_padding": 1}
-        self.up = layer(nn.ConvTranspose2d, widths, "tb", "trunk", 3, 2, **transposed)
+        self.up = layer(nn.ConvTranspose2d, widths, "tb", "trunk", 3, 2, 1, 1)
 
     def norm(self, t):
         square = t.float().square().sum(-1, keepdim=True) / self.channels
@@ -260,10 +259,9 @@ class Generator(Network):
 
     def set_tokens(self, tokens: Sequence[torch.Tensor]) -> None:
         """Stores the concepts' text features, each (T, D), padded to the longest."""
-        device = self.tokens.device
-        self.tokens = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(device)
-        lengths = torch.tensor([len(t) for t in tokens], device=device)
-        self.mask = torch.arange(self.tokens.shape[1], device=device) < lengths[:, None]
+        masks = [torch.ones(len(t), dtype=torch.bool) for t in tokens]
+        pad, device = nn.utils.rnn.pad_sequence, self.tokens.device
+        self.tokens, self.mask = (pad(list(x), True).to(device) for x in (tokens, masks))
         self.config = {**self.config, "tokens": self.tokens.shape[1]}
 
 
@@ -538,7 +536,7 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
         for name, rank in metadata["ranks"].items():
             module, scale = named_layer(generator, name), strength * metadata["alpha"] / rank
             a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-            if not len(a) == b.shape[1] == rank <= min(a.shape[1], len(b)) or not 0 <= scale < 1e6:
+            if not len(a) == b.shape[1] == rank or not 0 <= scale < 1e6:
                 raise ValueError(f"{name}: rank {rank}, alpha {metadata['alpha']}, A {(*a.shape,)}")
             lora = LoRA(module, a, b, scale).requires_grad_(False)
             lora(module.weight)  # raises where the shapes differ
@@ -689,7 +687,8 @@ def read_tensors(path: Path, kind: str, *kinds: str) -> tuple[dict[str, torch.Te
     kinds; UserError for anything else, such as weights that are not finite."""
     path, saved = Path(path), None
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
+        maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
+        raise UserError(f"{path} does not exist{maker}")
     try:
         if kind != "state" and path.stat().st_size > LARGEST:  # a state holds hypernetworks
             raise ValueError(f"{path.stat().st_size / 1e9:.1f} GB")
@@ -903,6 +902,11 @@ def check_name(name: object, where: object) -> None:
         )
 
 
+def write_figure(path: Path, figure) -> None:
+    """A matplotlib figure as PNG."""
+    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+
+
 # ---- A run's folder: settings.json, the product, result.json last, and a lock beside it ----------
 
 LOCKS: dict[Path, filelock.FileLock] = {}
@@ -919,7 +923,8 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
             verdict.fill_(claim_folder(out, settings, overwrite))
     finally:  # the others wait for it
         if torch.distributed.is_initialized():
-            torch.distributed.broadcast(verdict, 0)
+            with contextlib.suppress(RuntimeError):  # the first process is gone
+                torch.distributed.broadcast(verdict, 0)
     if verdict < 0:
         sys.exit(2)  # the first process says why
     return bool(verdict)
@@ -928,7 +933,7 @@ def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
 def claim_folder(out: Path, settings: dict, overwrite: bool) -> bool:
     """begin_run in one process. The folder is looked at again under its lock: another process may
     have had it until then."""
-    settings = json.loads(json.dumps(settings, default=str))
+    settings, out = json.loads(json.dumps(settings, default=str)), out.resolve()
     if not is_complete(out, settings, overwrite):
         lock_folder(out)
     if is_complete(out, settings, overwrite):
@@ -947,23 +952,23 @@ def claim_folder(out: Path, settings: dict, overwrite: bool) -> bool:
 
 def is_complete(out: Path, settings: dict, overwrite: bool) -> bool:
     """Whether the folder holds this run, complete. UserError if it holds something else."""
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if all(name == "settings.json" or name.endswith(".part") for name in names):
+    names = {path.name for path in out.glob("*") if not path.match(".*.part")}
+    if not names - {"settings.json"} and (out.is_dir() or not out.exists()):
         return False  # a run that never began
     if "settings.json" not in names:
         raise UserError(f"{out} holds files that no stage made; give another --out")
     saved = settings if overwrite else read_json(out / "settings.json")
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
-            differ = f"{key} {saved.get(key)!r} there, {settings.get(key)!r} here"
-            raise UserError(f"{out} holds a run with other settings ({differ}); give another --out")
+            differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
+            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
     return "result.json" in names and not overwrite
 
 
 def lock_folder(out: Path) -> None:
     """Keeps other processes out of a run's folder until this one ends. The operating system holds
     the lock, so nothing is left to clean up after SIGKILL; the empty file beside it stays."""
-    path = out.resolve().with_name(f".{out.name}.lock")
+    path = out.resolve().with_name(f".{out.resolve().name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
@@ -1136,11 +1141,16 @@ def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
     return merged
 
 
+def files_below(folder: Path, name: str) -> list[Path]:
+    """All files of a name, but those of runs that --overwrite was deleting when it was killed."""
+    return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
+
+
 def collect_tables(folder: Path) -> dict[tuple, dict]:
     """{(stage, title, ...): {equal runs: [(run, rows), ...]}} below a folder. Runs are equal that
     differ in their seed alone; a run that was copied is no second seed."""
     tables, copies = {}, Counter()
-    for path in sorted(folder.rglob("result.json")):
+    for path in files_below(folder, "result.json"):
         result, settings = read_json(path), read_json(path.with_name("settings.json"))
         name = json.dumps(settings, sort_keys=True)
         copies[name] += 1
@@ -1166,7 +1176,7 @@ def main() -> None:
         for runs in groups.values():
             rows += merge_seeds(runs)
         print(markdown(f"{stage}.py: {title}", rows))
-    began = [path.parent for path in sorted(folder.rglob("settings.json"))]
+    began = [path.parent for path in files_below(folder, "settings.json")]
     if not began:
         raise UserError(f"no run below {folder}")
     for path in began:

@@ -1,4 +1,4 @@
-"""What the training stages share: pairs, batches, devices, the frame of their loops, measures.
+"""What stages share around pictures and training: pairs, batches, devices, loops, measures.
 
 The step itself (the twenty lines of discriminator and generator that people edit) stands in each
 stage; `Loop` is what goes around it. Every batch is a function of (seed, step) alone, so a run that
@@ -45,11 +45,13 @@ class Pictures:
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
         self.files, self.size, self.concepts = list(files), size, concepts
-        digest = hashlib.sha256(json.dumps([size, concepts, about]).encode())
+        digest = hashlib.sha256(json.dumps([size, about]).encode())
         with ThreadPoolExecutor() as pool:
             for ends in pool.map(self.ends, self.files):
                 digest.update(ends)
-        self.cache_hash = self.data_hash = digest.hexdigest()[:16]
+        self.cache_hash = digest.hexdigest()[:16]  # which other prompts leave as it is
+        digest.update(json.dumps(concepts).encode())
+        self.data_hash = digest.hexdigest()[:16]
 
     def ends(self, path: Path) -> bytes:
         """A file's name, length and ends, enough to tell pictures apart: those of stage 1's PNGs
@@ -76,6 +78,8 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
             if not path.exists() or path.stat().st_size != count:
+                for part in folder.glob(f".{path.name}.*.part"):  # of a process that was killed
+                    part.unlink()
                 common.replace_file(path, self.write_pixels)
         pixels = torch.from_file(str(path), size=count, dtype=torch.uint8)
         self.pixels = pixels.view(-1, 3, self.size, self.size)
@@ -220,16 +224,12 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
     edits = {name: edit_names(pairs, split, name) for name in names}
     photos = sorted(set().union(*edits.values()))
     files = [pairs / split / "source" / photo for photo in photos]
-    size, rows, place = (
-        common.read_image(files[0]).shape[-1],
-        [],
-        {x: i for i, x in enumerate(photos)},
-    )
+    size, rows = common.read_image(files[0]).shape[-1], []
     if size % 8 or size < 24:
         raise UserError(f"{pairs}: {size} pixels; the networks need a multiple of 8 from 24 on")
     for name in names:
         files += [pairs / split / name / edit for edit in edits[name]]
-        rows.append(torch.tensor([place[edit] for edit in edits[name]]))
+        rows.append(torch.from_numpy(np.searchsorted(photos, edits[name])))
     concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
     found = Pairs(files, size, concepts, rows)
     if samples is not None:
@@ -242,10 +242,7 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
 def read_features(pairs: Path) -> tuple[dict[str, torch.Tensor], str]:
     """features.safetensors of a pairs folder: CLIP's unit vectors {"train/sketch": (n, D)}, a row
     a file number, and the token features of prompts {"tokens/sketch": (T, D)}; the tower's name."""
-    path = pairs / "features.safetensors"
-    if not path.exists():
-        raise UserError(f"{path} does not exist; 01_distill_pairs.py makes it")
-    tensors, metadata = common.read_tensors(path, "features")
+    tensors, metadata = common.read_tensors(pairs / "features.safetensors", "features")
     return tensors, str(metadata.get("clip"))
 
 
@@ -315,11 +312,6 @@ def autocast(device: torch.device, precision: str = "auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def barrier() -> None:
-    if world() > 1:
-        distributed.barrier()
-
-
 def average(tensor: torch.Tensor) -> torch.Tensor:
     """Replaces a tensor by its mean over the processes."""
     if world() > 1:
@@ -329,6 +321,10 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
             raise UserError("another process ended; its message is above or below") from None
         tensor /= world()
     return tensor
+
+
+def barrier() -> None:
+    average(torch.zeros(()))
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
@@ -434,31 +430,22 @@ class Loop:
         weight is not finite, where fakes (B, 3, H, W) differ less than 2 % as much as the edits
         (not looked at where edit is None), or where a score is the same everywhere."""
         losses = torch.stack([loss.to(self.device) for loss in self.losses]).mean(0)
-        spreads = [
-            x.float().std(0, correction=0).mean() for x in (fake, fake if edit is None else edit)
-        ]
+        edit = fake if edit is None else edit
+        spreads = [x.float().std(0, correction=0).mean() for x in (fake, edit)]
         spreads.append(
             score.float().std(correction=0) if score.numel() > 1 else losses.new_ones(())
         )
-        *means, fakes, edits, scores = average(
-            torch.cat([losses, torch.stack(spreads).detach()])
-        ).tolist()
+        means = average(torch.cat([losses, torch.stack(spreads).detach()]))  # one verdict for all
+        *means, fakes, edits, scores = means.tolist()
         finite = torch.stack([p.isfinite().all() for p in self.modules.parameters()]).all()
-        reason = (
-            "a loss or a weight is not finite"
-            if not finite or not all(map(math.isfinite, means))
-            else "the generator makes the same picture of every photo"
-            if edits > 1 / 255 and fakes < 0.02 * edits
-            else "the discriminator gives everything the same score"
-            if scores < 1e-4
-            else ""
-        )
+        reason = "the discriminator gives everything the same score" if scores < 1e-4 else ""
+        if edits > 1 / 255 and fakes < 0.02 * edits:
+            reason = "the generator makes the same picture of every photo"
+        if not finite or not all(map(math.isfinite, means)):
+            reason = "a loss or a weight is not finite"
         if reason:
-            raise Collapse(
-                f"training collapsed shortly before step {self.step}: {reason}. {self.out} keeps "
-                "the last good checkpoint, if there was one; lower the learning rates and start "
-                "again with --overwrite or another --out"
-            )
+            what = f"training collapsed shortly before step {self.step}: {reason}. {self.out} keeps"
+            raise Collapse(f"{what} its last checkpoint, if it has one; lower the learning rates")
         return means
 
     def end(self) -> None:
@@ -542,14 +529,12 @@ def run_generator(generator, photos: torch.Tensor, concept: int, batch: int = 32
     return torch.cat(edits)
 
 
-def measure(generator: common.Generator, pairs: Pairs, c: int, place: int) -> dict:
-    """Mean PSNR in dB and mean absolute error (0..255) of a concept's edits against the teacher's,
-    made with the prompt in some place of the generator's, and the PSNR of the photo left as it
-    is."""
+def measure(fakes: torch.Tensor, pairs: Pairs, c: int) -> dict:
+    """Mean PSNR in dB and mean absolute error (0..255) of a concept's edits, uint8 (N, 3, H, W),
+    against the teacher's, and the PSNR of the photo left as it is."""
     sums = torch.zeros(3)
-    for photos, edits in pairs.parts(c):
-        fake = common.to_float(run_generator(generator, photos, place))
-        photo, edit = common.to_float(photos), common.to_float(edits)
+    for part, (photos, edits) in zip(fakes.split(32), pairs.parts(c, 32), strict=True):
+        fake, photo, edit = (common.to_float(x) for x in (part, photos, edits))
         l1 = (fake - edit).abs().mean((1, 2, 3)) * 127.5
         sums += torch.stack([psnr(fake, edit), psnr(photo, edit), l1]).sum(1)
     means = (sums / pairs.counts[c]).tolist()
@@ -560,14 +545,13 @@ def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) 
     """A row of measures per concept of `pairs` and, if asked for, FID to the teacher's edits. The
     generator is left in eval mode."""
     generator.eval()
-    rows = []
+    rows, device = [], next(generator.parameters()).device
     for c, concept in enumerate(pairs.concepts):
-        place = generator.concept(concept["name"])
-        rows.append({"concept": concept["name"], **measure(generator, pairs, c, place)})
+        photos, edits = next(pairs.parts(c, pairs.counts[c]))
+        fakes = run_generator(generator, photos, generator.concept(concept["name"]))
+        rows.append({"concept": concept["name"], **measure(fakes, pairs, c)})
         if with_fid:
-            photos, edits = next(pairs.parts(c, pairs.counts[c]))
-            fakes = run_generator(generator, photos, place)
-            rows[-1]["FID"] = fid(fakes, edits, next(generator.parameters()).device)
+            rows[-1]["FID"] = fid(fakes, edits, device)
     return rows
 
 
@@ -598,11 +582,8 @@ def inception(device: torch.device) -> nn.Module | None:
 
     try:
         with torch.random.fork_rng(devices=[]):  # its layers draw their initial weights
-            return (
-                library.InceptionV3([library.InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
-                .to(device)
-                .eval()
-            )
+            block = library.InceptionV3.BLOCK_INDEX_BY_DIM[2048]
+            return library.InceptionV3([block]).to(device).eval()
     except Exception as error:  # whatever urllib and torch.load raise
         cache = Path(torch.hub.get_dir(), "checkpoints")
         print(f"FID is left blank ({error!s:.200}); put {library.FID_WEIGHTS_URL} into {cache}")
@@ -651,4 +632,4 @@ def write_curve(path: Path, rows: Sequence[dict]) -> None:
             axes.plot(*zip(*points, strict=True), label=line)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
         axes.legend()
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    common.write_figure(path, figure)

@@ -191,7 +191,7 @@ def test_done_already_and_one_concept(world, export, capsys):
     assert "done already" in capsys.readouterr().out
     assert (world / "one/night.onnx").stat().st_mtime_ns == before
     settings = (world / "one/settings.json").read_text()
-    assert str(world) not in settings and (world / "one/applied/night/wide.png").exists()
+    assert str(world) not in settings and (world / "one-applied/night/wide.png").exists()
 
 
 @pytest.mark.parametrize("arch", ["resnet9", "unet256", "e2gan"])
@@ -215,7 +215,7 @@ def test_both_directions_of_cyclegan_without_pairs(world, export):
         made = run_file(world / f"both/{way}.onnx", photo.permute(0, 2, 3, 1))
         wanted = training.run_generator(generator, photo, 0).permute(0, 2, 3, 1).numpy()
         assert np.abs(made.astype(int) - wanted).max() <= 1
-        applied = {path.name for path in (world / "both/applied" / way).iterdir()}
+        applied = {path.name for path in (world / "both-applied" / way).iterdir()}
         assert applied == {"wide.png", "high.png"}
         assert rows[way]["from"] == kind and "PSNR dB" not in rows[way]
     rows = export(f"{flags} --io uint8 --precision int8 --out W/both-int8")
@@ -307,7 +307,7 @@ def test_apply_pictures_of_any_kind(stage, dynamic, exported, tmp_path):
     sizes = {"side.png": (30, 50), "deep/clear.png": (45, 21), "tiny.png": (3, 2)}
     sizes |= {"deep/side.gif.png": (17, 40), "deep/side.png.png": (16, 41)}
     for name in ("free", "fixed"):
-        folder, made = tmp_path / "out/applied" / name, {}
+        folder, made = tmp_path / "out-applied" / name, {}
         for path in folder.rglob("*.png"):
             made[path.relative_to(folder).as_posix()] = Image.open(path).size
         assert made == sizes

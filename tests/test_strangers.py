@@ -37,12 +37,8 @@ seeds = given(seed=st.integers(0, 10**9))
 def limits():
     """2 GB more than the process has now, and a minute of computing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-
-    def hang(*_):
-        raise SystemError("a minute of computing")
-
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 2**31, hard))
-    signal.signal(signal.SIGPROF, hang)
+    signal.signal(signal.SIGPROF, lambda *_: pytest.fail("a minute of computing"))
     signal.setitimer(signal.ITIMER_PROF, 60)
     yield
     signal.setitimer(signal.ITIMER_PROF, 0)
@@ -229,16 +225,11 @@ def test_checkpoints_of_gigabytes(tmp_path):
 @pytest.mark.parametrize("key", ["kind", "base", "alpha", "name", "ranks", "ranks/up1.conv"])
 def test_absurd_adapters(good, adapt, tmp_path, key):
     tensors, metadata = common.read_tensors(good / "adapter.safetensors", "adapter")
-    harmless = {"name": ["8"], "alpha": [0, 1, 1.5, 3], "ranks": [{}]}.get(key, [])
-    harmless += [...] if key == "ranks/up1.conv" else []  # a layer less
+    harmless = {"name": ["8"], "alpha": [0, 1, 1.5, 3], "ranks": [{}], "ranks/up1.conv": [...]}
     for value in [*ABSURD, -2, 3, 2**40]:
         common.write_tensors(tmp_path / "a", tensors, changed(metadata, key, value))
         found = ends_well(adapt, tmp_path / "a")
-        assert isinstance(found, common.UserError) or value in harmless, (key, value)
-    big = {"up1.conv.lora_A": torch.zeros(100, 32 * 9), "up1.conv.lora_B": torch.zeros(16, 100)}
-    metadata = changed(metadata, "ranks/up1.conv", 100)  # where the weight has 16 channels
-    common.write_tensors(tmp_path / "a", {**tensors, **big}, metadata)
-    refused(adapt, tmp_path / "a")
+        assert isinstance(found, common.UserError) or value in harmless.get(key, []), (key, value)
 
 
 # ---- JSON of the wrong form, names, whole stages -------------------------------------------------
