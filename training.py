@@ -100,7 +100,9 @@ class Pictures:
 
         def gather(step: int) -> tuple[int, list[torch.Tensor]]:
             places, flips, concept = (x[rank() :: world()] for x in self.plan(step, batch, seed))
-            parts = [self.pixels[places.T.flatten()], flips.T.flatten(), concept.clone()]
+            # numpy's gather: torch's would start a second team of threads, which spins
+            pixels = torch.from_numpy(self.pixels.numpy()[places.T.flatten().numpy()])
+            parts = [pixels, flips.T.flatten(), concept.clone()]
             pinned = device.type == "cuda"
             return places.shape[1], [part.pin_memory() if pinned else part for part in parts]
 

@@ -104,9 +104,9 @@ def hook_of(home: Path, how: str, at: int):
 
 def run(module, number: str, flags: str, home: Path, how="", at=0, after=0.0) -> tuple:
     """(exit status, standard error, moments) of one run in a fork, which writes below `home`."""
+    home.mkdir(parents=True, exist_ok=True)
     for name in ("moments", "stdout", "stderr"):
         (home.parent / name).write_bytes(b"")
-    home.mkdir(exist_ok=True)
     cache = f"--cache {home}/cache" if number in ("03", "04", "05") else ""
     command = f"{flags} {cache} --out {home}/out --device cpu"
     sys.stdout.flush()
@@ -157,7 +157,6 @@ def disturb(module, number, flags, root: Path, whole: dict, how, at, after) -> s
     """What is wrong after a disturbed run and the same command once more; "" if nothing is."""
     home = root / "disturbed" / number
     shutil.rmtree(home.parent, ignore_errors=True)
-    home.parent.mkdir()
     status, words, _ = run(module, number, flags, home, how, at, after)
     lines = [line for line in words.split("\n") if line.strip() and "\r" not in line]
     if status != STATUS[how] and (how == "kill" or status != 0):  # the others may come too late
@@ -184,7 +183,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, report = args.root.resolve(), {}
-    root.mkdir(parents=True, exist_ok=True)
     commands = flags_of(root)
     modules = load_stages(commands)
     for number, flags in commands.items():

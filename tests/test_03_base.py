@@ -177,9 +177,7 @@ STAGES = {
 
 @pytest.mark.parametrize("number", STAGES)
 def test_two_processes_train_as_one(world, stage, tmp_path, number):
-    """Few and short steps: Adam turns the rounding of sums in another order into differences that
-    grow. The losses, not the weights: a bias that instance norm erases has a gradient of pure
-    rounding."""
+    """Few and short steps, whose losses are compared: Adam magnifies what is rounded otherwise."""
     flags = f"{STAGES[number]} --pairs W/pairs --cache W/cache --fid off --precision fp32"
     flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
     stage(number, *flags, "--out", tmp_path / "one")

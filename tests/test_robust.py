@@ -126,8 +126,7 @@ def test_nothing_is_overwritten_where_a_picture_is_broken(pairs, error_of, tmp_p
 
 @pytest.fixture
 def run_stage(load_stage, monkeypatch, capsys):
-    """run_stage(flags) runs stage 3 in this process, logging every 5 steps: its exit status, and
-    what it wrote to standard error."""
+    """run_stage(flags) runs stage 3, logging every 5 steps: (exit status, standard error)."""
 
     def call(flags):
         monkeypatch.setattr(sys, "argv", [script("03"), *flags])

@@ -1,6 +1,5 @@
 """What strangers can hand us: broken or lying pictures, checkpoints, adapters, JSON and names. Each
-ends in a UserError (one `error:` line, status 2) or is read; nothing hangs, takes gigabytes or
-writes anywhere."""
+ends in a UserError or is read; nothing hangs, takes gigabytes or writes anywhere."""
 
 import copy
 import io
