@@ -7,8 +7,7 @@ schedule, on stage 1's pairs.
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features
         runs/base/best.safetensors          the one with the highest mean PSNR on held-out photos
-        runs/base/state.safetensors         to continue
-        runs/base/log.jsonl, curve.png, samples/*.png, result.json
+        runs/base/state.safetensors, log.jsonl, curve.png, samples/*.png, result.json
 
     python 03_train_base.py --demo
     python 03_train_base.py --pairs runs/pairs --clusters runs/clusters
@@ -36,8 +35,7 @@ def parse() -> argparse.Namespace:
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: the base concepts")
     flag("--cache", type=Path, default="runs/cache", help=training.CACHE_HELP)
     flag("--concept", action="append", help="train on this concept instead; can be repeated")
-    archs = list(common.ARCHITECTURES)
-    flag("--arch", choices=archs, default="e2gan", help="only e2gan learns several concepts")
+    flag("--arch", choices=[*common.ARCHITECTURES], default="e2gan", help="e2gan takes prompts")
     flag("--no-text", action="store_true", help="an e2gan without prompts, for one concept")
     flag("--blocks", help="the trunk's: rb,rb,tb,rb (e2gan's own), nine rb (resnet9's), ...")
     flag("--width", type=common.count, default=64, help="channels of the first layer")
@@ -117,8 +115,7 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
 
 
 def add_wrong_prompts(rows: list[dict], generator, test) -> None:
-    """Adds to the rows the highest PSNR that another concept's prompt reaches: the prompt matters
-    where this is lower."""
+    """Adds the best PSNR of another concept's prompt: prompts matter where this is lower."""
     for c, row in enumerate(rows):
         photos, found = next(test.parts(c, test.counts[c]))[0], []
         for other in test.concepts[:c] + test.concepts[c + 1 :]:
@@ -151,10 +148,9 @@ def main() -> None:
         if tokens and len(rows) > 1:
             add_wrong_prompts(rows, generator, test)
         size = {"arch": args.arch, "width": args.width, "size px": train.size}
+        size["arch"] += f" {args.blocks}" if args.blocks else ""
         size["parameters M"] = common.count_parameters(generator) / 1e6
         size["GMACs"] = common.count_macs(generator) / 1e9
-        if args.blocks:
-            size["arch"] += f" {args.blocks}"
         marks = common.marks_of(args, args.pairs, clip=clip)
         tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
         common.write_result(args.out, "03_train_base", time.time() - began, marks, tables)

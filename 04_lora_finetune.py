@@ -1,8 +1,7 @@
 """Teaches a trained base a new concept with a low-rank adapter on its crucial layers.
 
 E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes
-W + (alpha/r) B A. `--mode full` trains all of the base's weights and `--mode scratch` a new
-network, in the same loop.
+W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
 
 Two searches choose otherwise, by short trainings (probes), judged by their L1 error on training
 photos that the concept does not train on (up to 100 outside stage 2's choice; else each fifth of

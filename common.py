@@ -1000,7 +1000,8 @@ def marks_of(args: argparse.Namespace, *folders: Path, clip: str = "") -> list[s
     """This run's marks and those of the runs whose folders it reads. clip: a tower's name."""
     marks = ["demo"] if args.demo else []
     for path in [folder / "result.json" for folder in folders]:
-        marks += map(str, read_json(path).get("marks", []) if path.exists() else [])
+        found = read_json(path).get("marks") if path.exists() else None
+        marks += map(str, found) if isinstance(found, list) else []
     return marks + (["stand-in CLIP (random weights)"] if clip.endswith(":random") else [])
 
 
