@@ -88,7 +88,8 @@ class Pictures:
     def write_pixels(self, path: Path) -> None:
         places = range(len(self.files))
         with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-            for pixels in tqdm(pool.map(self.load, places), "decoding", len(places), delay=2):
+            done = prefetch(pool, self.load, places)  # pool.map would fill memory on a slow disk
+            for pixels in tqdm(done, "decoding", len(places), leave=False, delay=2):
                 file.write(pixels.numpy())
 
     def batches(self, batch: int, steps: range, seed: int, device: torch.device) -> Iterator[tuple]:
