@@ -151,12 +151,14 @@ def test_who_asks_at_the_same_time_waits_and_decodes_nothing(made, tmp_path, mon
     assert sorted(loaded) == list(range(len(data[0].files)))
 
 
-def test_a_full_disk_is_an_error_and_leaves_no_file(made, tmp_path, request):
+def test_a_full_disk_is_an_error_and_leaves_no_file(made, tmp_path):
     pairs, limit = find(made), resource.getrlimit(resource.RLIMIT_FSIZE)
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limit[1]))
-    with pytest.raises(OSError):
-        pairs.cache(tmp_path / "cache")
+    try:
+        with pytest.raises(OSError):
+            pairs.cache(tmp_path / "cache")
+    finally:  # before pytest writes on: to a file, perhaps
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert files_in(tmp_path / "cache") == []
 
 
