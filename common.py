@@ -428,15 +428,20 @@ class Discriminator(Network):
     def forward(self, photo, edit, text=None):
         """photo (B, 3, H, W), None where config["photo"] is False; edit (B, 3, H, W), text (B, D)
         or None -> (B, 1, h, w)"""
-        x = torch.cat([photo, edit], 1) if self.config["photo"] else edit
+        return self.features(photo, edit, text)[-1]
+
+    def features(self, photo, edit, text=None) -> list[torch.Tensor]:
+        """What every layer makes of forward's inputs, the score last: for feature matching."""
+        x, found = torch.cat([photo, edit], 1) if self.config["photo"] else edit, []
         for i, conv in enumerate(self.convs):
             x = conv(x)
             x = F.leaky_relu(instance_norm(x) if i else x, 0.2)
+            found.append(x)
         score = self.score(x)
         if self.project is not None:
             match = (self.project(F.normalize(text))[:, :, None, None] * x).sum(1, keepdim=True)
             score = score + F.avg_pool2d(match, 2, 1)  # as many as scores
-        return score
+        return [*found, score]
 
     def example(self, size=None, batch=1, device="meta"):
         size, text_dim = size or self.config["size"], self.config.get("text_dim")
