@@ -8,7 +8,9 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
+os.environ["OMP_NUM_THREADS"] = "1"  # in every process: another number rounds sums otherwise
+
+import numpy as np  # noqa: E402  (torch and numpy read the line above)
 import pytest
 import torch
 from PIL import Image
