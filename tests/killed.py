@@ -44,7 +44,7 @@ def flags_of(root: Path) -> dict[str, str]:
     pairs, base = f"--pairs {root}/01/out", f"{root}/03/out/generator.safetensors"
     small = f"{pairs} --batch 4 --save-every 2 --precision fp32 --fid off"
     later = f"{small} --clusters {root}/02/out"
-    concepts = "--concept sepia=sepia --concept night=night --concept poster=poster"
+    concepts = "--concept starry --concept wave --concept popart"
     return {
         "01": f"--demo --size 32 --train 6 --test 2 {concepts}",
         "02": f"{pairs} --base 2 --samples 4 --edits 4",

@@ -56,9 +56,9 @@ def test_base_learns_its_concepts(world, stage):
 def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_path):
     """Less than half of the demo's training: its photos, six of its concepts and its settings."""
     stage("01", "--demo", "--out", tmp_path / "pairs")
-    concepts = "--concept sketch --concept oil --concept poster --concept neon --concept night"
+    concepts = "--concept starry --concept woodcut --concept popart --concept crayon --concept wave"
     where = f"--pairs {tmp_path}/pairs --cache {tmp_path}/cache --out {tmp_path}/base"
-    stage("03", "--demo", *f"{where} {concepts} --concept emboss --epochs 5".split())
+    stage("03", "--demo", *f"{where} {concepts} --concept impressionist --epochs 5".split())
     rows = concept_rows(tmp_path / "base")
     assert len(rows) == 6
     for row in rows:
