@@ -113,7 +113,7 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
     the inputs that count most; random rows learned less in as many steps)."""
     generator.requires_grad_(False)
     for name, rank in ranks.items():
-        module = common.named_layer(generator, name)
+        module = generator.get_submodule(name)
         transposed = isinstance(module, nn.ConvTranspose2d)
         weight = module.weight.transpose(0, 1) if transposed else module.weight
         right = torch.linalg.svd(weight.detach().cpu().flatten(1), full_matrices=False).Vh
@@ -133,7 +133,7 @@ def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: f
             tensors |= {f"{name}.lora_A": lora.lora_A.half(), f"{name}.lora_B": lora.lora_B.half()}
             ranks[name] = len(lora.lora_A)
     if generator.takes_text:
-        tensors["tokens"] = generator.tokens[place][generator.mask[place]].half()
+        tensors["tokens"] = generator.known()[place][1].half()
     about = {"kind": "adapter", "base": base_sha256, "alpha": alpha}
     about |= {**generator.config["concepts"][place], "ranks": ranks}
     common.write_tensors(path, tensors, about)
@@ -198,7 +198,7 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> common.Generator:
     tokens = [None]
     if generator.takes_text:
         tokens, _ = training.prompt_tokens(args.pairs, [concept], generator.config["clip"])
-    common.add_concept(generator, concept, tokens[0])
+    generator.set_known([*generator.known(), (concept, tokens[0])])
     if args.mode == "lora":
         add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
     else:
@@ -348,7 +348,7 @@ def bar_chart(path: Path, rows: list[dict]) -> None:
     colours = ["tab:blue" if row["crucial"] == "yes" else "lightgrey" for row in rows]
     axes.bar([row["layers"] for row in rows], heights, color=colours)
     axes.set_ylabel("fall of held-out error,\n% per 1000 weights (blue: crucial)")
-    common.write_figure(path, figure)
+    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
@@ -403,7 +403,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     if args.mode == "lora":
         save_adapter(file, generator, name, base.sha256, args.alpha)
     else:
-        common.keep_concepts(generator, [generator.concept(name)])
+        generator.set_known([generator.known()[generator.concept(name)]])
         common.save_network(file, generator)
     row |= training.evaluate(generator, test, args.fid == "auto")[0]
     row["trained weights"] = sum(p.numel() for p in generator.parameters() if p.requires_grad)

@@ -729,7 +729,7 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
         axes.legend()
-    common.write_figure(path, figure)
+    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:

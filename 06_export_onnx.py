@@ -93,7 +93,7 @@ def load_sources(generators, adapters, strength=1.0) -> dict[str, list[common.Ge
         adapted = copy.deepcopy(bases.get(str(base), sources[0]))  # which load_adapter refuses
         place = common.load_adapter(adapted, path, strength)
         common.merge(adapted)
-        common.keep_concepts(adapted, [place])
+        adapted.set_known([adapted.known()[place]])
         sources.append(adapted)
     for source in sources:
         for concept in source.config["concepts"]:
@@ -201,7 +201,7 @@ def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
     if generator.takes_text:
         prompt = model.graph.inputs.pop(1)
-        text = generator.tokens[place][generator.mask[place]][None]  # (1, T, D)
+        text = generator.known()[place][1][None]  # (1, T, D)
         prompt.const_value, prompt.shape = ir.tensor(text.numpy()), ir.Shape(text.shape)
         model.graph.register_initializer(prompt)
     model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it

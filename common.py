@@ -257,12 +257,24 @@ class Generator(Network):
             raise UserError(f"unknown concept {name!r}; this generator knows {', '.join(names)}")
         return len(names) - 1 - names[::-1].index(name)
 
-    def set_tokens(self, tokens: Sequence[torch.Tensor]) -> None:
-        """Stores the concepts' text features, each (T, D), padded to the longest."""
-        masks = [torch.ones(len(t), dtype=torch.bool) for t in tokens]
-        pad, device = nn.utils.rnn.pad_sequence, self.tokens.device
-        self.tokens, self.mask = (pad(list(x), True).to(device) for x in (tokens, masks))
-        self.config = {**self.config, "tokens": self.tokens.shape[1]}
+    def known(self) -> list[tuple[dict, torch.Tensor | None]]:
+        """Its concepts, each with its prompt's text features (T, D), None without text."""
+        prompts = [None] * len(self.config["concepts"])
+        if self.takes_text:
+            prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
+        return list(zip(self.config["concepts"], prompts, strict=True))
+
+    def set_known(self, known: list[tuple[dict, torch.Tensor | None]]) -> None:
+        """Makes these all that it knows. UserError, and nothing changed, if features do not fit."""
+        if self.takes_text:
+            prompts, width = [tokens for _, tokens in known], self.config["text_dim"]
+            if any(t is None or t.shape[1:] != (width,) or not len(t) for t in prompts):
+                raise UserError(f"a prompt's text features are not {width} numbers a token")
+            prompts, pad = [t.to(self.tokens) for t in prompts], nn.utils.rnn.pad_sequence
+            self.mask = pad([torch.ones_like(t[:, 0], dtype=torch.bool) for t in prompts], True)
+            self.tokens = pad(prompts, True)  # (concepts, the longest T, D)
+            self.config = {**self.config, "tokens": self.tokens.shape[1]}
+        self.config = {**self.config, "concepts": [concept for concept, _ in known]}
 
 
 class ResnetGenerator(Generator):
@@ -383,7 +395,7 @@ def new_generator(arch, width, size, concepts, tokens=None, clip="", blocks=None
         raise UserError(f"{arch} without prompts learns one --concept, not {len(concepts)}")
     generator = build_network(generator_config(arch, width, size, concepts, blocks, **text))
     if text:
-        generator.set_tokens(tokens)
+        generator.set_known(list(zip(concepts, tokens, strict=True)))
     return generator
 
 
@@ -509,13 +521,6 @@ class LoRA(nn.Module):
         return weight + delta.view_as(weight)
 
 
-def named_layer(generator: Generator, name: str) -> nn.Module:
-    modules = dict(named_layers(generator))
-    if name not in modules:
-        raise UserError(f"unknown layer {name!r}; the generator has {', '.join(modules)}")
-    return modules[name]
-
-
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
     """Takes parametrizations off and leaves plain weights: the computed ones (LoRA's merge; the
     hypernetwork's result) or, without keep_weights, the original ones."""
@@ -539,7 +544,7 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     try:
         check_name(metadata["name"], path)
         for name, rank in metadata["ranks"].items():
-            module, scale = named_layer(generator, name), strength * metadata["alpha"] / rank
+            module, scale = generator.get_submodule(name), strength * metadata["alpha"] / rank
             a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
             if not len(a) == b.shape[1] == rank or not 0 <= scale < 1e6:
                 raise ValueError(f"{name}: rank {rank}, alpha {metadata['alpha']}, A {(*a.shape,)}")
@@ -547,7 +552,7 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
             lora(module.weight)  # raises where the shapes differ
             loras.append((module, lora))
         concept = {"name": metadata["name"], "prompt": str(metadata["prompt"]), "adapter": True}
-        add_concept(generator, concept, tensors.get("tokens"))
+        generator.set_known([*generator.known(), (concept, tensors.get("tokens"))])
     except Exception as error:  # whatever a stranger's numbers bring about
         raise UserError(f"{path} does not fit the generator: {error}") from error
     for module, lora in loras:
@@ -555,30 +560,10 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     return len(generator.config["concepts"]) - 1
 
 
-def add_concept(generator: Generator, concept: dict, tokens: torch.Tensor | None) -> None:
-    """Appends a concept {"name", "prompt"}; tokens (T, D): its prompt's text features."""
-    if generator.takes_text:
-        width = generator.config["text_dim"]
-        if tokens is None or tokens.dim() != 2 or tokens.shape[1] != width or not len(tokens):
-            raise UserError(f"the prompt's text features are not the generator's, {width} a token")
-        known = [row[mask] for row, mask in zip(generator.tokens, generator.mask, strict=True)]
-        generator.set_tokens([*known, tokens.to(generator.tokens)])
-    generator.config = {**generator.config, "concepts": [*generator.config["concepts"], concept]}
-
-
-def keep_concepts(generator: Generator, kept: Sequence[int]) -> None:
-    """Makes the generator forget the prompts of all concepts but those in these places."""
-    if generator.takes_text:
-        generator.set_tokens([generator.tokens[i][generator.mask[i]] for i in kept])
-    concepts = [generator.config["concepts"][i] for i in kept]
-    generator.config = {**generator.config, "concepts": concepts}
-
-
 def unload_adapters(generator: Generator) -> None:
     """The base as it was before load_adapter, its weights bit for bit."""
     merge(generator, keep_weights=False)
-    concepts = generator.config["concepts"]
-    keep_concepts(generator, [i for i, c in enumerate(concepts) if not c.get("adapter")])
+    generator.set_known([known for known in generator.known() if not known[0].get("adapter")])
 
 
 # ---- Hypernetwork: a weight made from the latents of the channels that it joins ------------------
@@ -687,9 +672,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
-def read_tensors(path: Path, kind: str, *kinds: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a file that write_tensors wrote with metadata["kind"] one of the
-    kinds; UserError for anything else, such as weights that are not finite."""
+def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and metadata of a file that write_tensors wrote with this metadata["kind"];
+    UserError for anything else, such as weights that are not finite."""
     path, saved = Path(path), None
     if not path.is_file():
         maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
@@ -700,11 +685,11 @@ def read_tensors(path: Path, kind: str, *kinds: str) -> tuple[dict[str, torch.Te
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("about", "{}"))
             saved = metadata.get("kind")
-            names = file.keys() if saved in (kind, *kinds) else []
+            names = file.keys() if saved == kind else []
             tensors = {name: file.get_tensor(name) for name in names}
     except Exception as error:  # whatever a damaged file brings about
         raise UserError(f"{path} is truncated or no checkpoint of ours: {error}") from None
-    if saved not in (kind, *kinds):
+    if saved != kind:
         raise UserError(f"{path} is no {kind} of ours" + (f" but a {saved!s:.80}" if saved else ""))
     for name, tensor in tensors.items():
         if kind != "state" and not tensor.float().isfinite().all():
@@ -716,15 +701,10 @@ def save_network(path: Path, network: Network) -> None:
     write_tensors(path, network.state_dict(), {"kind": network.kind, "config": network.config})
 
 
-def load_generator(path: Path, device: torch.device | str = "cpu") -> Generator:
-    """The generator in a file, any architecture that edits photos, full or pruned, in eval mode."""
-    return load_network(path, device, Generator.kind)
-
-
-def load_network(path: Path, device: torch.device | str, *kinds: str) -> Network:
-    """The network of one of these kinds in a file, full or pruned, in eval mode; .sha256 is the
-    file's hash. UserError unless the file holds what its config describes."""
-    tensors, metadata = read_tensors(path, *kinds)
+def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generator.kind) -> Network:
+    """The generator in a file (or another kind of network), full or pruned, in eval mode; .sha256
+    is the file's hash. UserError unless the file holds what its config describes."""
+    tensors, metadata = read_tensors(path, kind)
     try:
         check_config(metadata["config"])
         with torch.device("meta"):  # no memory until the shapes are known to match the tensors
@@ -905,11 +885,6 @@ def check_name(name: object, where: object) -> None:
         raise UserError(
             f"{where}: {name!s:.80} is no name for a file: use letters, digits, - and _"
         )
-
-
-def write_figure(path: Path, figure) -> None:
-    """A matplotlib figure as PNG."""
-    replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 # ---- A run's folder: settings.json, the product, result.json last, and a lock beside it ----------

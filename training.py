@@ -635,4 +635,4 @@ def write_curve(path: Path, rows: Sequence[dict]) -> None:
             axes.plot(*zip(*points, strict=True), label=line)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
         axes.legend()
-    common.write_figure(path, figure)
+    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))

@@ -117,7 +117,7 @@ def write_adapter(path, base, name, ranks) -> None:
     """An adapter of random numbers {layer: rank}, as stage 4 writes it."""
     tensors = {"tokens": random_rows(f"tokens/{name}", 4).half()}
     for layer, rank in ranks.items():
-        module, rng = common.named_layer(base, layer), torch.Generator().manual_seed(rank)
+        module, rng = base.get_submodule(layer), torch.Generator().manual_seed(rank)
         out = len(module.bias)
         a = torch.randn(rank, module.weight.numel() // out, generator=rng)
         b = 0.1 * torch.randn(out, rank, generator=rng)

@@ -92,7 +92,8 @@ def test_every_task_meets_its_target_from_below_for_all_networks(prune, flags):
     generators = list(out.glob("generator*.safetensors"))
     assert len(generators) == (2 if "cyclegan" in flags else 1)
     for path in generators:
-        network = common.load_network(path, "cpu", "generator", "dcgan generator")
+        kind = "dcgan generator" if "dcgan" in flags else "generator"
+        network = common.load_generator(path, kind=kind)
         assert network.config["widths"] != network.config["full"]
         assert ("text_dim" in network.config) == ("--pairs D/pairs --generator e2gan" in flags)
     shares = [row["MACs %"] for row in read_log(out / "search-log.jsonl") if "MACs %" in row]
@@ -219,7 +220,7 @@ def test_dcgan_sliced_equals_masked_and_is_rebuilt_from_its_file(five, tmp_path,
         terms, example = five.mac_terms(network), x.example(batch=2, device="cpu")
         assert five.macs_of(terms, common.all_widths(x.config)) == common.count_macs(x)
         common.save_network(tmp_path / name, x)
-        loaded = common.load_network(tmp_path / name, "cpu", x.kind)
+        loaded = common.load_generator(tmp_path / name, kind=x.kind)
         assert torch.equal(loaded(*example), x(*example)) and loaded.config == x.config
     for module in modules:  # dead channels are 0 after the norm
         whole = {g: torch.arange(widths[g]) for g in module.writes}
