@@ -3,7 +3,7 @@
 E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes
 W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
 
-Two searches choose otherwise, by short trainings (probes), judged by their L1 error on training
+Two searches choose otherwise, by short trainings (probes), judged by SWD and L1 on training
 photos that the concept does not train on (up to 100 outside stage 2's choice; else each fifth of
 the chosen, which the probes leave out). `--layers search` adapts each layer group alone at rank 1
 and goes through them by the fall of the error per trained weight: crucial are those that lower it
@@ -42,7 +42,7 @@ DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want lo
 # first and the last, which alone see how bright the photo is, and those by which the prompt scales
 # and shifts the upsamplings (an adapter has one prompt): without them a concept is hardly learned.
 PAPER_RANKS = {"down1": 1, "down2": 4, "tb": 1, "up1": 8, "up2": 8}
-PAPER_RANKS |= {"stem": 4, "film1": 1, "film2": 1, "out": 3}
+PAPER_RANKS |= {"stem": 4, "films": 1, "out": 3}
 RANK_LIMIT = 16  # no search goes beyond it
 VALIDATION = 100  # photos that probes are judged on, at most
 
@@ -71,7 +71,9 @@ def parse() -> argparse.Namespace:
     flag("--batch", type=common.count, default=16, help="pairs a step, all processes together")
     flag("--lr", type=common.positive, help="the generator's learning rate; None: by --mode")
     flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
-    flag("--l1", type=common.weight, default=100.0, help="weight of the L1 loss")
+    flag("--l1", type=common.weight, help=training.L1_HELP)
+    flag("--fm", type=common.weight, default=10.0, help=training.FM_HELP)
+    flag("--crop", type=common.number(int, 0), help=training.CROP_HELP)
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=training.FID_HELP)
     flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
@@ -232,15 +234,19 @@ def finetune(args, generator, train, steps: int, out: Path | None = None, test=N
 
         discriminator.requires_grad_(False)
         with training.autocast(photo.device, args.precision):
-            score = discriminator(photo, fake).float()
+            features = discriminator.features(photo, fake)
+            with torch.no_grad():
+                real_features = discriminator.features(photo, edit)
         l1 = (fake.float() - edit).abs().mean()
-        loss_g = (score - 1).square().mean() + args.l1 * l1
+        fm = training.feature_matching(features, real_features)
+        loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
         opt_g.zero_grad()
         loss_g.backward()
         opt_g.step()
         discriminator.requires_grad_(True)
 
-        if loop.record({"G": loss_g, "D": loss_d, "L1": l1}, fake, edit, real_score) and out:
+        losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
+        if loop.record(losses, fake, edit, real_score) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
             common.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
@@ -269,7 +275,7 @@ def chosen_groups(args, base: common.Generator) -> list[str]:
 
 
 class Probes:
-    """Short trainings on some concepts that tell what ranks are worth by the L1 error on held-out
+    """Short trainings on some concepts that tell what ranks are worth by training.error on held-out
     photos. Those done are remembered in a file, so a search that was killed finds the same."""
 
     def __init__(self, args, concepts: list[str], file: Path):
@@ -287,7 +293,7 @@ class Probes:
         return sum(errors) / len(errors)
 
     def measure(self, name: str, ranks: dict[str, int]) -> float:
-        """Mean absolute error (0..255), infinite if these ranks do not train at this rate."""
+        """training.error, infinite if these ranks do not train at this rate."""
         key = json.dumps([name, sorted(ranks.items())])
         if key not in self.saved:
             train, held_out = self.data[name]
@@ -296,7 +302,7 @@ class Probes:
                 if ranks:
                     finetune(self.args, generator, train, self.args.probe_steps)
                 if common.rank() == 0:
-                    error = training.evaluate(generator, held_out)[0]["L1 (0-255)"]
+                    error = training.error(training.evaluate(generator, held_out)[0])
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
@@ -419,6 +425,8 @@ def main() -> None:
     args = parse()
     args.device = training.start(args)
     concepts, base = training.chosen_concepts(args, "new"), common.load_generator(args.base)
+    size = training.find_pairs(args.pairs, "test", concepts[:1]).size
+    training.fill_in(args, size, whole=base.config["arch"] == "unet256")
     if args.layers == "search":
         search_layers(args, concepts, base)
     chosen = chosen_groups(args, base) if args.mode == "lora" else []

@@ -57,9 +57,11 @@ def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
             n, m = inputs[0].shape[1], inputs[1].shape[1]
             terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
         else:
-            x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            doubles = isinstance(module, common.UpConv)
+            x = inputs[0] if doubles or isinstance(module, nn.ConvTranspose2d) else output
             positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
-            terms.append((module.reads, module.writes, positions * module.weight[0, 0].numel()))
+            taps = 16 if doubles else module.weight[0, 0].numel()
+            terms.append((module.reads, module.writes, positions * taps))
 
     twin = copy.deepcopy(network).to("meta").eval()
     for module in twin.modules():
@@ -301,7 +303,7 @@ def least_squares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Pix2pix(Task):
-    """Photo -> edit, and a PatchGAN that sees both: least-squares GAN + 100 L1 (pix2pix)."""
+    """Photo -> edit, and a PatchGAN that sees both; stage 3's losses."""
 
     def __init__(self, args, data: training.Pairs, trained: common.Generator | None):
         tokens, clip = None, ""
@@ -313,7 +315,7 @@ class Pix2pix(Task):
             raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
         discriminator = common.new_discriminator(generator)
         super().__init__({"generator": generator, "discriminator": discriminator})
-        self.l1 = args.l1
+        self.args = args
         places = [generator.concept(concept["name"]) for concept in data.concepts]
         self.register_buffer("places", torch.tensor(places), persistent=False)
 
@@ -326,9 +328,13 @@ class Pix2pix(Task):
 
     def generator_loss(self, nets, batch, fakes):
         photo, edit, concept = batch
-        score = nets["discriminator"](photo, fakes[0], self.text(concept)).float()
-        distance = F.l1_loss(fakes[0].float(), edit)
-        return (score - 1).square().mean() + self.l1 * distance, {"L1": distance}
+        features = nets["discriminator"].features(photo, fakes[0], self.text(concept))
+        with torch.no_grad():
+            real_features = nets["discriminator"].features(photo, edit, self.text(concept))
+        losses = {"L1": F.l1_loss(fakes[0].float(), edit)}
+        losses["FM"] = training.feature_matching(features, real_features)
+        gan = (features[-1].float() - 1).square().mean()
+        return gan + self.args.l1 * losses["L1"] + self.args.fm * losses["FM"], losses
 
     def discriminator_loss(self, nets, batch, fakes):
         photo, edit, concept = batch
@@ -686,7 +692,9 @@ def parse() -> argparse.Namespace:
     flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
     flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--lr-z", type=common.positive, default=1e-2, help="the latents' (SGD, momentum 0.9)")
-    flag("--l1", type=common.weight, default=100.0, help="pix2pix: weight of the L1 loss")
+    flag("--l1", type=common.weight, help=f"pix2pix: {training.L1_HELP}")
+    flag("--fm", type=common.weight, default=10.0, help=f"pix2pix: {training.FM_HELP}")
+    flag("--crop", type=common.number(int, 0), help=training.CROP_HELP)
     flag("--cycle", type=common.weight, default=10.0, help="cyclegan: of the L1 of coming back")
     flag("--identity", type=common.weight, default=0.5, help="cyclegan: of no change, * --cycle")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
@@ -759,6 +767,8 @@ def main() -> None:
     device = training.start(args)
     data, test = read_data(args, trained)
     task = TASKS[args.task](args, data, trained).to(device)
+    archs = {network.config["arch"] for network in task.networks.values()}
+    training.fill_in(args, data.size, whole=bool(archs & {"unet256", "dcgan"}))
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good

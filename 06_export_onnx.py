@@ -120,16 +120,16 @@ class PhaseConv(nn.Module):
     place in a 2 x 2 block of the large one: the same products without the zeros between, in a form
     that ONNX Runtime has fast kernels for."""
 
-    def __init__(self, conv: nn.ConvTranspose2d):
+    def __init__(self, weight: torch.Tensor, bias: nn.Parameter, pad: int):
+        """weight: (in, out, k, k); pad: the transposed convolution's padding."""
         super().__init__()
-        kernel, pad = conv.kernel_size[0], conv.padding[0]
-        assert conv.output_padding[0] == 2 * pad + 2 - kernel, "it must come out twice as large"
+        kernel = weight.shape[-1]
         reads = []  # for both places along a side: the taps there, pixels read before and after
         for place in (0, 1):
             taps = list(range((place + pad) % 2, kernel, 2))[::-1]
             reads.append((taps, (taps[0] - place - pad) // 2, (place + pad - taps[-1]) // 2))
-        self.pads, self.weights, self.bias = [], nn.ParameterList(), conv.bias
-        weight = conv.weight.detach().transpose(0, 1)
+        self.pads, self.weights, self.bias = [], nn.ParameterList(), bias
+        weight = weight.detach().transpose(0, 1)
         for (rows, top, bottom), (columns, left, right) in itertools.product(reads, repeat=2):
             self.pads.append((left, right, top, bottom))
             self.weights.append(weight[:, :, rows][..., columns].contiguous())
@@ -167,8 +167,11 @@ class Exported(nn.Module):
         super().__init__()
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
         for name, module in list(self.generator.named_modules()):
-            if isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2):
-                self.generator.set_submodule(name, PhaseConv(module))
+            if isinstance(module, common.UpConv):
+                self.generator.set_submodule(name, PhaseConv(module.kernel(), module.bias, 1))
+            elif isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2):
+                phases = PhaseConv(module.weight, module.bias, module.padding[0])
+                self.generator.set_submodule(name, phases)
 
     def forward(self, photo, text=None):
         if not self.bytes:

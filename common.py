@@ -51,7 +51,8 @@ class UserError(Exception):
 # dimensions. Widths live in config["widths"] = {group: channels}; a pruned network is the same
 # class built from smaller numbers. config["full"] keeps the numbers it started from.
 
-FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1}  # never pruned, like "text"
+# never pruned, like "text"; "style" is what all FiLM layers read
+FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1, "style": 64}
 
 
 def all_widths(config: dict) -> dict[str, int]:
@@ -112,15 +113,29 @@ class ToRGB(nn.Conv2d):
         return self.bias[:, None, None] + edit
 
 
+class UpConv(nn.Conv2d):
+    """Doubling by nearest neighbour, then a 3x3 convolution, which leaves no dot grid as transposed
+    ones do: computed as a transposed one of kernel 4, whose weights are sums of the nine."""
+
+    def kernel(self) -> torch.Tensor:
+        """The transposed convolution's weight (in, out, 4, 4), for stride 2 and padding 1."""
+        spread = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
+        return 4 * F.avg_pool2d(spread, 2, 1).transpose(0, 1)
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.kernel(), self.bias, 2, 1)
+
+
 class ConvNorm(nn.Module):
-    """Convolution (`up`: transposed, doubling), instance norm, ReLU, the latter two unless told
+    """Convolution (`up`: its kind that doubles), instance norm, ReLU, the latter two unless told
     otherwise. No affine parameters: dropping a channel leaves the others as they were."""
 
-    def __init__(self, widths, reads, writes, kernel=3, stride=1, up=False, **options):
+    def __init__(self, widths, reads, writes, kernel=3, stride=1, up=None, **options):
         super().__init__()
         self.norm, self.relu = options.get("norm", True), options.get("relu", True)
         if up:
-            self.conv = layer(nn.ConvTranspose2d, widths, reads, writes, 3, 2, 1, 1)
+            shape = (1, 1) if up is UpConv else (2, 1, 1)  # stride, padding, output's padding
+            self.conv = layer(up, widths, reads, writes, 3, *shape)
         else:
             pad = {"padding": kernel // 2, "padding_mode": options.get("pad", "zeros")}
             self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, **pad)
@@ -143,8 +158,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = ConvNorm(widths, stream, inner, pad=pad)
         self.conv2 = ConvNorm(widths, inner, stream, pad=pad, relu=False)
 
-    def forward(self, x):
-        return x + self.conv2(self.conv1(x))
+    def forward(self, x, film1=None, film2=None):
+        return x + self.conv2(self.conv1(x, film1), film2)
 
 
 class Attention(nn.Module):
@@ -192,7 +207,7 @@ class TransformerBlock(nn.Module):
             self.cross_attention = Attention(widths, full, heads, "tb", "text", "cross")
         self.feed1 = layer(nn.Linear, widths, "tb", "feed")
         self.feed2 = layer(nn.Linear, widths, "feed", "tb")
-        self.up = layer(nn.ConvTranspose2d, widths, "tb", "trunk", 3, 2, 1, 1)
+        self.up = layer(UpConv, widths, "tb", "trunk", 3, padding=1)
 
     def norm(self, t):
         square = t.float().square().sum(-1, keepdim=True) / self.channels
@@ -282,9 +297,10 @@ class ResnetGenerator(Generator):
     `e2gan`: 3 residual blocks and a transformer block before the last (E2GAN), and what the paper
     leaves open, chosen by measuring. Instance norm hides how bright a photo is: no norm after the
     stem, and the last layer sees the photo too. It also erases what a prompt adds to a channel
-    everywhere: the upsamplings are scaled and shifted from the prompt's mean token after their
-    norms (FiLM). And fine lines pass round the quarter-size trunk: the stem's features are added
-    on the way up, where FiLM decides by concept which of them get through the ReLU."""
+    everywhere: a scale and a shift made from the prompt's mean token follow every norm (FiLM; in
+    arXiv 1610.07629, Dumoulin et al. 2017, a style is no more than these). And fine lines pass
+    round the quarter-size trunk: the stem's features are added on the way up, where FiLM decides by
+    concept which of them get through the ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -301,24 +317,36 @@ class ResnetGenerator(Generator):
                 self.blocks[name] = TransformerBlock(widths, full, config["heads"])
             else:
                 self.blocks[name] = ResidualBlock(widths, "trunk", name, pad)
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=True)
-        self.up2 = ConvNorm(widths, "up1", up2, up=True)
+        up = UpConv if self.is_e2gan else nn.ConvTranspose2d
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=up)
+        self.up2 = ConvNorm(widths, "up1", up2, up=up)
         if self.takes_text:
-            self.film1 = layer(nn.Linear, widths, "text", ("up1", "up1"))
-            self.film2 = layer(nn.Linear, widths, "text", (up2, up2))
+            self.style, self.films = layer(nn.Linear, widths, "text", "style"), nn.ModuleDict()
+            normed = {"down1": "down1", "down2": "trunk", "up1": "up1", "up2": up2}
+            for name in self.blocks.keys() - {"tb"}:
+                normed |= {f"{name}_1": name, f"{name}_2": "trunk"}
+            for name, group in sorted(normed.items()):
+                self.films[name] = layer(nn.Linear, widths, "style", (group, group))
         reads = (up2, "rgb") if self.is_e2gan else up2
         self.out = layer(ToRGB, widths, reads, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
+        films = {}
+        if tokens is not None:
+            style = F.normalize(self.style(mean_token(tokens, mask))) * FIXED["style"] ** 0.5
+            films = {name: film(style) for name, film in self.films.items()}
         stem = self.stem(photo)  # (B, C, H, W)
-        x = self.down2(self.down1(stem))  # (B, 4C, H/4, W/4)
-        for block in self.blocks.values():
-            x = block(x, tokens, mask) if isinstance(block, TransformerBlock) else block(x)
+        x = self.down1(stem, films.get("down1"))  # (B, 2C, H/2, W/2)
+        x = self.down2(x, films.get("down2"))  # (B, 4C, H/4, W/4)
+        for name, block in self.blocks.items():
+            if name == "tb":
+                x = block(x, tokens, mask)
+            else:
+                x = block(x, films.get(f"{name}_1"), films.get(f"{name}_2"))
+        x = self.up1(x, films.get("up1"))  # (B, 2C, H/2, W/2)
         if not self.is_e2gan:
-            return torch.tanh(self.out(self.up2(self.up1(x))))
-        text = None if tokens is None else mean_token(tokens, mask)
-        x = self.up1(x, None if text is None else self.film1(text))  # (B, 2C, H/2, W/2)
-        x = self.up2(x, None if text is None else self.film2(text), stem)  # (B, C, H, W)
+            return torch.tanh(self.out(self.up2(x)))
+        x = self.up2(x, films.get("up2"), stem)  # (B, C, H, W)
         return torch.tanh(self.out(x, photo))
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -34,6 +35,10 @@ from common import UserError, rank, world
 
 LOG_EVERY = 50  # steps
 CACHE_HELP = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
+CROP = 64  # pixels of the crops to train on, where pictures are larger
+CROP_HELP = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
+L1_HELP = "weight of the L1 loss (default: 10; with --fm 0 the papers' 100)"
+FM_HELP = "weight of feature matching; 0: the papers' plain loss"
 FID_HELP = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
 
 # ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------
@@ -92,18 +97,27 @@ class Pictures:
             for pixels in tqdm(done, "decoding", len(places), leave=False, delay=2):
                 file.write(pixels.numpy())
 
-    def batches(self, batch: int, steps: range, seed: int, device: torch.device) -> Iterator[tuple]:
+    def batches(self, batch, steps: range, seed, device: torch.device, crop=0) -> Iterator[tuple]:
         """Yields for each step this process's share of the plan, on the device: k tensors
         (B / world, 3, S, S) in [-1, 1] (of pairs: photo and edit), and concept (B / world,) long.
-        A thread gathers and pins two steps ahead, so that nothing here waits on CUDA."""
+        S: the pictures' size, or that of random crops, one place a row of the batch. A thread
+        gathers and pins two steps ahead, so that nothing here waits on CUDA."""
         if batch % world():
             raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
+        side = crop or self.size
 
         def gather(step: int) -> tuple[int, list[torch.Tensor]]:
             places, flips, concept = (x[rank() :: world()] for x in self.plan(step, batch, seed))
-            # numpy's gather: torch's would start a second team of threads, which spins
-            pixels = torch.from_numpy(self.pixels.numpy()[places.T.flatten().numpy()])
-            parts = [pixels, flips.T.flatten(), concept.clone()]
+            corners = np.random.default_rng([seed, step]).integers(
+                self.size - side + 1, size=(batch, 2)
+            )
+            corners = corners[rank() :: world()].tolist()
+            # numpy's copies: torch's would start a second team of threads, which spins
+            source, cuts = self.pixels.numpy(), []
+            for column in places.T.tolist():
+                for place, (y, x) in zip(column, corners, strict=True):
+                    cuts.append(source[place, :, y : y + side, x : x + side])
+            parts = [torch.from_numpy(np.stack(cuts)), flips.T.flatten(), concept.clone()]
             pinned = device.type == "cuda"
             return places.shape[1], [part.pin_memory() if pinned else part for part in parts]
 
@@ -270,6 +284,18 @@ def chosen_concepts(args, role: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def fill_in(args, size: int, whole: bool = False) -> None:
+    """--l1 and, for pictures of `size`, --crop, where they were not given. whole: the network is
+    one for whole pictures, such as a U-Net, which ends in one pixel."""
+    if args.l1 is None:
+        args.l1 = 10.0 if args.fm else 100.0
+    if args.crop is None:
+        args.crop = CROP if size > CROP and not whole else 0
+    if args.crop % 8 or args.crop > size or 0 < args.crop < 24 or (args.crop and whole):
+        limits = "0" if whole else f"a multiple of 8 from 24 to the pictures' {size}, or 0"
+        raise UserError(f"--crop {args.crop}: give {limits}")
+
+
 # ---- Devices and processes -----------------------------------------------------------------------
 
 
@@ -397,7 +423,7 @@ class Loop:
         self.bar = tqdm(desc=self.desc, initial=self.start, total=self.total, disable=hide)
         self.began = time.time()
         try:
-            for batch in self.data.batches(args.batch, left, args.seed, self.device):
+            for batch in self.data.batches(args.batch, left, args.seed, self.device, args.crop):
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * world() + rank())
                 yield batch
                 self.bar.update()
@@ -511,6 +537,13 @@ def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
         raise UserError(f"{path} is no state of this run ({reason}): give --overwrite") from None
 
 
+def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean absolute difference of what a discriminator's layers make of fakes and of real pictures,
+    the layers' mean (pix2pixHD, arXiv 1711.11585, equation 4; its scores left out)."""
+    distances = [F.l1_loss(a.float(), b.float()) for a, b in zip(fake[:-1], real[:-1], strict=True)]
+    return sum(distances) / len(distances)
+
+
 # ---- Measures ------------------------------------------------------------------------------------
 
 
@@ -532,16 +565,23 @@ def run_generator(generator, photos: torch.Tensor, concept: int, batch: int = 32
     return torch.cat(edits)
 
 
-def measure(fakes: torch.Tensor, pairs: Pairs, c: int) -> dict:
-    """Mean PSNR in dB and mean absolute error (0..255) of a concept's edits, uint8 (N, 3, H, W),
-    against the teacher's, and the PSNR of the photo left as it is."""
+def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor) -> dict:
+    """Of edits, the teacher's and the photos, uint8 (N, 3, H, W): mean PSNR in dB, also of the
+    photo left as it is, mean absolute error (0..255), SWD."""
     sums = torch.zeros(3)
-    for part, (photos, edits) in zip(fakes.split(32), pairs.parts(c, 32), strict=True):
-        fake, photo, edit = (common.to_float(x) for x in (part, photos, edits))
+    for part in zip(fakes.split(32), photos.split(32), edits.split(32), strict=True):
+        fake, photo, edit = map(common.to_float, part)
         l1 = (fake - edit).abs().mean((1, 2, 3)) * 127.5
         sums += torch.stack([psnr(fake, edit), psnr(photo, edit), l1]).sum(1)
-    means = (sums / pairs.counts[c]).tolist()
-    return dict(zip(("PSNR dB", "photo unchanged dB", "L1 (0-255)"), means, strict=True))
+    names = "PSNR dB", "photo unchanged dB", "L1 (0-255)"
+    return dict(zip(names, (sums / len(fakes)).tolist(), strict=True)) | swd(fakes, edits)
+
+
+def error(row: dict) -> float:
+    """What searches and best.safetensors go by, of measure's row: sqrt(mean SWD * L1). PSNR and L1
+    prefer blur to strokes in the wrong place, SWD does not see places (a choice of ours)."""
+    distances = [value for name, value in row.items() if name.startswith("SWD")]
+    return math.sqrt(sum(distances) / len(distances) * row["L1 (0-255)"])
 
 
 def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
@@ -552,10 +592,60 @@ def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) 
     for c, concept in enumerate(pairs.concepts):
         photos, edits = next(pairs.parts(c, pairs.counts[c]))
         fakes = run_generator(generator, photos, generator.concept(concept["name"]))
-        rows.append({"concept": concept["name"], **measure(fakes, pairs, c)})
+        rows.append({"concept": concept["name"], **measure(fakes, photos, edits)})
         if with_fid:
             rows[-1]["FID"] = fid(fakes, edits, device)
     return rows
+
+
+BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+PATCHES, PROJECTIONS = 128, 512  # of a picture; of a level's patches
+
+
+def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018,
+    arXiv 1710.10196, section 5), * 1000: how far textures of one size are from the truth's,
+    wherever they stand. {"SWD 256": finest, ..., "SWD 32": what is coarser}, of uint8 pictures
+    (N, 3, H, W). Ours: patches of both lie at the same places, and the truth's normalise both."""
+    levels = 1 + sum(min(fakes.shape[-2:]) >> k >= 32 for k in (1, 2, 3))
+    patches = [[[] for _ in range(levels)] for _ in range(2)]  # of fakes and truth
+    for side, pictures in zip(patches, (fakes, truth), strict=True):
+        rng = torch.Generator().manual_seed(0)
+        for part in pictures.split(32):
+            for level, x in zip(
+                side, laplacian_pyramid(common.to_float(part), levels), strict=True
+            ):
+                level.append(random_patches(x, rng))
+    distances, rng = {}, torch.Generator().manual_seed(0)
+    for k, (fake, true) in enumerate(zip(*patches, strict=True)):
+        fake, true = torch.cat(fake), torch.cat(true)  # (N * PATCHES, 3, 49)
+        mean, std = true.mean((0, 2), keepdim=True), true.std((0, 2), keepdim=True).clamp(min=1e-6)
+        directions = F.normalize(torch.randn(3 * 49, PROJECTIONS, generator=rng), dim=0)
+        sorted_ = [((x - mean) / std).flatten(1) @ directions for x in (fake, true)]
+        sorted_ = [x.sort(0).values for x in sorted_]
+        name = f"SWD {fakes.shape[-1] >> k}"
+        distances[name] = 1000 * (sorted_[0] - sorted_[1]).abs().mean().item()
+    return distances
+
+
+def laplacian_pyramid(x: torch.Tensor, levels: int) -> list[torch.Tensor]:
+    """(N, 3, H, W) -> what each halving loses, finest first, and at last what is left."""
+    kernel = torch.outer(BLUR, BLUR).repeat(x.shape[1], 1, 1, 1)  # (3, 1, 5, 5)
+    found = []
+    for _ in range(levels - 1):
+        small = F.conv2d(F.pad(x, (2,) * 4, "reflect"), kernel, stride=2, groups=x.shape[1])
+        found.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
+        x = small
+    return [*found, x]
+
+
+def random_patches(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """(N, C, H, W) -> 7x7 patches (N * PATCHES, C, 49), as many of every picture."""
+    n, _, h, w = x.shape
+    rows = torch.randint(h - 6, (n, PATCHES), generator=rng)
+    columns = torch.randint(w - 6, (n, PATCHES), generator=rng)
+    windows = x.unfold(2, 7, 1).unfold(3, 7, 1)  # (N, C, H - 6, W - 6, 7, 7), a view
+    return windows[torch.arange(n)[:, None], :, rows, columns].flatten(0, 1).flatten(2)
 
 
 def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:

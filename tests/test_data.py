@@ -4,6 +4,7 @@ what is said of a folder that cannot be used."""
 import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,50 @@ def test_a_chosen_part_is_all_that_is_drawn(made, tmp_path):
     assert pairs.counts == [2] and drawn == wanted
     whole = training.find_pairs(made, "train", ["night"])
     assert whole.data_hash != pairs.data_hash and whole.cache_hash == pairs.cache_hash
+
+
+def test_crops_show_photo_and_edit_at_one_place_and_all_places(made, tmp_path):
+    pairs, corners = find(made).cache(tmp_path), set()
+    whole = draw(pairs, range(30))
+    for batch, cut in zip(whole, pairs.batches(4, range(30), 3, CPU, 8), strict=True):
+        for photo, edit, small_photo, small_edit in zip(*batch[:2], *cut[:2], strict=True):
+            places = [
+                (y, x)
+                for y in range(17)
+                for x in range(17)
+                if torch.equal(photo[:, y : y + 8, x : x + 8], small_photo)
+                and torch.equal(edit[:, y : y + 8, x : x + 8], small_edit)
+            ]
+            assert places
+            corners.add(places[0])
+    rows, columns = zip(*corners, strict=True)
+    assert {min(rows), min(columns)} == {0} and {max(rows), max(columns)} == {16}
+    assert equal(
+        list(pairs.batches(4, range(5, 7), 3, CPU, 8)),
+        list(pairs.batches(4, range(7), 3, CPU, 8))[5:],
+    )
+
+
+@pytest.mark.parametrize("crop", [20, 12, 40])
+def test_a_crop_that_does_not_fit_is_refused(crop):
+    args = SimpleNamespace(crop=crop, l1=None, fm=10.0)
+    with pytest.raises(
+        common.UserError, match=f"--crop {crop}: give a multiple of 8 from 24 to .* 32"
+    ):
+        training.fill_in(args, 32)
+    with pytest.raises(common.UserError, match="--crop 24: give 0"):
+        training.fill_in(SimpleNamespace(crop=24, l1=None, fm=0.0), 32, whole=True)
+
+
+def test_what_is_not_given_follows_the_pictures_and_the_loss():
+    for size, fm, whole, crop, l1 in (
+        (256, 10, False, training.CROP, 10),
+        (32, 0, False, 0, 100),
+        (256, 0, True, 0, 100),
+    ):
+        args = SimpleNamespace(crop=None, l1=None, fm=fm)
+        training.fill_in(args, size, whole)
+        assert (args.crop, args.l1) == (crop, l1)
 
 
 # ---- The cache -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""PSNR, L1 and FID, the curve of a log, and the tables of many runs."""
+"""PSNR, L1, SWD and FID, the curve of a log, and the tables of many runs."""
 
 import os
 import shutil
@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from pytorch_fid import fid_score
 from pytorch_fid import inception as library
@@ -95,7 +96,36 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
         wanted = {"PSNR dB": training.psnr(fake, truth).mean().item()}
         wanted["photo unchanged dB"] = training.psnr(photos, truth).mean().item()
         wanted["L1 (0-255)"] = 127.5 * (fake - truth).abs().mean().item()
+        wanted |= training.swd(common.to_uint8(fake), common.to_uint8(truth))
         assert row.pop("concept") == name and row == pytest.approx(wanted, rel=1e-4)
+
+
+def test_swd_sees_texture_where_it_changes_and_nothing_in_equal_sets():
+    coarse = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    truth = F.interpolate(coarse, 128, mode="bicubic").clamp(0, 1)
+    truth = truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    sets = {"equal": truth, "blurred": F.avg_pool2d(truth, 3, 1, 1)}
+    for amount in (0.1, 0.2):
+        sets[amount] = truth + amount * torch.randn_like(truth)
+    found = {
+        name: training.swd(*(common.to_uint8(2 * x - 1) for x in (y, truth)))
+        for name, y in sets.items()
+    }
+    assert list(found["equal"].items()) == [("SWD 128", 0.0), ("SWD 64", 0.0), ("SWD 32", 0.0)]
+    assert 50 < found[0.1]["SWD 128"] < found[0.2]["SWD 128"] - 50
+    fine, *others = found["blurred"].values()
+    assert fine > 300 and fine > 3 * max(others)
+    assert list(training.swd(*2 * [pictures(2, 256, 0)])) == ["SWD 32"]
+
+
+def test_what_searches_go_by_falls_with_either_measure():
+    row = {"L1 (0-255)": 16.0, "SWD 64": 100.0, "SWD 32": 300.0}
+    assert training.error(row) == pytest.approx((200 * 16) ** 0.5)
+
+
+def test_feature_matching_is_the_layers_mean_and_leaves_the_score_out():
+    one, two = (torch.full((1, 2, 3, 3), x) for x in (1.0, 4.0))
+    assert training.feature_matching([one, one, one], [two, one, two]) == pytest.approx(1.5)
 
 
 def test_fid_is_what_the_librarys_command_prints(weights, torch_home, tmp_path, monkeypatch):
