@@ -497,7 +497,7 @@ class SideBySide(training.Pairs):
         self.direction = direction
 
     def load(self, place):
-        picture = common.on_white(common.read_picture(self.files[place]))
+        picture = common.read_picture(self.files[place])
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")

@@ -473,7 +473,7 @@ def apply_files(files: list[Path], pictures: Path, out: Path) -> None:
         name = path.relative_to(root).with_suffix(".png")
         if taken[path.with_suffix("")] > 1:  # a.jpg and a.png become a.jpg.png and a.png.png
             name = name.with_name(path.name + ".png")
-        picture = common.read_picture(path)
+        picture = common.read_picture(path, alpha=True)
         for stem, session in sessions.items():
             try:
                 edit = edit_picture(session, picture.convert("RGB"))

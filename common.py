@@ -559,15 +559,13 @@ def merge(network: nn.Module, keep_weights: bool = True) -> None:
 
 def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int:
     """Puts an adapter on the base that it was trained for; returns the place of its concept, which
-    the generator now knows. strength (0 to 1.5) scales the change of the weights; the prompt stays
-    the concept's. A second adapter's change is added to the first's, and the edit follows the
-    prompt of whichever concept is asked for. UserError, and nothing changed, if it does not fit."""
+    the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt;
+    a second adapter's change is added to the first's. UserError, and nothing changed, if it does
+    not fit."""
     tensors, metadata = read_tensors(path, "adapter")
     if metadata.get("base") != generator.sha256:
         theirs, ours = str(metadata.get("base"))[:12], generator.sha256[:12]
-        raise UserError(
-            f"{path} belongs to another base: SHA-256 {theirs}..., this one is {ours}..."
-        )
+        raise UserError(f"{path} belongs to another base, of SHA-256 {theirs}..., not {ours}...")
     loras = []
     try:
         check_name(metadata["name"], path)
@@ -606,12 +604,11 @@ class Hypernetwork(nn.Module):
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
     b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. w1 and
-    w2 start as in DHP or, with `trained` (a choice of ours), from the weight V that the layer has:
-    w1 = 1 / (z_out z_in) and w2 = V for e = 0, the other w2 0. Then the layer starts out computing
-    V, a latent that shrinks fades its channel out, and its gradient is the channel's first-order
-    importance; b0 stays 0, as a step of it would be a leap of W. The embedding size is 8, but no
-    more than a layer has k (ours: linear layers, which the paper's networks lack, have 1). In
-    memory o and i come last, (K, E, O, I): sums over short axes are faster so."""
+    w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V that the
+    layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then a latent that shrinks fades
+    its channel out, and its gradient is the channel's first-order importance; b0 stays 0, as a
+    step of it would be a leap of W. 8 embeddings, but no more than a layer has k (ours: linear
+    layers, which the paper's networks lack, have 1). In memory (K, E, O, I): faster sums."""
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
@@ -686,8 +683,6 @@ def channel_indices(groups: Sequence[str], kept: dict, widths: dict) -> torch.Te
 
 # ---- Checkpoints: one safetensors file each ------------------------------------------------------
 
-LARGEST = 2**31  # bytes of a checkpoint: a file says how much memory it takes to look at
-
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
     """A safetensors file whose metadata has one key, "about": a JSON object. (Several keys are
@@ -708,8 +703,9 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
         maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
         raise UserError(f"{path} does not exist{maker}")
     try:
-        if kind != "state" and path.stat().st_size > LARGEST:  # a state holds hypernetworks
-            raise ValueError(f"{path.stat().st_size / 1e9:.1f} GB")
+        size = path.stat().st_size  # what it takes in memory; a state holds hypernetworks
+        if size > 2**31 and kind != "state":
+            raise ValueError(f"{size / 1e9:.1f} GB")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("about", "{}"))
             saved = metadata.get("kind")
@@ -753,12 +749,11 @@ def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generato
 
 def check_config(config: dict) -> None:
     """Raises where a stranger's config is absurd, before anything is built from it."""
-    counts = [config[key] for key in ("depth", "heads", "tokens", "text_dim") if key in config]
+    counts = [config.get(key, 1) for key in ("depth", "heads", "tokens", "text_dim")]
     counts += [config["width"], config["size"], *config["widths"].values()]
-    if not all(type(n) is int and 0 < n < 2**16 for n in [*counts, *config["full"].values()]):
+    counts += [config["full"][group] for group in config["widths"]]
+    if not all(type(n) is int and 0 < n < 2**16 for n in counts):
         raise ValueError("a count in its config is none")
-    if any(n > config["full"][group] for group, n in config["widths"].items()):
-        raise ValueError("it is wider than unpruned")
     if len(config.get("blocks", ())) > 100:
         raise ValueError("it has more than 100 blocks")
     for concept in config.get("concepts", []):
@@ -789,7 +784,7 @@ class Parser(argparse.ArgumentParser):
         flag = self.add_argument
         flag("--demo", action="store_true", help="small defaults, no download, in runs/demo/")
         flag("--out", type=Path, default=out, help="the folder that this stage writes")
-        flag("--seed", type=seed, default=0, help="the same seed gives the same files")
+        flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="equal seeds, equal files")
         flag("--device", default="auto", help="auto (CUDA, MPS, CPU) or a torch device: cuda:1")
         flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
@@ -803,7 +798,7 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args()
 
     def error(self, message: str):
-        fail(f"{message} (--help lists the flags)")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -822,7 +817,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 count = number(int, 1)
 positive = number(float, 0, above=True)
 weight = number(float, 0)  # of a loss: 0 leaves it out
-seed = number(int, 0, 2**31 - 1)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -835,25 +829,19 @@ def run(main: Callable[[], None]) -> None:
             gc.collect()  # networks under DDP, which hold the group
             torch.distributed.destroy_process_group()
         return
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = str(error)
-    except OSError as error:
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:
         message = ""
     for bar in list(tqdm._instances):  # a bar's last line comes before the message, not into it
         bar.close()
     if message:
-        fail(message)
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
     if rank() == 0:  # torchrun's processes stop together
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
         print(f"\nstopped: the same command{without} continues", file=sys.stderr)
     sys.exit(130)
-
-
-def fail(message: str):
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def rank() -> int:
@@ -910,9 +898,7 @@ def check_name(name: object, where: object) -> None:
     """UserError unless a concept's name, which becomes a file's, can lead nowhere else."""
     good = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= 200
     if not good or name[0] in ".- " or set(name) & set('/\\:*?"<>|'):
-        raise UserError(
-            f"{where}: {name!s:.80} is no name for a file: use letters, digits, - and _"
-        )
+        raise UserError(f"{where}: {name!s:.80} is no name for a file: use letters, digits, - _")
 
 
 # ---- A run's folder: settings.json, the product, result.json last, and a lock beside it ----------
@@ -922,9 +908,9 @@ LOCKS: dict[Path, filelock.FileLock] = {}
 
 def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
     """Makes `out` this run's folder; call it once all input is known to be good. True: the run
-    there is complete. settings.json holds what the result depends on: the stage's name, its flags,
-    and the hashes of what it reads. A folder with other settings is an error; `overwrite` deletes
-    it, but never a folder that is not a run. Of several processes the first does this for all."""
+    there is complete. settings: what the result depends on, flags and the hashes of what is read.
+    A folder with other settings is an error; `overwrite` deletes it, but never a folder that is
+    not a run. Of several processes the first does this for all."""
     verdict = torch.tensor(-1)
     try:
         if rank() == 0:
@@ -988,9 +974,9 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and what the stage adds. Paths
     are left out: a stage adds a hash of what it reads, so a run may be moved, and notices that its
     input changed."""
-    flags = {key: value for key, value in vars(args).items() if not isinstance(value, Path)}
-    for key in {"device", "overwrite", "demo", "fid"} & flags.keys():
-        del flags[key]
+    left_out = ("device", "overwrite", "demo", "fid")
+    flags = {key: x for key, x in vars(args).items() if key not in left_out}
+    flags = {key: x for key, x in flags.items() if not isinstance(x, Path)}
     return {"stage": stage, **flags, **more}
 
 
@@ -1029,10 +1015,11 @@ def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
     return sorted(found)
 
 
-def read_picture(path: Path, shrink_to: int = 0) -> Image.Image:
-    """A picture file's first frame, turned as its EXIF says, 8 bits a channel: RGB, or RGBA where
-    it is transparent (colour profiles are ignored). A JPEG may come out smaller, its sides at
-    least 2 * shrink_to: it decodes several times faster so. UserError if it cannot be read."""
+def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
+    """A picture file's first frame, turned as its EXIF says, 8 bits a channel: RGB, white where it
+    is transparent, or RGBA there, with `alpha` (colour profiles are ignored). A JPEG may come out
+    smaller, its sides at least 2 * shrink_to: it decodes several times faster so. UserError if it
+    cannot be read."""
     try:
         with Image.open(path) as picture:
             if shrink_to:
@@ -1040,23 +1027,20 @@ def read_picture(path: Path, shrink_to: int = 0) -> Image.Image:
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
                 picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-            return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+            if not picture.has_transparency_data:
+                return picture.convert("RGB")
+            picture = picture.convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            return picture if alpha else Image.alpha_composite(white, picture).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as error:  # a decoder may raise anything
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """RGB, white where the picture is transparent."""
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
-
-
 def read_square(path: Path, size: int) -> Image.Image:
     """The middle square of a picture, RGB, scaled to size x size."""
-    picture = on_white(read_picture(path, size))
-    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(read_picture(path, size), (size, size), Image.Resampling.LANCZOS)
 
 
 def read_image(path: Path, size: int | None = None) -> torch.Tensor:
@@ -1066,7 +1050,7 @@ def read_image(path: Path, size: int | None = None) -> torch.Tensor:
     if size and picture.size != (size, size):
         width, height = picture.size
         raise UserError(f"{path} is {width}x{height}; its folder's others are {size}x{size}")
-    return to_pixels(on_white(picture) if picture.mode == "RGBA" else picture)
+    return to_pixels(picture)
 
 
 def to_pixels(picture: Image.Image) -> torch.Tensor:
@@ -1125,28 +1109,18 @@ def cell(value: object) -> str:
     return "" if value is None else str(value).replace("|", "\\|")
 
 
-def merge_seeds(runs: Sequence[tuple[str, list[dict]]]) -> list[dict]:
-    """The rows [(run, rows), ...] of runs that differ in their seed alone: numbers that vary as
-    mean ± sample standard deviation, with n where a run has none. Rows belong together that stand
-    at one place and hold the same words."""
-    partners: dict[tuple, list[dict]] = {}
-    for run_name, rows in runs:
-        for place, row in enumerate(rows):
-            words = [item for item in row.items() if isinstance(item[1], str)]
-            partners.setdefault((place, *words), []).append({"run": run_name, **row})
-    merged = []
-    for found in partners.values():
-        row = {}
-        for column in dict.fromkeys(key for part in found for key in part):
-            values = [part[column] for part in found if part.get(column) is not None]
-            row[column] = values[0] if values else None
-            if len(set(map(str, values))) > 1 and column != "run":
-                row[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
-            if 0 < len(values) < len(found):
-                row[column] = f"{cell(row[column])} (n = {len(values)})"
-        if len(found) > 1:
-            row["run"] = ", ".join(part["run"] for part in found) + " (mean ± sd)"
-        merged.append(row)
+def merge_seeds(rows: Sequence[dict]) -> dict:
+    """One row of those of runs that differ in their seed alone: numbers that vary as mean ± sample
+    standard deviation, with n where a run has none."""
+    merged = {"run": ", ".join(row["run"] for row in rows)}
+    merged["run"] += " (mean ± sd)" if len(rows) > 1 else ""
+    for column in dict.fromkeys(key for row in rows for key in row if key != "run"):
+        values = [row[column] for row in rows if row.get(column) is not None]
+        merged[column] = values[0] if values else None
+        if len(set(map(str, values))) > 1:
+            merged[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
+        if 0 < len(values) < len(rows):
+            merged[column] = f"{cell(merged[column])} (n = {len(values)})"
     return merged
 
 
@@ -1155,22 +1129,25 @@ def files_below(folder: Path, name: str) -> list[Path]:
     return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
 
 
-def collect_tables(folder: Path) -> dict[tuple, dict]:
-    """{(stage, title, ...): {equal runs: [(run, rows), ...]}} below a folder. Runs are equal that
-    differ in their seed alone; a run that was copied is no second seed."""
+def collect_tables(folder: Path) -> dict[tuple, dict[str, list[dict]]]:
+    """{(stage, title, ...): {what is equal: rows}} below a folder. Rows are equal whose runs differ
+    in their seed alone, and which stand at one place and hold the same words."""
     tables, copies = {}, Counter()
     for path in files_below(folder, "result.json"):
         result, settings = read_json(path), read_json(path.with_name("settings.json"))
-        name = json.dumps(settings, sort_keys=True)
-        copies[name] += 1
+        run_name = path.parent.relative_to(folder).as_posix()
+        copies[str(settings)] += 1  # a run that was copied is no second seed
+        same = {**settings, "seed": None, "copy": copies[str(settings)]}
         try:
             about = {"marks": ", ".join(result["marks"])}
             about |= {"data": str(result["data"])} if "data" in result else {}  # of stage 5
-            key = json.dumps([{**settings, "seed": None}, copies[name], about], sort_keys=True)
             for title, rows in result["tables"].items():
                 first = list(next(iter(rows), {}))[:1]  # other tasks have other columns
-                runs = tables.setdefault((result["stage"], title, *first), {}).setdefault(key, [])
-                runs.append((path.parent.relative_to(folder).as_posix(), [about | r for r in rows]))
+                table = tables.setdefault((str(result["stage"]), title, *first), {})
+                for place, row in enumerate(rows):
+                    words = [value for value in row.values() if isinstance(value, str)]
+                    key = json.dumps([same, about, place, words], sort_keys=True)
+                    table.setdefault(key, []).append({"run": run_name, **about, **row})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}") from None
     return tables
@@ -1180,11 +1157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
     folder = parser.parse_args().runs
-    for (stage, title, *_), groups in sorted(collect_tables(folder).items(), key=lambda x: x[0][0]):
-        rows = []
-        for runs in groups.values():
-            rows += merge_seeds(runs)
-        print(markdown(f"{stage}.py: {title}", rows))
+    for (stage, title, *_), table in sorted(collect_tables(folder).items(), key=lambda x: x[0][0]):
+        print(markdown(f"{stage}.py: {title}", [*map(merge_seeds, table.values())]))
     began = [path.parent for path in files_below(folder, "settings.json")]
     if not began:
         raise UserError(f"no run below {folder}")

@@ -1,7 +1,6 @@
 """The networks, parametrizations and files that the stages share: what each claims, checked on
 small random networks."""
 
-import copy
 import hashlib
 import json
 import sys
@@ -98,13 +97,6 @@ def test_blocks_make_the_papers_ablation(arch, tmp_path):
     assert common.generator_config(arch, 16, 32, CONCEPTS[:1]) == usual.config
 
 
-@pytest.mark.parametrize("arch, blocks", [("unet256", "r"), ("e2gan", "tt"), ("resnet9", "r9")])
-def test_blocks_that_no_network_has_are_refused(arch, blocks):
-    blocks = [{"r": "rb", "t": "tb"}.get(letter, letter) for letter in blocks]
-    with pytest.raises(common.UserError, match="--blocks"):
-        common.generator_config(arch, 8, 32, CONCEPTS[:1], blocks)
-
-
 @every_network
 def test_macs_by_formula_are_those_that_are_counted_full_and_pruned(name, load_stage):
     stage, network = load_stage("05"), make_network(name)
@@ -193,17 +185,6 @@ def test_lora_is_the_identity_where_b_is_0_and_merges_exactly(arch):
     assert [*map(type, generator.modules())] == [*map(type, plain.modules())]
 
 
-@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear])
-def test_lora_is_w_plus_scaled_ba(kind):
-    kernel = [] if kind is torch.nn.Linear else [3]
-    module = common.layer(kind, {"a": 4, "b": 6}, "a", "b", *kernel)
-    inputs = module.weight.numel() // 6
-    lora = common.LoRA(module, torch.randn(2, inputs), torch.randn(6, 2), scale=1.5)
-    delta = (lora(module.weight) - module.weight).detach()
-    delta = delta.transpose(0, 1) if kind is torch.nn.ConvTranspose2d else delta
-    assert torch.allclose(delta.reshape(6, inputs), 1.5 * lora.lora_B @ lora.lora_A, atol=1e-5)
-
-
 def test_lora_trains_the_fp32_weights_that_merging_leaves():
     generator = make()
     add_lora(generator, ["up1.conv"])
@@ -220,7 +201,7 @@ def adapters(tmp_path):
     common.save_network(tmp_path / "base.safetensors", make())
     base = common.load_generator(tmp_path / "base.safetensors")
     comic, night = tmp_path / "comic.safetensors", tmp_path / "night.safetensors"
-    write_adapter(comic, base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1})
+    write_adapter(comic, base, "comic", {"up1.conv": 2, "blocks.tb.feed1": 1, "down1.conv": 2})
     write_adapter(night, base, "night", {"up1.conv": 3, "stem.conv": 1})
     return tmp_path / "base.safetensors", comic, night
 
@@ -247,16 +228,14 @@ def test_adapters_are_swapped_on_one_generator_and_leave_the_base(adapters):
     common.unload_adapters(generator)
     for c in range(2):
         assert torch.equal(edit(generator, concept=c), before[c])
-    assert generator.config == config
+    assert generator.config == config and generator.concept("night") == 1
     assert generator.state_dict().keys() == make().state_dict().keys()
     assert {p.data_ptr() for p in generator.parameters()} == memory  # no copy was made
 
 
 def test_the_last_concept_of_a_name_is_found(adapters):
-    base, comic, night = adapters
-    generator = common.load_generator(base)
-    assert generator.concept("night") == 1
-    assert common.load_adapter(generator, night) == generator.concept("night") == 2
+    generator = common.load_generator(adapters[0])
+    assert common.load_adapter(generator, adapters[2]) == generator.concept("night") == 2
     tokens = generator.known()[2][1]
     assert torch.equal(tokens, random_rows("tokens/night", 4).half().float())
     with pytest.raises(common.UserError, match="unknown concept 'comic'.*sketch, night"):
@@ -274,6 +253,7 @@ def test_strength_scales_the_change_and_two_adapters_add_up(adapters, strength):
 
 
 def test_adapter_is_read_with_safetensors_alone(adapters):
+    """And merged with numpy: W + alpha / rank B A, for a layer of each kind."""
     base, comic, _ = adapters
     generator = common.load_generator(base)
     common.load_adapter(generator, comic)
@@ -316,29 +296,18 @@ def test_adapter_needs_its_base(adapters, tmp_path):
 # ---- Hypernetwork and slicing --------------------------------------------------------------------
 
 
-class Mask(torch.nn.Module):
-    """Parametrizes a weight as itself with some output channels 0."""
-
-    def __init__(self, alive, dim):
-        super().__init__()
-        self.alive, self.dim = alive, dim
-
-    def forward(self, weight):
-        return weight * self.alive.view([-1 if i == self.dim else 1 for i in range(weight.dim())])
-
-
 def mask(network, kept):
-    """The network as if some channels were gone: they are 0 wherever they are written, so that
-    whatever reads them adds nothing: norms, attention, ReLU, FiLM and sums map a channel
-    (attention: a dimension) of zeros to zeros, and the RMS norm sums squares."""
+    """Makes channels 0 wherever they are written, as if they were gone: whatever reads them adds
+    nothing, as norms, attention, ReLU, FiLM and sums map a channel (attention: a dimension) of
+    zeros to zeros, and the RMS norm sums squares."""
     widths = common.all_widths(network.config)
     kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
     for _, module in common.named_layers(network):
-        alive = torch.zeros(module.bias.numel())
-        alive[common.channel_indices(module.writes, kept, widths)] = 1
-        dim = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
-        parametrize.register_parametrization(module, "weight", Mask(alive, dim))
-        module.bias.data *= alive
+        dead = torch.ones(len(module.bias), dtype=torch.bool)
+        dead[common.channel_indices(module.writes, kept, widths)] = False
+        outputs = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
+        module.weight.data.transpose(0, outputs)[dead] = 0
+        module.bias.data[dead] = 0
 
 
 @every_network
@@ -358,13 +327,12 @@ def test_sliced_equals_the_masked_hypernetwork_network(name):
         hypernetwork.b1.data += 0.2 * torch.randn_like(hypernetwork.b1)
         b2 = module.parametrizations.weight.original
         b2.data += 0.05 * torch.randn_like(b2)
-    full, twin = output(network), copy.deepcopy(network)
-    mask(twin, kept)
-    masked = output(twin)  # now, as twins share classes, which merging one changes
+    full = output(network)
     common.merge(network)
     small = common.slice_network(network, kept).eval()
+    mask(network, kept)
     scale = 1 if full.shape[1] == 3 else full.abs().max()  # scores are anywhere
-    assert (masked - output(small)).abs().max() < 1e-5 * scale
+    assert (output(network) - output(small)).abs().max() < 1e-5 * scale
     assert (full - output(small)).abs().max() > 1e-2 * scale
 
 
@@ -401,14 +369,6 @@ def test_hypernetwork_is_the_papers_formula():
     assert common.Hypernetwork(linear, latents, trained=False).w2.shape == (1, 1, 5, 3)
 
 
-def test_hypernetwork_from_scratch_keeps_the_variance_of_fan_in():
-    torch.manual_seed(0)
-    conv = common.layer(torch.nn.Conv2d, {"a": 64, "b": 64}, "a", "b", 3)
-    latents = {"a": torch.randn(64), "b": torch.randn(64)}
-    weight = common.Hypernetwork(conv, latents, trained=False)(conv.weight)
-    assert 0.8 < weight.var().item() * 64 * 9 < 1.25
-
-
 # ---- Files, run folders, flags -------------------------------------------------------------------
 
 
@@ -430,19 +390,6 @@ def test_the_same_tensors_are_the_same_bytes(tmp_path):
     for name in ("1", "2"):
         common.write_tensors(tmp_path / name, tensors, metadata)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-
-
-def test_replace_file_leaves_the_old_file_when_writing_fails(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def broken(part):
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        common.replace_file(path, broken)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_run_folder_continues_refuses_and_overwrites(tmp_path):
