@@ -1,12 +1,80 @@
-"""Diffusers pipelines of a few thousand random weights, saved as folders that `from_pretrained`
-loads."""
+"""What stage 1's tests share: photos and edits, a CLIP of two numbers, diffusers pipelines of a few
+thousand random weights, saved as folders that `from_pretrained` loads; readers of its output."""
 
 import json
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 import transformers
+from PIL import Image, ImageOps
+
+import common
+
+
+def scene(width=300, height=200, seed=0):
+    """A smooth random picture with a few hard edges, as a photo has."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    image = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+    image[height // 2 :, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return Image.fromarray(image)
+
+
+def write_made(root):
+    """Photos of several shapes in photos/, their negatives, half as large, in edits/negative/."""
+    for i in range(10):
+        photo, name = scene(160 + 16 * (i % 3), 120, seed=i), f"{'a b/' * (i % 2)}{i}.jpg"
+        edit = ImageOps.invert(photo).resize((photo.width // 2, 60))
+        other = Path(name).with_suffix((".jpg", ".png", ".WEBP")[i % 3])
+        for path, picture in (("photos" / Path(name), photo), ("edits/negative" / other, edit)):
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(root / path, quality=95)
+
+
+class Tower:
+    """A tower of two numbers that a reader can predict: how red a picture is, and how blue."""
+
+    embedded = 0
+
+    def __init__(self, name, device):
+        self.name = name
+
+    def images(self, part):
+        Tower.embedded += len(part)
+        return torch.nn.functional.normalize(part[:, ::2].float().mean((2, 3)) + 1, dim=1)
+
+    def text(self, text):
+        return torch.tensor([0.6, 0.8]), torch.ones(len(text.split()), 2)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(float)
+
+
+def psnr(a, b):
+    error = np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)
+    return min(99, 10 * np.log10(255**2 / max(1e-9, error)))
+
+
+def contents(folder):
+    """{relative path: bytes} of every file but result.json, which says how long it took."""
+    paths = [path for path in folder.rglob("*.*") if path.name != "result.json"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def rows(folder, *splits):
+    """metadata.jsonl of splits, which may lie in rejected/."""
+    found = []
+    for split in splits or ("train", "test"):
+        lines = (folder / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        found += [json.loads(line) for line in lines]
+    return found
+
+
+def features(folder):
+    return common.read_tensors(folder / "features.safetensors", "features")[0]
 
 
 def clip_text(folder: Path) -> dict:
