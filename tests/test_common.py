@@ -436,11 +436,11 @@ def test_demo_has_its_own_defaults_and_folders_and_a_flag_beats_them(monkeypatch
 
 
 def test_marks_are_those_of_what_had_a_part_in_the_run(tmp_path):
-    common.write_json(tmp_path / "result.json", {"marks": ["demo", "filters as teacher"]})
+    common.write_json(tmp_path / "result.json", {"marks": ["demo", "half the photos"]})
     args = Namespace(demo=False)
     assert common.marks_of(args, tmp_path / "absent", clip="ViT-B-32:openai") == []
     found = common.marks_of(args, tmp_path, clip="ViT-S-32:random")
-    assert found == ["demo", "filters as teacher", "stand-in CLIP (random weights)"]
+    assert found == ["demo", "half the photos", "stand-in CLIP (random weights)"]
 
 
 def test_uint8_and_float_are_inverse():
