@@ -46,7 +46,7 @@ import common
 import training
 from common import UserError
 
-DEMO = {"size": 64}
+DEMO = {"size": 256}
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 (2023) and later, its web and mobile builds included
 # Most difference from PyTorch, of a range of 2, and least dB.
 TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (math.inf, 45.0), "int8": (math.inf, 30.0)}
@@ -389,29 +389,32 @@ def export_all(args, began: float) -> list[Path]:
         return written
     logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
     graphs, sessions, rows, pictures = {}, {}, [], []
-    columns = ["photo", "teacher", *dict.fromkeys(map(kind, sources)), "ONNX"]
-    i = int(photos.float().std((1, 2, 3)).argmax())  # the photo with most contrast is shown
+    kinds = dict.fromkeys(kind(source).split()[0] for source in sources)  # adapters as their bases
+    columns = ["photo", "teacher", *kinds, "ONNX"]
     for name, known_by in knowing.items():
         best, key = known_by[-1], known_by[-1].sha256  # an adapted generator has its base's
         if key not in graphs:
             graphs[key] = trace(best, args.size, args.io, args.dynamic)
         session, row = export_concept(name, best, graphs[key], photos, calibrate, args)
-        fake, shown = run_onnx(session, photos), {"photo": photos[i]}
+        fakes, shown = common.to_uint8(run_onnx(session, photos)), {"photo": photos[0]}
         for source in known_by:
-            place = source.concept(name)
-            shown[kind(source)] = training.run_generator(source, photos[i : i + 1], place)[0]
-        shown["ONNX"] = common.to_uint8(fake[i])
+            column, place = kind(source).split()[0], source.concept(name)
+            shown[column] = training.run_generator(source, photos[:1], place)[0]
+        shown["ONNX"] = fakes[0]
         edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
         places = [place for place, path in enumerate(edits) if path.exists()]
         if places:
             truth = read_squares([edits[place] for place in places], args.size)
-            row["PSNR dB"] = training.psnr(fake[places], common.to_float(truth)).mean().item()
-            shown |= {"teacher": truth[places.index(i)]} if i in places else {}
+            row |= training.measure(fakes[places], photos[places], truth)
+            shown |= {"teacher": truth[0]} if places[0] == 0 else {}
         pictures.append([shown.get(column) for column in columns])
         sessions[key] = session  # files of one generator are one graph: timed once
         rows.append((key, row))
         print(f"{name}.onnx ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB")
-    comparison = common.picture_grid(pictures, columns, list(knowing))
+    labels = [
+        name + " (adapter)" * kind(known[-1]).endswith("adapter") for name, known in knowing.items()
+    ]
+    comparison = common.picture_grid(pictures, columns, labels, max(160, args.size))
     common.write_png(args.out / "comparison.png", comparison)
     sessions[REFERENCE], row = export_reference(args.size, args.threads)
     rows.append((REFERENCE, row))
