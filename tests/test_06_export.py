@@ -177,7 +177,7 @@ def test_result(world, exported):
     fake = torch.from_numpy(run_file(exported / "oil.onnx", torch.stack(photos)))
     psnr = training.psnr(fake, torch.stack(edits)).mean().item()
     assert len(edits) == 4 and rows["oil"]["PSNR dB"] == pytest.approx(psnr, abs=1e-3)
-    # photo, teacher, base, pruned, base + adapter, ONNX; three concepts
+    # photo, teacher, base, pruned, ONNX; three concepts
     assert common.read_image(exported / "comparison.png").shape[1] > 3 * 160
     assert common.read_image(exported / "comparison.png").shape[2] > 5 * 160
 
