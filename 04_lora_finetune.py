@@ -54,10 +54,9 @@ def adapter_rank(text: str) -> int | str:
 def parse() -> argparse.Namespace:
     parser = common.Parser(__doc__, "runs/lora")
     flag = parser.add_argument
-    flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
+    training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="stage 3's or 5's")
-    flag("--cache", type=Path, default="runs/cache", help=training.CACHE_HELP)
     flag("--concept", action="append", help="learn this concept instead; can be repeated")
     flag("--samples", default="clusters", help="clusters (stage 2's), all, random:N, file of names")
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
@@ -68,15 +67,7 @@ def parse() -> argparse.Namespace:
     flag("--probe-steps", type=common.count, default=500, help="steps of each of their probes")
     flag("--epochs", type=common.count, default=200, help="rates fall to 0 in the second half")
     flag("--steps", type=common.number(int, 0), default=0, help="instead of --epochs, if not 0")
-    flag("--batch", type=common.count, default=16, help="pairs a step, all processes together")
     flag("--lr", type=common.positive, help="the generator's learning rate; None: by --mode")
-    flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
-    flag("--l1", type=common.weight, help=training.L1_HELP)
-    flag("--fm", type=common.weight, default=10.0, help=training.FM_HELP)
-    flag("--crop", type=common.number(int, 0), help=training.CROP_HELP)
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
-    flag("--fid", choices=["auto", "off"], default="auto", help=training.FID_HELP)
-    flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
     if args.mode != "lora" and (args.rank == "auto" or args.layers == "search"):

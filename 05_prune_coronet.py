@@ -670,8 +670,7 @@ def parse() -> argparse.Namespace:
     flag("--data", type=Path, help="a folder in the layout of pix2pix, CycleGAN, or of pictures")
     flag("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="of A|B: photo to edit")
     flag("--size", type=common.count, help="pixels to scale --data to: 256, or 64 for dcgan")
-    flag("--pairs", type=Path, default="runs/pairs", help="stage 1's folder; read without --data")
-    flag("--cache", type=Path, default="runs/cache", help=training.CACHE_HELP)
+    training.add_flags(parser)
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
     known = f"a trained one's file, or a new one: {', '.join(common.ARCHITECTURES)}; auto: stage "
     known += "3's, or unet256 with --data, resnet9 for cyclegan"
@@ -687,19 +686,11 @@ def parse() -> argparse.Namespace:
     flag("--search-epochs", type=common.count, default=20, help="passes while pruning")
     rest = "passes after it, and what it did not need; rates fall to 0 in the second half"
     flag("--epochs", type=common.count, default=180, help=rest)
-    flag("--batch", type=common.count, default=16, help="pictures a step, all processes together")
     flag("--lr", type=common.positive, default=2e-4, help="the generator's while converging")
     flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
-    flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--lr-z", type=common.positive, default=1e-2, help="the latents' (SGD, momentum 0.9)")
-    flag("--l1", type=common.weight, help=f"pix2pix: {training.L1_HELP}")
-    flag("--fm", type=common.weight, default=10.0, help=f"pix2pix: {training.FM_HELP}")
-    flag("--crop", type=common.number(int, 0), help=training.CROP_HELP)
     flag("--cycle", type=common.weight, default=10.0, help="cyclegan: of the L1 of coming back")
     flag("--identity", type=common.weight, default=0.5, help="cyclegan: of no change, * --cycle")
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
-    flag("--fid", choices=["auto", "off"], default="auto", help=training.FID_HELP)
-    flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
     return parser.parse(DEMO)
 
 

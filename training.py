@@ -34,12 +34,7 @@ import common
 from common import UserError, rank, world
 
 LOG_EVERY = 50  # steps
-CACHE_HELP = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
 CROP = 64  # pixels of the crops to train on, where pictures are larger
-CROP_HELP = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
-L1_HELP = "weight of the L1 loss (default: 10; with --fm 0 the papers' 100)"
-FM_HELP = "weight of feature matching; 0: the papers' plain loss"
-FID_HELP = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
 
 # ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------
 
@@ -282,6 +277,24 @@ def chosen_concepts(args, role: str) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
         raise UserError(f"{path} lists no {role} concepts: name some with --concept")
     return list(dict.fromkeys(names))
+
+
+def add_flags(parser: common.Parser) -> None:
+    """The flags that stages 3, 4 and 5 share."""
+    flag, weight = parser.add_argument, common.weight
+    shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
+    crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
+    fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
+    flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
+    flag("--cache", type=Path, default="runs/cache", help=shared)
+    flag("--crop", type=common.number(int, 0), help=crop)
+    flag("--batch", type=common.count, default=16, help="pairs a step, all processes together")
+    flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
+    flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
+    flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
+    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
+    flag("--fid", choices=["auto", "off"], default="auto", help=fid)
+    flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
 
 
 def fill_in(args, size: int, whole: bool = False) -> None:
