@@ -78,9 +78,9 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         with training.autocast(photo.device, args.precision):
             features = discriminator.features(photo, fake, text)
             with torch.no_grad():
-                real_features = discriminator.features(photo, edit, text)
+                real = discriminator.features(photo, edit, text) if args.fm else features
         l1 = (fake.float() - edit).abs().mean()
-        fm = training.feature_matching(features, real_features)
+        fm = training.feature_matching(features, real)
         loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
         opt_g.zero_grad()
         loss_g.backward()

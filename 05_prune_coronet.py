@@ -328,11 +328,12 @@ class Pix2pix(Task):
 
     def generator_loss(self, nets, batch, fakes):
         photo, edit, concept = batch
-        features = nets["discriminator"].features(photo, fakes[0], self.text(concept))
+        discriminator, text = nets["discriminator"], self.text(concept)
+        features = discriminator.features(photo, fakes[0], text)
         with torch.no_grad():
-            real_features = nets["discriminator"].features(photo, edit, self.text(concept))
+            real = discriminator.features(photo, edit, text) if self.args.fm else features
         losses = {"L1": F.l1_loss(fakes[0].float(), edit)}
-        losses["FM"] = training.feature_matching(features, real_features)
+        losses["FM"] = training.feature_matching(features, real)
         gan = (features[-1].float() - 1).square().mean()
         return gan + self.args.l1 * losses["L1"] + self.args.fm * losses["FM"], losses
 

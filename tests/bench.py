@@ -188,6 +188,7 @@ def stage_3(root: Path, pairs: Path, args) -> float:
     epochs = -(-args.steps * args.batch // (96 * len(CONCEPTS)))
     flags = {"pairs": pairs, "width": args.width, "batch": args.batch, "precision": args.precision}
     flags |= {"device": args.device, "epochs": epochs, "eval-every": epochs, "save-every": 10**9}
+    flags |= {"fm": 0, "crop": 0}  # what the plain loop does
     command = [part for name in CONCEPTS for part in ("--concept", name)]
     for flag, value in flags.items():
         command += [f"--{flag}", value]
@@ -244,7 +245,8 @@ def bench_lora(args, steps: int = 2) -> tuple[str, list[dict]]:
     """Wanted: no ratio above 1. One thread on a CPU."""
     stage, device = load_stage("04"), training.pick_device(args.device)
     torch.set_num_threads(1)
-    flags = {"lr": 1e-3, "lr_d": 2e-4, "l1": 100.0, "seed": 0, "precision": args.precision}
+    flags = {"lr": 1e-3, "lr_d": 2e-4, "l1": 10.0, "fm": 10.0, "crop": 0, "seed": 0}
+    flags["precision"] = args.precision
     flags |= {"batch": args.batch, "device": args.device}
     flags = argparse.Namespace(**flags, save_every=10**9)
     with tempfile.TemporaryDirectory() as name:
