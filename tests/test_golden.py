@@ -112,7 +112,7 @@ def hypernetworks(folder):
 def lora(folder):
     """LoRA's start, row by row of A and without signs, which the SVD leaves open; B is 0."""
     generator = build("e2gan", **TEXT)
-    ranks = {"stem.conv": 4, "down2.conv": 2, "blocks.tb.feed1": 2, "up1.conv": 3, "film1": 1}
+    ranks = {"stem.conv": 4, "down2.conv": 2, "blocks.tb.feed1": 2, "up1.conv": 3, "films.up1": 1}
     starts = import_stage("04").add_lora(generator, ranks, 16.0)
     return [[list(map(abs, numbers(row))) for row in matrix] for matrix in starts if matrix.any()]
 
