@@ -57,11 +57,12 @@ def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
             n, m = inputs[0].shape[1], inputs[1].shape[1]
             terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
         else:
-            doubles = isinstance(module, common.UpConv)
-            x = inputs[0] if doubles or isinstance(module, nn.ConvTranspose2d) else output
+            x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
             positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
-            taps = 16 if doubles else module.weight[0, 0].numel()
-            terms.append((module.reads, module.writes, positions * taps))
+            unit = positions * module.weight[0, 0].numel()
+            if isinstance(module, common.UpConv):
+                unit = 16 * (inputs[0].shape[2] + 2) * (inputs[0].shape[3] + 2)
+            terms.append((module.reads, module.writes, unit))
 
     twin = copy.deepcopy(network).to("meta").eval()
     for module in twin.modules():

@@ -120,9 +120,10 @@ class PhaseConv(nn.Module):
     place in a 2 x 2 block of the large one: the same products without the zeros between, in a form
     that ONNX Runtime has fast kernels for."""
 
-    def __init__(self, weight: torch.Tensor, bias: nn.Parameter, pad: int):
-        """weight: (in, out, k, k); pad: the transposed convolution's padding."""
+    def __init__(self, weight: torch.Tensor, bias: nn.Parameter, pad: int, mode="constant"):
+        """weight: (in, out, k, k); pad: the transposed convolution's padding; mode: F.pad's."""
         super().__init__()
+        self.mode = mode
         kernel = weight.shape[-1]
         reads = []  # for both places along a side: the taps there, pixels read before and after
         for place in (0, 1):
@@ -137,7 +138,7 @@ class PhaseConv(nn.Module):
     def forward(self, x):
         places = []
         for pad, weight in zip(self.pads, self.weights, strict=True):
-            places.append(F.conv2d(F.pad(x, pad), weight, self.bias))
+            places.append(F.conv2d(F.pad(x, pad, self.mode), weight, self.bias))
         rows = [torch.stack(pair, -1).flatten(3) for pair in (places[:2], places[2:])]
         return torch.stack(rows, 3).flatten(2, 3)  # (B, C, 2H, 2W)
 
@@ -168,7 +169,8 @@ class Exported(nn.Module):
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
         for name, module in list(self.generator.named_modules()):
             if isinstance(module, common.UpConv):
-                self.generator.set_submodule(name, PhaseConv(module.kernel(), module.bias, 1))
+                phases = PhaseConv(module.kernel(), module.bias, 1, "replicate")
+                self.generator.set_submodule(name, phases)
             elif isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2):
                 phases = PhaseConv(module.weight, module.bias, module.padding[0])
                 self.generator.set_submodule(name, phases)

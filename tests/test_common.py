@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_rows, write_adapter
 from safetensors import safe_open
 from torch.nn.utils import parametrize
@@ -127,6 +128,14 @@ def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
     monkeypatch.setattr(common.ToRGB, "forward", lambda self, *x: plain(self, torch.cat(x, 1)))
     for a, b in zip(found, results(), strict=True):
         assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
+
+
+def test_upsampling_is_nearest_neighbour_and_a_convolution_of_what_came_out(load_stage):
+    up, x = common.UpConv(5, 7, 3), torch.randn(2, 5, 6, 8)
+    large = F.pad(F.interpolate(x, scale_factor=2), (1, 1, 1, 1), "reflect")
+    wanted = F.conv2d(large, up.weight, up.bias)  # (2, 7, 12, 16)
+    phases = load_stage("06").PhaseConv(up.kernel(), up.bias, 1, "replicate")
+    assert torch.allclose(up(x), wanted, atol=1e-6) and torch.allclose(phases(x), wanted, atol=1e-6)
 
 
 def test_prompt_changes_the_edit_and_padding_does_not():
