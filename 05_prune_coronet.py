@@ -37,8 +37,8 @@ import common
 import training
 from common import UserError
 
-DEMO = {"width": 32, "search_epochs": 3, "epochs": 5, "lr": 1e-3, "lr_search": 2e-4}
-DEMO |= {"fid": "off", "save_every": 144}
+DEMO = {"width": 16, "batch": 2, "search_epochs": 3, "epochs": 5, "lr": 1e-3, "lr_search": 2e-4}
+DEMO |= {"fid": "off", "save_every": 288}
 MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
 
