@@ -40,7 +40,7 @@ RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # by --mode, if there is 
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
 # The paper's crucial layers are the down- and upsamplings and the transformer block. Ours are the
 # first and the last, which alone see how bright the photo is, and those by which the prompt scales
-# and shifts the upsamplings (an adapter has one prompt): without them a concept is hardly learned.
+# and shifts what comes out of norms (an adapter has one prompt): without them little is learned.
 PAPER_RANKS = {"down1": 1, "down2": 4, "tb": 1, "up1": 8, "up2": 8}
 PAPER_RANKS |= {"stem": 4, "films": 1, "out": 3}
 RANK_LIMIT = 16  # no search goes beyond it
