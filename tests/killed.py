@@ -1,18 +1,16 @@
 """Runs the stages in forks of one process that has imported everything: undisturbed; then disturbed
 at chosen moments, followed by the same command once more, which must leave the same bytes.
 
-    python tests/killed.py FOLDER --times 20 --seed 0 [--stages 03 06]      prints a JSON report
+    python tests/killed.py FOLDER --times 20 --seed 0      prints a JSON report
 
 A moment is the n-th change of a file (opened for writing, renamed, removed; a folder made), told by
 Python's audit events. At a moment the process is killed with SIGKILL, or gets SIGINT or SIGTERM, or
-the disk is full from then on; and some kills come at a moment of the clock. Where the file about to
-be renamed is killed, half of it is cut off first: what a kill in the middle of a write leaves.
-test_killed.py reads the report."""
+the disk is full from then on. Half of a file about to be renamed may be cut off before the kill, as
+by one in the middle of a write. test_killed.py reads the report."""
 
 import argparse
 import errno
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -21,18 +19,17 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch  # noqa: E402
-from conftest import script  # noqa: E402
+from conftest import import_stage, script  # noqa: E402
 
 import common  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
-STATUS = {"kill": -9, "clock": -9, "int": 130, "term": 130, "full": 2}
+STATUS = {"kill": -9, "int": 130, "term": 130, "full": 2}
 CLOCKS = {"images/s", "ms", "FPS", "of resnet9's time", "search steps"}  # only of a run in one go
 FREES = {"os.remove", "os.rmdir", "shutil.rmtree"}
 EVENTS = {*FREES, "os.rename", "os.mkdir", "os.truncate"}
@@ -60,11 +57,7 @@ def load_stages(numbers) -> dict[str, object]:
     import matplotlib.figure  # noqa: F401
     import sklearn.cluster  # noqa: F401
 
-    modules = {}
-    for number in numbers:
-        spec = importlib.util.spec_from_file_location(f"stage_{number}", script(number))
-        modules[number] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(modules[number])
+    modules = {number: import_stage(number) for number in numbers}
     distill, export = modules["01"], modules["06"]
     distill.Clip = functools.cache(distill.Clip)
     distill.Clip("ViT-S-32:random", torch.device("cpu"))  # here once, for all forks
@@ -102,7 +95,7 @@ def hook_of(home: Path, how: str, at: int):
     return hook
 
 
-def run(module, number: str, flags: str, home: Path, how="", at=0, after=0.0) -> tuple:
+def run(module, number: str, flags: str, home: Path, how="", at=0) -> tuple:
     """(exit status, standard error, moments) of one run in a fork, which writes below `home`."""
     home.mkdir(parents=True, exist_ok=True)
     for name in ("moments", "stdout", "stderr"):
@@ -129,9 +122,6 @@ def run(module, number: str, flags: str, home: Path, how="", at=0, after=0.0) ->
             threading._shutdown()  # as Python's end does: a pool's thread may be writing a file
             sys.stderr.flush()
             os._exit(code)
-    if how == "clock":
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     moments = (home.parent / "moments").stat().st_size
     return status, (home.parent / "stderr").read_text()[-3000:], moments
@@ -153,11 +143,11 @@ def contents(home: Path) -> dict[str, object]:
     return found
 
 
-def disturb(module, number, flags, root: Path, whole: dict, how, at, after) -> str:
+def disturb(module, number, flags, root: Path, whole: dict, how, at) -> str:
     """What is wrong after a disturbed run and the same command once more; "" if nothing is."""
     home = root / "disturbed" / number
     shutil.rmtree(home.parent, ignore_errors=True)
-    status, words, _ = run(module, number, flags, home, how, at, after)
+    status, words, _ = run(module, number, flags, home, how, at)
     lines = [line for line in words.split("\n") if line.strip() and "\r" not in line]
     if status != STATUS[how] and (how == "kill" or status != 0):  # the others may come too late
         return f"status {status}: {words}"
@@ -179,7 +169,6 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--times", type=int, default=3, help="kills; a third of them otherwise")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stages", nargs="*", help="to disturb (default: all)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     root, report = args.root.resolve(), {}
@@ -190,24 +179,18 @@ def main() -> None:
             source = common.load_generator(root / "03/out/generator.safetensors")
             graph = modules[number].trace(source, 32)
             modules[number].trace = lambda *_, graph=graph: graph
-        began = time.time()
         status, words, moments = run(modules[number], number, flags, root / number)
-        took = time.time() - began
         if status:
             sys.exit(f"stage {number}, undisturbed: status {status}\n{words}")
-        if args.stages and number not in args.stages:
-            continue
         whole, draw = contents(root / number), random.Random(f"{args.seed} {number}")
-        clocks = args.times // 5
-        kills = draw.sample(range(1, moments + 1), min(moments, args.times - clocks))
-        plan = [("kill", at) for at in sorted(kills)] + [("clock", 0)] * clocks
+        kills = draw.sample(range(1, moments + 1), min(moments, args.times))
+        plan = [("kill", at) for at in sorted(kills)]
         for how in ("int", "term", "full"):
             plan += [(how, draw.randint(1, moments)) for _ in range(max(1, args.times // 3))]
         problems = []
         for how, at in plan:
-            after = draw.uniform(0, took)
-            if problem := disturb(modules[number], number, flags, root, whole, how, at, after):
-                problems.append(f"{how} at {at or after} of {moments}: {problem}")
+            if problem := disturb(modules[number], number, flags, root, whole, how, at):
+                problems.append(f"{how} at {at} of {moments}: {problem}")
         report[number] = {"moments": moments, "disturbed": len(plan), "problems": problems}
     print(json.dumps(report, indent=1))
 

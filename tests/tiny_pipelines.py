@@ -93,26 +93,12 @@ def clip_text(folder: Path) -> dict:
     return {"text_encoder": encoder, "tokenizer": tokenizer}
 
 
-def t5_text() -> dict:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "photo": 3, "sketch": 4}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    encoder = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(words), **sizes))
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = transformers.PreTrainedTokenizerFast
-    tokenizer = fast(tokenizer_object=tokenizer, model_max_length=32, **special)
-    return {"text_encoder_2": encoder, "tokenizer_2": tokenizer}
-
-
-def vae(latents: int, **more) -> diffusers.AutoencoderKL:
+def vae() -> diffusers.AutoencoderKL:
     """Halves the picture once."""
     options = {"down_block_types": ("DownEncoderBlock2D",) * 2, "layers_per_block": 1}
     options |= {"up_block_types": ("UpDecoderBlock2D",) * 2, "block_out_channels": (8, 8)}
-    options |= {"latent_channels": latents, "norm_num_groups": 4, "sample_size": 32}
-    return diffusers.AutoencoderKL(in_channels=3, out_channels=3, **options, **more)
+    options |= {"norm_num_groups": 4, "sample_size": 32}
+    return diffusers.AutoencoderKL(**options)
 
 
 def unet(channels: int) -> diffusers.UNet2DConditionModel:
@@ -124,7 +110,7 @@ def unet(channels: int) -> diffusers.UNet2DConditionModel:
 
 
 def save_unet_pipeline(kind: type, channels: int, scheduler, folder: Path) -> Path:
-    parts = {"vae": vae(4), "unet": unet(channels), "scheduler": scheduler}
+    parts = {"vae": vae(), "unet": unet(channels), "scheduler": scheduler}
     without = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     texts = clip_text(folder / "words")
     pipe = kind(**texts, **parts, **without, requires_safety_checker=False)
@@ -143,18 +129,3 @@ def text_to_image(folder: Path) -> Path:
     torch.manual_seed(0)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     return save_unet_pipeline(diffusers.StableDiffusionPipeline, 4, scheduler, folder)
-
-
-def flux_kontext(folder: Path) -> Path:
-    """Flow matching, two text encoders, a transformer over packed latents."""
-    torch.manual_seed(0)
-    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1}
-    sizes |= {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 8)}
-    sizes |= {"joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True}
-    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
-    plain |= {"shift_factor": 0.0, "scaling_factor": 1.0}
-    parts = {"transformer": diffusers.FluxTransformer2DModel(**sizes), "vae": vae(4, **plain)}
-    parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
-    texts = {**clip_text(folder / "words"), **t5_text()}
-    diffusers.FluxKontextPipeline(**texts, **parts).save_pretrained(folder)
-    return folder
