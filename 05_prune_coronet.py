@@ -272,7 +272,7 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
             if done % max(1, steps // 50) == 0:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
             if max(shares.values()) <= args.keep:
-                loop.end()
+                loop.steps = done
         real = batch[-2] if done > task.grace else None
         if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
             common.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
@@ -674,8 +674,7 @@ def parse() -> argparse.Namespace:
     flag("--size", type=common.count, help="pixels to scale --data to: 256, or 64 for dcgan")
     training.add_flags(parser)
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
-    known = f"a trained one's file, or a new one: {', '.join(common.ARCHITECTURES)}; auto: stage "
-    known += "3's, or unet256 with --data, resnet9 for cyclegan"
+    known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
     flag("--generator", default="auto", help=known)
     flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
     flag("--width", type=common.count, default=64, help="a new generator's first layer's channels")
@@ -766,10 +765,9 @@ def main() -> None:
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good
     test.cache(args.cache)
-    about = {"data": [data.data_hash, test.data_hash]}
-    about["generator"] = trained.sha256 if trained else args.generator
-    clip = next(iter(task.named("generator").values())).config.get("clip", "")
-    about["clip"] = clip  # the tower whose prompts a new generator learns
+    about = {"generator": trained.sha256 if trained else args.generator}
+    clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
+    about |= {"data": [data.data_hash, test.data_hash], "clip": clip}
     settings = common.settings_of(args, "05_prune_coronet", **about)
     if common.begin_run(args.out, settings, args.overwrite):
         return

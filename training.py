@@ -406,7 +406,8 @@ class Loop:
                 loop.save()                             # the first process, when it is time to
 
     SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
-    several processes all stop after the same step. Without `out` nothing is read or written."""
+    several processes all stop after the same step. Without `out` nothing is read or written. A
+    stage may set loop.steps before `record`, to end sooner."""
 
     def __init__(self, args, data, steps, parts: dict, out=None, name="", desc=""):
         """parts: modules and optimizers by name, all that a run needs to continue. name: begins
@@ -489,10 +490,6 @@ class Loop:
             what = f"training collapsed shortly before step {self.step}: {reason}. {self.out} keeps"
             raise Collapse(f"{what} its last checkpoint, if it has one; lower the learning rates")
         return means
-
-    def end(self) -> None:
-        """This step is the last one; call it before `record`."""
-        self.steps = self.step + 1
 
     def save(self) -> None:
         """Log, curve and state, by the first process."""
