@@ -28,7 +28,7 @@ import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
 DEMO = {"width": 16, "crop": 64, "batch": 2, "epochs": 22, "lr": 1e-3, "lr_d": 1e-3}
-DEMO |= {"fid": "off", "save_every": 528, "eval_every": 11}
+DEMO |= {"fid": "off", "save_every": 528, "eval_every": 22}
 
 
 def parse() -> argparse.Namespace:
