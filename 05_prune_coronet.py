@@ -709,9 +709,7 @@ def check_generator(args) -> common.Generator | None:
         takes = " or ".join(fits) + (" or a trained one's file" if args.task == "pix2pix" else "")
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
     if trained and (args.start == "paper" or args.method == "uniform"):
-        raise UserError(
-            "--start paper and --method uniform forget what a trained generator learned"
-        )
+        raise UserError("--start paper and --method uniform forget what a generator learned")
     if args.concept and args.data or args.size and not args.data:
         raise UserError("--concept goes with --pairs and --size with --data: leave one out")
     return common.load_generator(Path(args.generator)) if trained else None

@@ -143,8 +143,7 @@ def run(name, folder):
     """A stage on one thread. The losses of its steps, and its MACs while it prunes."""
     number, *flags = f"{RUNS[name]} --out {name} {ALL}".split()
     command = [sys.executable, script(number), *flags]
-    settings = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {}
     for path in sorted((folder / name).rglob("*.jsonl")):

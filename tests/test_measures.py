@@ -101,18 +101,16 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
 
 
 def test_swd_sees_texture_where_it_changes_and_nothing_in_equal_sets():
-    coarse = torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    truth = F.interpolate(coarse, 128, mode="bicubic").clamp(0, 1)
-    truth = truth + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(0)
+    coarse = F.interpolate(torch.rand(40, 3, 16, 16, generator=rng), 128, mode="bicubic")
+    noise, more = 0.1 * torch.randn(2, 40, 3, 128, 128, generator=rng)
+    truth = coarse.clamp(0, 1) + noise
     sets = {"equal": truth, "blurred": F.avg_pool2d(truth, 3, 1, 1)}
-    for amount in (0.1, 0.2):
-        sets[amount] = truth + amount * torch.randn_like(truth)
-    found = {
-        name: training.swd(*(common.to_uint8(2 * x - 1) for x in (y, truth)))
-        for name, y in sets.items()
-    }
+    sets |= {"some": truth + more, "much": truth + 2 * more}
+    sets = {name: common.to_uint8(2 * x - 1) for name, x in sets.items()}
+    found = {name: training.swd(x, sets["equal"]) for name, x in sets.items()}
     assert list(found["equal"].items()) == [("SWD 128", 0.0), ("SWD 64", 0.0), ("SWD 32", 0.0)]
-    assert 50 < found[0.1]["SWD 128"] < found[0.2]["SWD 128"] - 50
+    assert 50 < found["some"]["SWD 128"] < found["much"]["SWD 128"] - 50
     fine, *others = found["blurred"].values()
     assert fine > 300 and fine > 3 * max(others)
     assert list(training.swd(*2 * [pictures(2, 256, 0)])) == ["SWD 32"]
