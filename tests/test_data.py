@@ -144,11 +144,8 @@ def test_a_crop_that_does_not_fit_is_refused(crop):
 
 
 def test_what_is_not_given_follows_the_pictures_and_the_loss():
-    for size, fm, whole, crop, l1 in (
-        (256, 10, False, training.CROP, 10),
-        (32, 0, False, 0, 100),
-        (256, 0, True, 0, 100),
-    ):
+    cases = (256, 10, False, training.CROP, 10), (32, 0, False, 0, 100), (256, 0, True, 0, 100)
+    for size, fm, whole, crop, l1 in cases:
         args = SimpleNamespace(crop=None, l1=None, fm=fm)
         training.fill_in(args, size, whole)
         assert (args.crop, args.l1) == (crop, l1)
