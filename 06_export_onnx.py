@@ -52,7 +52,6 @@ OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 (2023) and later, its web and mob
 TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (math.inf, 45.0), "int8": (math.inf, 30.0)}
 CALIBRATION = 32  # training photos that int8's ranges are measured on
 COMPARED = 4  # test photos on which PyTorch runs too
-REFERENCE = "resnet9"  # whose latency the others are compared with
 
 
 def parse() -> argparse.Namespace:
@@ -356,15 +355,6 @@ def export_concept(name: str, source: common.Generator, graph: ir.Model, photos,
     return session, {**row, **size, **distance}
 
 
-def export_reference(size: int, threads: int) -> tuple[onnxruntime.InferenceSession, dict]:
-    """The network whose time the others are compared with, untrained and in memory: its session and
-    its columns."""
-    generator = common.new_generator(REFERENCE, 64, size, [{"name": "", "prompt": ""}]).eval()
-    data = specialize(trace(generator, size), generator, 0).SerializeToString()
-    row = {"concept": f"({REFERENCE}, untrained)", "KB": len(data) / 1000}
-    return open_file(data, threads), {**row, "GMACs": common.count_macs(generator, size) / 1e9}
-
-
 def export_all(args, began: float) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns the files."""
     adapters = []
@@ -418,13 +408,10 @@ def export_all(args, began: float) -> list[Path]:
     ]
     comparison = common.picture_grid(pictures, columns, labels, max(160, args.size))
     common.write_png(args.out / "comparison.png", comparison)
-    sessions[REFERENCE], row = export_reference(args.size, args.threads)
-    rows.append((REFERENCE, row))
     times = median_ms([(session, feed(session, photos[:1])) for session in sessions.values()])
     times = dict(zip(sessions, times, strict=True))
     for key, row in rows:
         row |= {"ms": times[key], "FPS": 1000 / times[key]}
-        row[f"of {REFERENCE}'s time"] = times[key] / times[REFERENCE]
         row |= {"threads": args.threads, "size px": args.size}
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]

@@ -30,7 +30,7 @@ import common  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
 STATUS = {"kill": -9, "int": 130, "term": 130, "full": 2}
-CLOCKS = {"images/s", "ms", "FPS", "of resnet9's time", "search steps"}  # only of a run in one go
+CLOCKS = {"images/s", "ms", "FPS", "search steps"}  # only of a run in one go
 FREES = {"os.remove", "os.rmdir", "shutil.rmtree"}
 EVENTS = {*FREES, "os.rename", "os.mkdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -61,10 +61,7 @@ def load_stages(numbers) -> dict[str, object]:
     distill, export = modules["01"], modules["06"]
     distill.Clip = functools.cache(distill.Clip)
     distill.Clip("ViT-S-32:random", torch.device("cpu"))  # here once, for all forks
-    feed = export.feed
-    export.export_reference = lambda *_: (None, {"concept": "none"})
     export.median_ms = lambda runs: [1.0] * len(runs)
-    export.feed = lambda session, *pictures: feed(session, *pictures) if session else {}
     return modules
 
 
