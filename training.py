@@ -34,7 +34,7 @@ import common
 from common import UserError, rank, world
 
 LOG_EVERY = 50  # steps
-CROP = 96  # pixels of the crops to train on, where pictures are larger
+CROP = 128  # pixels of the crops to train on, where pictures are larger
 
 # ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------
 
