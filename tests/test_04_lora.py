@@ -1,17 +1,12 @@
 """Stage 4: adapters as it makes and saves them, what each mode learns, which photos it uses, and
 its two searches, on pairs and a random base that take seconds."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, script
+from conftest import random_rows, run_main, script, torchrun
 
 import common
 import training
@@ -45,13 +40,12 @@ def flags_of(root, flags) -> list[str]:
 
 
 @pytest.fixture
-def stage04(world, load_stage, monkeypatch):
+def stage04(world, load_stage):
     """stage04("--steps 3 ...") runs stage 4 in this process on the world."""
     module = load_stage("04")
 
     def call(flags):
-        monkeypatch.setattr(sys, "argv", [script("04"), *flags_of(world, flags)])
-        module.main()
+        run_main(module, *flags_of(world, flags))
 
     call.module = module
     return call
@@ -90,13 +84,13 @@ def test_the_papers_ranks_are_one_percent_of_the_weights_and_150_kilobytes(load_
     assert (tmp_path / "adapter.safetensors").stat().st_size <= 150_000
 
 
-def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage, load_stage, tmp_path):
+def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, tmp_path):
     before = common.sha256(world / "base.safetensors")
-    stage("04", *flags_of(world, f"--out {tmp_path} --steps 120 --rank 2"))
+    stage04(f"--out {tmp_path} --steps 120 --rank 2")
     [row], adapter = table(tmp_path / "warm"), tmp_path / "warm/adapter.safetensors"
     assert row["concept"] == "warm" and row["photos"] == 6 and row["steps"] == 120
     assert row["PSNR dB"] > max(row["before dB"], row["photo unchanged dB"]) + 3
-    base, module = common.load_generator(world / "base.safetensors"), load_stage("04")
+    base, module = common.load_generator(world / "base.safetensors"), stage04.module
     about = common.read_tensors(adapter, "adapter")[1]
     assert about["base"] == base.sha256 == before and about["name"] == "warm"
     assert {module.layer_group(name) for name in about["ranks"]} == {*module.PAPER_RANKS}
@@ -133,15 +127,6 @@ def test_a_new_prompt_needs_no_new_base_or_clusters(stage04, write_pairs, tmp_pa
     assert "done already" in capsys.readouterr().out
 
 
-def test_prompts_of_another_tower_are_refused(world, error_of, write_pairs, tmp_path):
-    path = write_pairs(tmp_path / "pairs", EDITS) / "features.safetensors"
-    tensors, about = common.read_tensors(path, "features")
-    common.write_tensors(path, tensors, {**about, "clip": "ViT-B-32:openai"})
-    flags = flags_of(world, f"--pairs {tmp_path}/pairs --out {tmp_path}/lora")
-    assert "trained on ViT-S-32:random" in error_of("04", *flags)
-    assert not (tmp_path / "lora").exists()
-
-
 def test_random_photos_are_as_many_as_asked_and_follow_the_seed(world, stage04, error_of, tmp_path):
     def drawn(count, seed):
         args = Namespace(pairs=world / "pairs", samples=f"random:{count}", seed=seed)
@@ -171,21 +156,27 @@ def test_photos_that_judge_probes_are_none_that_probes_train_on(world, stage04):
 SEARCH = "--layers search --rank auto --probe-steps 3 --steps 3 --rank-threshold 0.02"
 
 
-def test_searches_find_the_same_when_killed_and_later_runs_use_it(world, stage04, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_searches_find_the_same_when_stopped_and_later_runs_use_it(
+    world, stage04, monkeypatch, tmp_path
+):
+    whole, stopped, finetune = tmp_path / "whole", tmp_path / "stopped", stage04.module.finetune
     stage04(f"{SEARCH} --out {whole}")
-    command, probes = flags_of(world, f"{SEARCH} --out {killed}"), "layer-search/probes.json"
-    process = subprocess.Popen([sys.executable, script("04"), *command], stderr=subprocess.DEVNULL)
-    while not (killed / probes).exists() or len(common.read_json(killed / probes)) < 5:
-        assert process.poll() is None, "ended before it could be killed"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "layer-search/result.json").exists()
-    stage04(f"{SEARCH} --out {killed}")
-    adapter = "warm/adapter.safetensors"
+    asked = []
+
+    def stop_fourth(*args):
+        asked.append(args)
+        if len(asked) == 4:
+            raise SystemExit
+        return finetune(*args)
+
+    monkeypatch.setattr(stage04.module, "finetune", stop_fourth)
+    with pytest.raises(SystemExit):
+        stage04(f"{SEARCH} --out {stopped}")
+    assert not (stopped / "layer-search/result.json").exists()
+    stage04(f"{SEARCH} --out {stopped}")
+    probes, adapter = "layer-search/probes.json", "warm/adapter.safetensors"
     for name in (probes, "layer-search/crucial.json", "warm/probes.json", adapter):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
 
     rows = table(whole / "layer-search", "Crucial layers, held-out error relative to the base's")
     gains = [row["gain % per 1000 weights"] for row in rows]
@@ -251,7 +242,5 @@ def test_ranks_that_do_not_train_are_the_worst_of_all(world, stage04, monkeypatc
 def test_two_processes_search_the_same_way(world, tmp_path):
     """They end, so none waited for a probe that the other did not make."""
     flags = flags_of(world, f"{SEARCH} --probe-steps 1 --rank-threshold 0 --out {tmp_path}")
-    port = f"--master_port={20000 + os.getpid() % 20000}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", port]
-    subprocess.run([*torchrun, script("04"), *flags], check=True, timeout=300)
+    torchrun(script("04"), *flags)
     assert table(tmp_path / "warm")[0]["steps"] == 3

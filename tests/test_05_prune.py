@@ -4,12 +4,11 @@ layout; a pruned base keeps what it learned; a killed run ends in the same bytes
 import contextlib
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import script
+from conftest import run_main
 from PIL import Image
 
 import common
@@ -51,13 +50,11 @@ def flags_of(data, text: str) -> list[str]:
 
 
 @pytest.fixture
-def prune(five, data, monkeypatch, tmp_path):
+def prune(five, data, tmp_path):
     """prune("--keep 0.3 ...") runs stage 5 in this process; returns its folder."""
 
     def call(text):
-        flags = [*flags_of(data, text), "--out", str(tmp_path / "out")]
-        monkeypatch.setattr(sys, "argv", [script("05"), *flags])
-        five.main()
+        run_main(five, *flags_of(data, text), "--out", tmp_path / "out")
         return tmp_path / "out"
 
     return call
@@ -117,10 +114,10 @@ def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(prune):
 
 
 @pytest.fixture(scope="module")
-def base(data, stage):
+def base(data):
     flags = "--width 8 --batch 8 --lr 2e-3 --epochs 40 --fid off --concept dark"
     where = f"--pairs {data}/pairs --cache {data}/cache --out {data}/trained"
-    stage("03", *flags.split(), *where.split())
+    run_main("03", *flags.split(), *where.split())
     return data / "trained/generator.safetensors"
 
 
@@ -203,33 +200,6 @@ def test_a_full_pool_gives_half_earlier_fakes_back(five, monkeypatch):
     earlier, fresh = given != picture[8:, 0, 0, 0], picture[8:, 0, 0, 0]
     assert 30 < earlier.sum() < 70 and len(pool) == 8
     assert (given[earlier] < fresh[earlier]).all() and len(set(given.tolist())) == len(given)
-
-
-@pytest.mark.parametrize("name", ["generator", "discriminator"])
-def test_dcgan_sliced_equals_masked_and_is_rebuilt_from_its_file(five, tmp_path, name):
-    torch.manual_seed(0)
-    network = five.dcgan_networks(8, 32)[name].eval()
-    widths, kept = common.all_widths(network.config), {}
-    for g, n in network.config["widths"].items():
-        kept[g] = torch.randperm(n)[: n // 2].sort().values
-    modules = [module for module in network.modules() if hasattr(module, "writes")]
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    small = common.slice_network(network, kept).eval()
-    for x in (network, small):
-        terms, example = five.mac_terms(network), x.example(batch=2, device="cpu")
-        assert five.macs_of(terms, common.all_widths(x.config)) == common.count_macs(x)
-        common.save_network(tmp_path / name, x)
-        loaded = common.load_generator(tmp_path / name, kind=x.kind)
-        assert torch.equal(loaded(*example), x(*example)) and loaded.config == x.config
-    for module in modules:  # dead channels are 0 after the norm
-        whole = {g: torch.arange(widths[g]) for g in module.writes}
-        alive = common.channel_indices(module.writes, {**whole, **kept}, widths)
-        dead = torch.ones(len(module.bias), dtype=torch.bool).index_fill(0, alive, False)
-        transposed = isinstance(module, torch.nn.ConvTranspose2d)
-        (module.weight.data.transpose(0, 1) if transposed else module.weight.data)[dead] = 0
-        module.bias.data[dead] = 0
-    assert torch.allclose(network(*example), small(*example), atol=1e-5)
 
 
 @pytest.mark.parametrize("grace", [6, 1000])

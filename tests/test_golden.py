@@ -6,18 +6,16 @@ The numbers hold within a tolerance on other CPUs and other versions of torch. N
 dropout: its draws differ between builds of torch.
 """
 
+import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import import_stage, script
+from conftest import import_stage, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -140,11 +138,9 @@ def batches(folder):
 
 
 def run(name, folder):
-    """A stage on one thread. The losses of its steps, and its MACs while it prunes."""
-    number, *flags = f"{RUNS[name]} --out {name} {ALL}".split()
-    command = [sys.executable, script(number), *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """A stage. The losses of its steps, and its MACs while it prunes."""
+    with contextlib.chdir(folder):
+        run_main(*f"{RUNS[name]} --out {name} {ALL}".split())
     found = {}
     for path in sorted((folder / name).rglob("*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -158,11 +154,7 @@ def training(folder):
 
     No biases of the files: a norm erases most, and rounding alone trains those."""
     make_pairs(folder / "pairs")
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(run, name, folder) for name in ("base", "dcgan", "cyclegan")}
-        jobs["base"].result()
-        jobs |= {name: pool.submit(run, name, folder) for name in ("lora", "pruned")}
-    found = {name: job.result() for name, job in jobs.items()}
+    found = {name: run(name, folder) for name in RUNS}
     for name in ("base", "pruned"):
         tensors = load_file(folder / name / "generator.safetensors").items()
         found[f"{name} weights"] = {key: numbers(x) for key, x in tensors if "bias" not in key}
