@@ -2,6 +2,7 @@
 start-up time would dominate. And the small inputs that they run it on."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -23,6 +24,13 @@ import common  # noqa: E402  (found through the path above)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes; run with -m slow")
+    config.option.loadscopereorder = False  # xdist would begin with the files of many short tests
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that xdist's processes, which take whole files, end together."""
+    longest = {"test_05_prune", "test_06_export", "test_killed"}
+    items.sort(key=lambda item: item.path.stem not in longest)
 
 
 def pytest_runtest_setup(item):
@@ -69,6 +77,15 @@ def run_main(stage, *flags) -> None:
         module.main()
 
 
+def read_log(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(folder, title) -> list[dict]:
+    """Of a run's result."""
+    return common.read_json(folder / "result.json")["tables"][title]
+
+
 def torchrun(file, *flags) -> None:
     """Runs a program in two processes that meet at a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -92,6 +109,22 @@ def error_of(capsys):
         return lines[-1]
 
     return call
+
+
+class Tower:
+    """CLIP's stand-in of two numbers that a reader can predict: how red a picture is, how blue."""
+
+    embedded = 0
+
+    def __init__(self, name, device):
+        self.name = name
+
+    def images(self, part):
+        Tower.embedded += len(part)
+        return torch.nn.functional.normalize(part[:, ::2].float().mean((2, 3)) + 1, dim=1)
+
+    def text(self, text):
+        return torch.tensor([0.6, 0.8]), torch.ones(len(text.split()), 2)
 
 
 def random_rows(key: str, rows: int) -> torch.Tensor:

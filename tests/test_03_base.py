@@ -1,13 +1,12 @@
 """Stage 3 on pairs that take seconds: it learns, tells prompts apart, stops where training
 collapses, and trains on two processes as on one, as does stage 5."""
 
-import json
 import statistics
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, run_main, script, torchrun
+from conftest import ROOT, read_log, run_main, script, table, torchrun
 
 import common
 import training
@@ -30,16 +29,8 @@ def files(root) -> str:
     return f"--pairs {root}/pairs --clusters {root}/clusters --cache {root}/cache"
 
 
-def concept_rows(folder) -> list[dict]:
-    return common.read_json(folder / "result.json")["tables"]["Base concepts, held-out photos"]
-
-
-def read_log(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_base_learns_its_concepts(world, capsys):
-    rows = concept_rows(world / "base")
+    rows = table(world / "base", "Base concepts, held-out photos")
     assert [row["concept"] for row in rows] == ["inverted", "dark"]
     for row in rows:
         assert row["PSNR dB"] > row["photo unchanged dB"] + 3, row

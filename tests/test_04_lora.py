@@ -6,7 +6,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_main, script, torchrun
+from conftest import random_rows, run_main, script, table, torchrun
 
 import common
 import training
@@ -51,10 +51,6 @@ def stage04(world, load_stage):
     return call
 
 
-def table(folder, title=TITLE) -> list[dict]:
-    return common.read_json(folder / "result.json")["tables"][title]
-
-
 # ---- Adapters ------------------------------------------------------------------------------------
 
 
@@ -87,7 +83,7 @@ def test_the_papers_ranks_are_one_percent_of_the_weights_and_150_kilobytes(load_
 def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, tmp_path):
     before = common.sha256(world / "base.safetensors")
     stage04(f"--out {tmp_path} --steps 120 --rank 2")
-    [row], adapter = table(tmp_path / "warm"), tmp_path / "warm/adapter.safetensors"
+    [row], adapter = table(tmp_path / "warm", TITLE), tmp_path / "warm/adapter.safetensors"
     assert row["concept"] == "warm" and row["photos"] == 6 and row["steps"] == 120
     assert row["PSNR dB"] > max(row["before dB"], row["photo unchanged dB"]) + 3
     base, module = common.load_generator(world / "base.safetensors"), stage04.module
@@ -109,7 +105,7 @@ def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, t
 @pytest.mark.parametrize("mode", ["full", "scratch"])
 def test_other_modes_write_a_generator_of_one_concept(stage04, tmp_path, mode):
     stage04(f"--mode {mode} --epochs 2 --samples all --out {tmp_path}")
-    [row] = table(tmp_path / "warm")
+    [row] = table(tmp_path / "warm", TITLE)
     assert row["trained %"] == 100 and row["photos"] == 12 and row["steps"] == 4
     generator = common.load_generator(tmp_path / "warm/generator.safetensors")
     assert [concept["name"] for concept in generator.config["concepts"]] == ["warm"]
@@ -121,26 +117,20 @@ def test_a_new_prompt_needs_no_new_base_or_clusters(stage04, write_pairs, tmp_pa
     flags = f"--pairs {tmp_path}/pairs --concept bright --steps 40 --out {tmp_path}/lora"
     stage04(flags)
     assert "chose no photos for bright" in capsys.readouterr().out
-    [row] = table(tmp_path / "lora/bright")
+    [row] = table(tmp_path / "lora/bright", TITLE)
     assert row["photos"] == 12 and row["PSNR dB"] > row["before dB"] + 3
     stage04(flags)
     assert "done already" in capsys.readouterr().out
 
 
-def test_random_photos_are_as_many_as_asked_and_follow_the_seed(world, stage04, error_of, tmp_path):
+def test_random_photos_are_as_many_as_asked_and_follow_the_seed(world, stage04):
     def drawn(count, seed):
         args = Namespace(pairs=world / "pairs", samples=f"random:{count}", seed=seed)
-        pairs = stage04.module.training_pairs(args, "warm")
-        hashes.add(pairs.data_hash)
-        assert pairs.counts == [count]
+        assert stage04.module.training_pairs(args, "warm").counts == [count]
         return {*stage04.module.chosen_samples(args, "warm")}
 
-    hashes = set()
     assert drawn(5, 1) == drawn(5, 1) != drawn(5, 2)
-    assert drawn(5, 1) < drawn(8, 1) and len(hashes) == 1  # seeds are runs of the same data
-    for count in ("0", "13", "x"):
-        flags = flags_of(world, f"--samples random:{count} --out {tmp_path}/out")
-        assert "from 1 to 12" in error_of("04", *flags)
+    assert drawn(5, 1) < drawn(8, 1)
 
 
 def test_photos_that_judge_probes_are_none_that_probes_train_on(world, stage04):
@@ -225,22 +215,8 @@ def test_layers_that_add_nothing_to_better_ones_are_not_crucial(stage04, monkeyp
     assert found == ["up2", "out"]  # up2 has fewer weights than up1
 
 
-def test_ranks_that_do_not_train_are_the_worst_of_all(world, stage04, monkeypatch, tmp_path):
-    def collapse(*_):
-        raise training.Collapse("x")
-
-    monkeypatch.setattr(stage04.module, "finetune", collapse)
-    args = Namespace(samples="all", mode="lora", seed=0, alpha=16.0, probe_steps=1, device="cpu")
-    args.pairs, args.base = world / "pairs", world / "base.safetensors"
-    args.cache = world / "cache"
-    probes = stage04.module.Probes(args, ["warm"], tmp_path / "probes.json")
-    assert probes.error({"out": 1}) == float("inf")
-    again = stage04.module.Probes(args, ["warm"], tmp_path / "probes.json")
-    assert again.saved == probes.saved and again.error({}) == 1
-
-
 def test_two_processes_search_the_same_way(world, tmp_path):
     """They end, so none waited for a probe that the other did not make."""
     flags = flags_of(world, f"{SEARCH} --probe-steps 1 --rank-threshold 0 --out {tmp_path}")
     torchrun(script("04"), *flags)
-    assert table(tmp_path / "warm")[0]["steps"] == 3
+    assert table(tmp_path / "warm", TITLE)[0]["steps"] == 3

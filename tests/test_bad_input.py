@@ -109,6 +109,7 @@ BAD_FLAGS = [
     ("04 --samples nowhere.txt", "nowhere.txt"),
     ("04 --layers down1,nosuch", "this generator's stem, down1"),
     ("04 --samples random:99", "--samples random:99: give a number from 1 to 4"),
+    ("04 --samples random:0", "from 1 to 4"),
     ("05 --generator nowhere.safetensors", "nowhere.safetensors"),
     ("05 --keep 1.5", "--keep"),
 ]

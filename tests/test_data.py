@@ -1,7 +1,6 @@
 """Pairs and their pictures: which pictures a batch holds, the file that they are decoded into, and
 what is said of a folder that cannot be used."""
 
-import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -141,14 +140,6 @@ def test_a_crop_that_does_not_fit_is_refused(crop):
         training.fill_in(SimpleNamespace(crop=24, l1=None, fm=0.0), 32, whole=True)
 
 
-def test_what_is_not_given_follows_the_pictures_and_the_loss():
-    cases = (256, 10, False, training.CROP, 10), (32, 0, False, 0, 100), (256, 0, True, 0, 100)
-    for size, fm, whole, crop, l1 in cases:
-        args = SimpleNamespace(crop=None, l1=None, fm=fm)
-        training.fill_in(args, size, whole)
-        assert (args.crop, args.l1) == (crop, l1)
-
-
 # ---- The cache -----------------------------------------------------------------------------------
 
 
@@ -185,17 +176,6 @@ def test_who_asks_at_the_same_time_waits_and_decodes_nothing(made, tmp_path, mon
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pairs: pairs.cache(tmp_path), data))
     assert sorted(loaded) == list(range(len(data[0].files)))
-
-
-def test_a_full_disk_is_an_error_and_leaves_no_file(made, tmp_path):
-    pairs, limit = find(made), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limit[1]))
-    try:
-        with pytest.raises(OSError):
-            pairs.cache(tmp_path / "cache")
-    finally:  # before pytest writes on: to a file, perhaps
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert files_in(tmp_path / "cache") == []
 
 
 def test_tokens_are_the_towers_that_the_generator_knows(made):

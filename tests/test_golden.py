@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import import_stage, run_main
+from conftest import import_stage, read_log, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -143,8 +143,8 @@ def run(name, folder):
         run_main(*f"{RUNS[name]} --out {name} {ALL}".split())
     found = {}
     for path in sorted((folder / name).rglob("*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [{k: v for k, v in row.items() if k != "FM"} for row in rows if "error" not in row]
+        rows = [row for row in read_log(path) if "error" not in row]
+        rows = [{k: v for k, v in row.items() if k != "FM"} for row in rows]
         found[path.stem.removesuffix("-log")] = rows
     return found
 

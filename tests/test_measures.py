@@ -226,11 +226,3 @@ def test_tasks_of_a_stage_have_tables_of_their_own(tmp_path, tables):
     write_run(tmp_path / "a", [{"direction": "AtoB", "dB": 21.0}])
     write_run(tmp_path / "d", [{"pictures": 24}], data="digits")
     assert tables()[1::3] == ["| run | direction | dB | marks |", "| run | pictures | marks |"]
-
-
-@pytest.mark.parametrize("result", ["{}", "{", '{"stage": "", "marks": [], "tables": {"": [1]}}'])
-def test_a_result_that_is_not_ours_is_named(tmp_path, tables, result):
-    write_run(tmp_path, [])
-    (tmp_path / "result.json").write_text(result)
-    with pytest.raises(common.UserError, match="result.json"):
-        tables()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT, run_main
+from conftest import ROOT, run_main, table
 
 import common
 import training
@@ -190,6 +190,5 @@ EDGES = {
 def test_data_at_the_edge_trains(write_pairs, run_stage, tmp_path, edit, photos, held_out):
     write_pairs(tmp_path / "pairs", {"dark": edit}, train=photos, test=held_out)
     assert run_stage(train(tmp_path / "pairs", tmp_path / "base", "--epochs 4"))[0] == 0
-    result = common.read_json(tmp_path / "base/result.json")
-    [row] = result["tables"]["Base concepts, held-out photos"]
+    [row] = table(tmp_path / "base", "Base concepts, held-out photos")
     assert all(isinstance(value, str | float) and value == value for value in row.values())

@@ -1,4 +1,4 @@
-"""What stage 1's tests share: photos and edits, a CLIP of two numbers, diffusers pipelines of a few
+"""What stage 1's tests share: photos and edits, diffusers pipelines of a few
 thousand random weights, saved as folders that `from_pretrained` loads; readers of its output."""
 
 import json
@@ -31,22 +31,6 @@ def write_made(root):
         for path, picture in (("photos" / Path(name), photo), ("edits/negative" / other, edit)):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(root / path, quality=95)
-
-
-class Tower:
-    """A tower of two numbers that a reader can predict: how red a picture is, and how blue."""
-
-    embedded = 0
-
-    def __init__(self, name, device):
-        self.name = name
-
-    def images(self, part):
-        Tower.embedded += len(part)
-        return torch.nn.functional.normalize(part[:, ::2].float().mean((2, 3)) + 1, dim=1)
-
-    def text(self, text):
-        return torch.tensor([0.6, 0.8]), torch.ones(len(text.split()), 2)
 
 
 def pixels(path):
