@@ -158,9 +158,9 @@ def test_edits_of_another_tool_that_do_not_fit(here, flags, tmp_path, error_of):
 def edit(tmp_path_factory):
     """edit(kind, out, ...): the flags of a small run with a saved pipeline of that kind."""
     photos, folder = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("pipelines")
-    for i in range(6):
+    for i in range(3):
         scene(160, 120, seed=i).save(photos / f"photo {i}.jpg", quality=95)
-    small = ("--demo", "--images", photos, "--train", 4, "--test", 2, "--size", 32, "--steps", 2)
+    small = ("--demo", "--images", photos, "--train", 2, "--test", 1, "--size", 32, "--steps", 2)
 
     def flags(kind, out, *more):
         if not (folder / kind).exists():
@@ -338,15 +338,12 @@ def test_bad_input(here, error_of, tmp_path):
         (("--images", tmp_path / "absent"), "holds no image files"),
         (("--images", tmp_path), "lies in the photos' folder"),
         (("--concept", "sketch"), "has no prompt"),
-        (("--size", 60), "multiple of 8"),
         (("--arguments", "[1]"), "a JSON object"),
         (("--steps", 4), "styles does not take num_inference_steps"),
         (("--size", 24), "a number from 32"),
         (("--teacher", empty), "empty/starry lacks an edit of test 0 (7 such; a pipeline's folder"),
         (("--concept", "vampire=make them vampires"), "knows pastel"),
-        (("--concept", "Source=do it"), "another folder has that name"),
         ((*TWO, "--concept", "Wave=do it"), "another folder has that name"),
-        (("--concept", "../up=do it"), "is no name for a file"),
     ):
         assert words in error_of("01", *DEMO, *flags, *out), flags
     assert not (tmp_path / "out").exists()

@@ -62,11 +62,6 @@ def test_cluster_is_kmeans_and_picks_the_nearest_to_the_centre(load_stage):
         assert (distances.diff() >= -1e-5).all()  # from the centre outwards: the pick is nearest
 
 
-def test_fewer_distinct_points_than_clusters(load_stage):
-    points = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    assert load_stage("02").cluster(points, 4, seed=0) == [[0, 2], [1, 3]]
-
-
 def test_one_concept_of_each_kind_trains_the_base(run_stage):
     out, _ = run_stage("--base", 2, "--samples", 4)
     concepts = common.read_json(out / "concepts.json")

@@ -81,14 +81,11 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
     generator = common.new_generator("e2gan", 8, 32, pairs.concepts, list(tokens))
     generator.set_known(generator.known()[::-1])  # evaluate goes by name
 
-    def read(kind):
-        files = [tmp_path / "test" / kind / f"{i:05}.png" for i in range(5)]
-        return common.to_float(torch.stack([common.read_image(file) for file in files]))
-
     rows = training.evaluate(generator.train(), pairs)
     assert not generator.training
     for row, name in zip(rows, edits, strict=True):
-        photos, truth = read("source"), read(name)
+        files = [sorted((tmp_path / "test" / kind).iterdir()) for kind in ("source", name)]
+        photos, truth = (common.to_float(torch.stack([*map(common.read_image, x)])) for x in files)
         with torch.no_grad():
             fake = generator(photos, torch.full((5,), generator.concept(name)))
         fake = common.to_float(common.to_uint8(fake))
