@@ -63,6 +63,7 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(pairs, error_of, t
         os._exit(0)
     try:
         while not (out / "settings.json").exists():
+            assert os.waitpid(first, os.WNOHANG) == (0, 0)
             time.sleep(0.05)
         for more in ("", "--overwrite"):
             line = error_of("03", *train(pairs, out, more))
