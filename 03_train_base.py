@@ -8,6 +8,7 @@ are learned and strokes are not), Adam and pix2pix's schedule. Whole pictures ar
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features
         runs/base/best.safetensors          the one with the least mean error on held-out photos
+        runs/base/discriminator.safetensors what stages 4 and 5 go on with
         runs/base/state.safetensors, log.jsonl, curve.png, samples/*.png, result.json
 
     python 03_train_base.py --demo
@@ -93,6 +94,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         if loop.record(losses, fake, edit, real_score, save=judge):
             rows = judge_and_save(loop, generator, test, args.out) if judge else rows
             common.save_network(args.out / "generator.safetensors", generator)
+            common.save_network(args.out / "discriminator.safetensors", discriminator)
             loop.save()
             generator.train()
     return loop.pace(), rows

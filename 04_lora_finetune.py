@@ -58,6 +58,7 @@ def parse() -> argparse.Namespace:
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="stage 3's or 5's")
+    flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
     flag("--concept", action="append", help="learn this concept instead; can be repeated")
     flag("--samples", default="clusters", help="clusters (stage 2's), all, random:N, file of names")
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
@@ -71,6 +72,7 @@ def parse() -> argparse.Namespace:
     flag("--lr", type=common.positive, help="the generator's learning rate; None: by --mode")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
+    args.new_discriminator |= args.mode == "scratch"
     if args.mode != "lora" and (args.rank == "auto" or args.layers == "search"):
         raise UserError(f"--mode {args.mode} trains all weights: searches are for --mode lora")
     return args
@@ -203,7 +205,11 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> common.Generator:
 def finetune(args, generator, train, steps: int, out: Path | None = None, test=None) -> dict:
     """The loop. A probe has no `out`, where state and pictures of `test` go. Returns its pace."""
     place = generator.concept(train.concepts[0]["name"])
-    discriminator = common.new_discriminator(generator, text=False)  # one concept: no prompt
+    if args.new_discriminator:
+        discriminator = common.new_discriminator(generator, text=False)
+    else:
+        discriminator = common.base_discriminator(args.base, generator)
+        discriminator.project = None  # one concept: no prompt
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
@@ -419,6 +425,8 @@ def main() -> None:
     concepts, base = training.chosen_concepts(args, "new"), common.load_generator(args.base)
     size = training.find_pairs(args.pairs, "test", concepts[:1]).size
     training.fill_in(args, size, whole=base.config["arch"] == "unet256")
+    if not args.new_discriminator:
+        common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":
         search_layers(args, concepts, base)
     chosen = chosen_groups(args, base) if args.mode == "lora" else []

@@ -10,8 +10,9 @@ architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and 
 
 Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's
         (train, val or test, A|B side by side), CycleGAN's (trainA ...), or of pictures (dcgan)
-Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
-        sliced/*.safetensors, pruning.png   what the search left, discriminators too; channels
+Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA), and
+        discriminator.safetensors           for stage 4 to go on with
+        sliced/*.safetensors, pruning.png   what the search left of both; channels
         search-*, converge-*, samples/*     each phase's state, log, curve, pictures; result.json
 
     python 05_prune_coronet.py --demo
@@ -314,7 +315,10 @@ class Pix2pix(Task):
         generator = trained or common.new_generator(*new)
         if (size := generator.config["size"]) != data.size:
             raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
-        discriminator = common.new_discriminator(generator)
+        if trained and not args.new_discriminator:
+            discriminator = common.base_discriminator(Path(args.generator), generator)
+        else:
+            discriminator = common.new_discriminator(generator)
         super().__init__({"generator": generator, "discriminator": discriminator})
         self.args = args
         places = [generator.concept(concept["name"]) for concept in data.concepts]
@@ -676,6 +680,7 @@ def parse() -> argparse.Namespace:
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
     known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
     flag("--generator", default="auto", help=known)
+    flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
     flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
     flag("--width", type=common.count, default=64, help="a new generator's first layer's channels")
     methods = ["coronet", "uniform", "random", "magnitude"]
@@ -785,7 +790,7 @@ def main() -> None:
     pace |= train(task, {}, data, test, args, "converge", steps)
     if not first:
         return
-    for name, network in task.named("generator").items():
+    for name, network in task.networks.items():
         common.save_network(args.out / f"{name}.safetensors", network)
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)

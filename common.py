@@ -748,6 +748,19 @@ def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generato
     return network.to(device).eval()
 
 
+def base_discriminator(base: Path, generator: Generator) -> Discriminator:
+    """The discriminator that stage 3 or 5 left beside a base's file, for training to go on with: it
+    tells strokes from blur in the first step, which a new one takes hundreds to learn (ours)."""
+    path = base.with_name("discriminator.safetensors")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --new-discriminator starts one")
+    device = next(generator.parameters()).device
+    discriminator = load_generator(path, device, Discriminator.kind).train()
+    if discriminator.config.get("text_dim") != generator.config.get("text_dim"):
+        raise UserError(f"{path} was trained with another generator than {base}")
+    return discriminator
+
+
 def check_config(config: dict) -> None:
     """Raises where a stranger's config is absurd, before anything is built from it."""
     counts = [config.get(key, 1) for key in ("depth", "heads", "tokens", "text_dim")]

@@ -34,6 +34,7 @@ import common
 from common import UserError, rank, world
 
 LOG_EVERY = 50  # steps
+NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
 
 # ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------

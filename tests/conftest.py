@@ -184,6 +184,7 @@ def good(tmp_path_factory, write_pairs):
     dark, tokens = [{"name": "dark", "prompt": "make it dark"}], [random_rows("tokens/dark", 4)]
     base = common.new_generator("e2gan", 8, 32, dark, tokens, "ViT-S-32:random")
     common.save_network(root / "base.safetensors", base)
+    common.save_network(root / "discriminator.safetensors", common.new_discriminator(base))
     base = common.load_generator(root / "base.safetensors")
     write_adapter(root / "adapter.safetensors", base, "inverted", {"down1.conv": 2, "up1.conv": 2})
     return root

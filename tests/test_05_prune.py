@@ -100,7 +100,7 @@ def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(prune):
     flags = TASKS["pairs taken apart, e2gan"]
     out = prune(f"{flags} --keep 0.5 --search-epochs 4 --epochs 16")
     there, back = table(out, "Pruned generator, held-out pictures")
-    assert there["PSNR dB"] > there["picture unchanged dB"] + 3
+    assert there["PSNR dB"] > there["picture unchanged dB"] + 2
     assert back["PSNR dB"] > back["picture unchanged dB"] + 1
 
 

@@ -30,7 +30,7 @@ BASE = "--concept dark --concept inverted --width 8"
 CYCLEGAN = "--task cyclegan --concept dark --width 4 --batch 28 --search-epochs 2"
 DCGAN = "--task dcgan --data pairs/train --size 32 --width 4 --prune-discriminator --start paper"
 SLOW = "--lr 2e-5 --lr-d 2e-5 --lr-search 1e-5 --lr-z 1e-3"  # a step of Adam magnifies rounding
-FILE = "base/generator.safetensors"
+FILE = "base/generator.safetensors --new-discriminator"
 RUNS = {
     "base": f"03 {BASE} --batch 4 --epochs 1",
     "dcgan": f"05 {DCGAN} --batch 7 --keep 0.5 --search-epochs 1 --epochs 2",
