@@ -463,11 +463,11 @@ class Dcgan(Task):
     def measure(self, test, with_fid: bool) -> list[dict]:
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
         colours and layout, no more."""
-        fake, statistics = self.samples(len(test.pixels)), []
+        fake, thumbnails = self.samples(len(test.pixels)), []
         for pictures in (fake, test.pixels):
-            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8).flatten(1).double().numpy()
-            statistics += [x.mean(0), np.cov(x, rowvar=False)]  # of (N, 192)
-        distance = training.frechet_distance(*statistics)
+            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8)
+            thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)
+        distance = training.frechet_distance(*thumbnails)
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
         if with_fid:
             row["FID"] = training.fid(fake, test.pixels, next(self.parameters()).device)

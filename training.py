@@ -5,16 +5,13 @@ stage; `Loop` is what goes around it. Every batch is a function of (seed, step) 
 was killed continues and ends in the same bytes as one that was not.
 """
 
-import contextlib
 import datetime
 import functools
 import hashlib
-import io
 import json
 import math
 import os
 import signal
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -618,64 +615,54 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     wherever they stand. {"SWD 256": finest, ..., "SWD 32": what is coarser}, of uint8 pictures
     (N, 3, H, W). Ours: patches of both lie at the same places, and the truth's normalise both."""
     levels = 1 + sum(min(fakes.shape[-2:]) >> k >= 32 for k in (1, 2, 3))
-    patches = [[[] for _ in range(levels)] for _ in range(2)]  # of fakes and truth
-    for side, pictures in zip(patches, (fakes, truth), strict=True):
-        rng = torch.Generator().manual_seed(0)
-        for part in pictures.split(32):
-            for level, x in zip(
-                side, laplacian_pyramid(common.to_float(part), levels), strict=True
-            ):
-                level.append(random_patches(x, rng))
+    patches, rng = [[] for _ in range(levels)], torch.Generator().manual_seed(0)
+    for part in zip(fakes.split(32), truth.split(32), strict=True):
+        x = common.to_float(torch.cat(part))  # (2n, 3, H, W): fakes, then truth
+        for k in range(levels):
+            band = x  # the last level is what is left
+            if k < levels - 1:
+                x = halve(band)
+                band = band - F.interpolate(x, band.shape[-2:], mode="bilinear")
+            patches[k].append(random_patches(band.unflatten(0, (2, -1)), rng))
     distances, rng = {}, torch.Generator().manual_seed(0)
-    for k, (fake, true) in enumerate(zip(*patches, strict=True)):
-        fake, true = torch.cat(fake), torch.cat(true)  # (N * PATCHES, 3, 49)
-        mean, std = true.mean((0, 2), keepdim=True), true.std((0, 2), keepdim=True).clamp(min=1e-6)
+    for k, parts in enumerate(patches):
+        both = torch.cat(parts, 1)  # (2, N * PATCHES, 3, 49)
+        mean, std = both[1].mean((0, 2), keepdim=True), both[1].std((0, 2), keepdim=True)
         directions = F.normalize(torch.randn(3 * 49, PROJECTIONS, generator=rng), dim=0)
-        sorted_ = [((x - mean) / std).flatten(1) @ directions for x in (fake, true)]
-        sorted_ = [x.sort(0).values for x in sorted_]
-        name = f"SWD {fakes.shape[-1] >> k}"
-        distances[name] = 1000 * (sorted_[0] - sorted_[1]).abs().mean().item()
+        projections = ((both - mean) / std.clamp(min=1e-6)).flatten(2) @ directions
+        fake, true = projections.sort(1).values
+        distances[f"SWD {fakes.shape[-1] >> k}"] = 1000 * (fake - true).abs().mean().item()
     return distances
 
 
-def laplacian_pyramid(x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-    """(N, 3, H, W) -> what each halving loses, finest first, and at last what is left."""
-    kernel = torch.outer(BLUR, BLUR).repeat(x.shape[1], 1, 1, 1)  # (3, 1, 5, 5)
-    found = []
-    for _ in range(levels - 1):
-        small = F.conv2d(F.pad(x, (2,) * 4, "reflect"), kernel, stride=2, groups=x.shape[1])
-        found.append(x - F.interpolate(small, x.shape[-2:], mode="bilinear"))
-        x = small
-    return [*found, x]
+def halve(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> every other pixel of a blurred one, (N, C, H/2, W/2)."""
+    kernel = torch.outer(BLUR, BLUR).repeat(x.shape[1], 1, 1, 1)  # (C, 1, 5, 5)
+    return F.conv2d(F.pad(x, (2,) * 4, "reflect"), kernel, stride=2, groups=x.shape[1])
 
 
 def random_patches(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """(N, C, H, W) -> 7x7 patches (N * PATCHES, C, 49), as many of every picture."""
-    n, _, h, w = x.shape
-    rows = torch.randint(h - 6, (n, PATCHES), generator=rng)
-    columns = torch.randint(w - 6, (n, PATCHES), generator=rng)
-    windows = x.unfold(2, 7, 1).unfold(3, 7, 1)  # (N, C, H - 6, W - 6, 7, 7), a view
-    return windows[torch.arange(n)[:, None], :, rows, columns].flatten(0, 1).flatten(2)
+    """(2, N, C, H, W) -> 7x7 patches (2, N * PATCHES, C, 49), of both at the same places."""
+    n, _, h, w = x.shape[1:]
+    rows, columns = (torch.randint(side - 6, (n, PATCHES), generator=rng) for side in (h, w))
+    windows = x.unfold(3, 7, 1).unfold(4, 7, 1)  # (2, N, C, H - 6, W - 6, 7, 7), a view
+    places = torch.arange(n)[:, None], rows, columns
+    found = [side.movedim(1, 3)[places] for side in windows]  # (N, PATCHES, C, 7, 7) each
+    return torch.stack(found).flatten(1, 2).flatten(3)
 
 
+@torch.no_grad()
 def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:
     """What `python -m pytorch_fid` prints for two folders of these uint8 pictures (N, 3, H, W). It
     falls as the sets grow: compare only values of equal numbers. None where Inception's weights
     cannot be had, or for one picture."""
-    network = inception(device)
+    network, features = inception(device), []
     if network is None or min(len(fakes), len(truth)) < 2:
         return None
-    from pytorch_fid.fid_score import compute_statistics_of_path
-
-    found = []
     for pictures in (fakes, truth):
-        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-            for i, picture in enumerate(pictures):
-                common.write_png(Path(folder, f"{i:06}.png"), common.to_pil(picture))
-            batch = min(50, len(pictures))
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every folder
-                found += compute_statistics_of_path(folder, network, batch, 2048, device, 0)
-    return frechet_distance(*found)
+        maps = [network(part.to(device) / 255)[0] for part in pictures.split(50)]
+        features.append(torch.cat(maps).mean((2, 3)).double().cpu().numpy())  # (N, 2048)
+    return frechet_distance(*features)
 
 
 @functools.cache
@@ -693,16 +680,14 @@ def inception(device: torch.device) -> nn.Module | None:
         return None
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with S1 = R R': S1 S2 has the eigenvalues of
-    the symmetric R' S2 R. pytorch-fid takes the root of S1 S2 as a general matrix: the same to six
-    digits, in 25 seconds instead of 2, and at times, for fewer than 2048 pictures, an exception."""
-    values, vectors = np.linalg.eigh(sigma1)
-    kept = values > 1e-12 * values[-1]
-    root = vectors[:, kept] * np.sqrt(values[kept])  # (2048, rank)
-    mixed = np.linalg.eigvalsh(root.T @ sigma2 @ root).clip(0)
-    traces = np.trace(sigma1) + np.trace(sigma2)
-    return float(((mu1 - mu2) ** 2).sum() + traces - 2 * np.sqrt(mixed).sum())
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), (M, D). With
+    S = R'R the last trace is the sum of R1 R2' 's singular values: pytorch-fid's number to six
+    digits, in a second instead of 25, and never an exception, as its roots of S1 S2 at times."""
+    means = [x.mean(0) for x in (a, b)]
+    r1, r2 = (np.linalg.qr(x - x.mean(0), "r") / (len(x) - 1) ** 0.5 for x in (a, b))
+    traces = (r1**2).sum() + (r2**2).sum() - 2 * np.linalg.norm(r1 @ r2.T, "nuc")
+    return float(((means[0] - means[1]) ** 2).sum() + traces)
 
 
 def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:

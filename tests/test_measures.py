@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from pytorch_fid import fid_score
 from pytorch_fid import inception as library
 
 import common
@@ -128,11 +127,8 @@ def test_feature_matching_is_the_layers_mean_and_leaves_the_score_out():
 
 def test_fid_is_what_the_librarys_command_prints(weights, torch_home, tmp_path, monkeypatch):
     torch_home(weights)
-    plain = fid_score.compute_statistics_of_path  # 2048 features take the program half a minute
-    monkeypatch.setattr(
-        fid_score, "compute_statistics_of_path", lambda *a: plain(*a[:3], 192, *a[4:])
-    )
-    monkeypatch.setattr(library.InceptionV3, "BLOCK_INDEX_BY_DIM", {2048: 1})
+    blocks = {2048: 1}  # of 192 features: 2048 take the program half a minute
+    monkeypatch.setattr(library.InceptionV3, "BLOCK_INDEX_BY_DIM", blocks)
     fakes, truth = pictures(6, 256, 0), pictures(8, 128, 1)
     state = torch.get_rng_state()
     value = training.fid(fakes, truth, CPU)
@@ -148,11 +144,11 @@ def test_fid_is_what_the_librarys_command_prints(weights, torch_home, tmp_path, 
 
 
 def test_frechet_distance_of_known_gaussians():
-    mean, variance = np.zeros(3), np.diag([1.0, 4.0, 9.0])
-    distance = training.frechet_distance
-    assert distance(mean, variance, mean + 2, 4 * variance) == pytest.approx(12 + 1 + 4 + 9)
-    assert distance(mean, 0 * variance, mean, variance) == pytest.approx(14)
-    assert distance(mean, variance, mean, variance) == pytest.approx(0, abs=1e-9)
+    ends = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]]) * 0.75**0.5
+    points, distance = ends * [1.0, 2.0], training.frechet_distance  # covariance diag(1, 4)
+    assert distance(points, 2 * points + 3) == pytest.approx(9 + 9 + 1 + 4)
+    assert distance(0 * points, points) == pytest.approx(5)
+    assert distance(points, points) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("content", [None, b"<html>"])
