@@ -298,7 +298,7 @@ class Probes:
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
-            self.saved[key] = training.average(torch.tensor(error * common.world())).item()
+            self.saved[key] = common.average(torch.tensor(error * common.world())).item()
             if common.rank() == 0:
                 common.write_json(self.file, self.saved)
         return self.saved[key]
@@ -334,7 +334,7 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
         marks = common.marks_of(args, args.pairs, args.base.parent)
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
-    training.barrier()  # the others read crucial.json next
+    common.barrier()  # the others read crucial.json next
 
 
 def bar_chart(path: Path, rows: list[dict]) -> None:

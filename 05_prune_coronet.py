@@ -494,8 +494,8 @@ class SideBySide(training.Pairs):
     """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
-        rows = [torch.arange(len(files))]
-        super().__init__([*files, *files], size, concepts, rows, direction)
+        places = torch.arange(2 * len(files)).view(2, -1).T
+        super().__init__([*files, *files], size, concepts, [places], direction)
         self.direction = direction
 
     def load(self, place):
@@ -503,7 +503,7 @@ class SideBySide(training.Pairs):
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")
-        left = 0 if (place < len(self.rows[0])) == (self.direction == "AtoB") else height
+        left = 0 if (place < len(self.places[0])) == (self.direction == "AtoB") else height
         half = picture.crop((left, 0, left + height, height))
         half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
         return common.to_pixels(half)
@@ -733,8 +733,10 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
     """The tables: sizes and pace, task.measure's rows before, sliced and after, channels."""
     sizes, channels = [], []
+    data = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
     for name, target in targets.items():
-        small, row = task.networks[name], {"network": name, "architecture": target.config["arch"]}
+        small, row = task.networks[name], {"data": data, "network": name}
+        row["architecture"] = target.config["arch"]
         macs, parameters = common.count_macs(small), common.count_parameters(small)
         row |= {"method": args.method, "keep": args.keep, "size px": target.config["size"]}
         share = 100 * macs / target.macs
@@ -748,7 +750,7 @@ def result_tables(task, targets, args, pace: dict, before: list, sliced: list, a
     for when, measured in (("before", before), ("sliced", sliced)):
         for row, was in zip(after, measured, strict=bool(measured)):
             row |= {f"{key} {when}": was[key] for key in ("PSNR dB", "FID") if key in was}
-    return {"Pruning": sizes, "Pruned generator, held-out pictures": after, "Channels": channels}
+    return {"Pruning": sizes, f"Pruned {args.task}, held-out pictures": after, "Channels": channels}
 
 
 def main() -> None:
@@ -791,8 +793,7 @@ def main() -> None:
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
     marks = common.marks_of(args, *reads, clip=clip)
-    name = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
-    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables, data=name)
+    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def rewrite(path, tensors=None, **config):
 
 
 BAD_CHECKPOINTS = {
-    "is truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
+    "or truncated": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "is no generator": lambda path: rewrite(path, {"weight": torch.zeros(3)}),
     "unknown architecture 'vgg'": lambda path: rewrite(path, arch="vgg"),
 }
