@@ -108,8 +108,7 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
     generator.requires_grad_(False)
     for name, rank in ranks.items():
         module = generator.get_submodule(name)
-        transposed = isinstance(module, nn.ConvTranspose2d)
-        weight = module.weight.transpose(0, 1) if transposed else module.weight
+        weight = common.out_first(module.weight, type(module))
         right = torch.linalg.svd(weight.detach().cpu().flatten(1), full_matrices=False).Vh
         b = torch.zeros(len(weight), rank)
         lora = common.LoRA(module, right[:rank].contiguous(), b, alpha / rank)

@@ -88,8 +88,7 @@ def channel_importance(network: common.Network) -> Channels:
     widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
     for _, module in common.named_layers(network):
-        weight = module.weight.detach().cpu()
-        weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
+        weight = common.out_first(module.weight.detach().cpu(), type(module))
         square = weight.square().reshape(*weight.shape[:2], -1).mean(2)  # (O, I)
         for groups, mean in ((module.writes, square.mean(1)), (module.reads, square.mean(0))):
             rms = mean.sqrt()

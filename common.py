@@ -74,6 +74,11 @@ def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in network.named_modules() if hasattr(module, "reads"))
 
 
+def out_first(weight: torch.Tensor, kind: type) -> torch.Tensor:
+    """A weight, outputs first, which transposed convolutions have second; its own inverse."""
+    return weight.transpose(0, 1) if issubclass(kind, nn.ConvTranspose2d) else weight
+
+
 def trains_on_cpu(x: torch.Tensor) -> bool:
     """Whether x is in a training step on a CPU, where some of PyTorch's own kernels are slow."""
     return x.device.type == "cpu" and torch.is_grad_enabled()
@@ -526,13 +531,12 @@ def count_macs(network: Network, size: int | None = None) -> int:
 
 
 class LoRA(nn.Module):
-    """Adds scale * B A to a weight: A (rank, in * k * k), B (out, rank), fp32 under autocast too,
-    so that training sees the weights that merging leaves. A transposed convolution's weight
-    (in, out, k, k) is taken as out x in * k * k as well."""
+    """Adds scale * B A to a weight, outputs first: A (rank, in * k * k), B (out, rank), fp32 under
+    autocast too, so that training sees the weights that merging leaves."""
 
     def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
-        self.transposed, self.scale = isinstance(module, nn.ConvTranspose2d), scale
+        self.kind, self.scale = type(module), scale
         self.lora_A = nn.Parameter(lora_A.float().to(module.weight.device))
         self.lora_B = nn.Parameter(lora_B.float().to(module.weight.device))
 
@@ -540,10 +544,7 @@ class LoRA(nn.Module):
         device = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):
             delta = self.scale * (self.lora_B @ self.lora_A)  # (out, in * k * k)
-        if self.transposed:
-            shape = weight.shape[1], weight.shape[0], *weight.shape[2:]
-            return weight + delta.view(shape).transpose(0, 1)
-        return weight + delta.view_as(weight)
+        return weight + out_first(delta.view(out_first(weight, self.kind).shape), self.kind)
 
 
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
@@ -609,11 +610,11 @@ class Hypernetwork(nn.Module):
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
-        self.transposed = isinstance(module, nn.ConvTranspose2d)
+        self.kind = type(module)
         self.z_out = lambda: torch.cat([latents[g] for g in module.writes])  # shared, not owned
         self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
         with torch.no_grad():
-            weight = self.out_first(module.weight)
+            weight = out_first(module.weight, self.kind)
             weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
             k, o, i = weight.shape
             e = min(8, k)
@@ -630,14 +631,11 @@ class Hypernetwork(nn.Module):
                 self.w2.uniform_(-bound, bound)
             module.weight.zero_()
 
-    def out_first(self, weight):
-        return weight.transpose(0, 1) if self.transposed else weight
-
     def forward(self, b2):
         z = self.z_out()[:, None] * self.z_in() + self.b0  # (O, I)
         e = z * self.w1 + self.b1  # (E, O, I)
         weight = torch.stack((self.w2 * e).sum(1).unbind(), -1)  # (O, I, K)
-        return b2 + self.out_first(weight.view(self.out_first(b2).shape))
+        return b2 + out_first(weight.view(out_first(b2, self.kind).shape), self.kind)
 
 
 def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
@@ -665,9 +663,7 @@ def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
                 state[key] = tensor[out]
             elif tensor.dim() > 1:
                 into = channel_indices(module.reads, kept, widths)
-                transposed = isinstance(module, nn.ConvTranspose2d)
-                first, second = (into, out) if transposed else (out, into)
-                state[key] = tensor[first][:, second]
+                state[key] = out_first(out_first(tensor, type(module))[out][:, into], type(module))
     small.load_state_dict(state)
     return small.to(next(network.parameters()).device)
 
@@ -826,18 +822,15 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
         return
     except (UserError, OSError) as error:
-        message = str(error)
+        status, message = 2, "error: " + " ".join(str(error).split())
     except KeyboardInterrupt:
-        message = ""
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        status, message = 130, f"\nstopped: the same command{without} continues"
     for bar in list(tqdm._instances):  # a bar's last line comes before the message, not into it
         bar.close()
-    if message:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
-    if rank() == 0:  # torchrun's processes stop together
-        without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        print(f"\nstopped: the same command{without} continues", file=sys.stderr)
-    sys.exit(130)
+    if status == 2 or rank() == 0:  # torchrun's processes stop together
+        print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def rank() -> int:
