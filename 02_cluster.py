@@ -117,7 +117,7 @@ def main() -> None:
     args, start = parser.parse(DEMO), time.time()
     out, train, files, points = args.out, args.pairs / "train", {}, {}
     names = training.read_concepts(args.pairs)
-    features, tower = training.read_features(args.pairs)
+    features, metadata = common.read_tensors(args.pairs / "features.safetensors", "features")
     for name in names:
         files[name] = own = training.edit_names(args.pairs, "train", name)
         even = np.linspace(0, len(own) - 1, min(args.edits, len(own))).round().astype(int)
@@ -142,7 +142,7 @@ def main() -> None:
     paths = [[train / "source" / name for name in members] for members in shared]
     contact_sheet(out / "photos.png", paths, [], 3, strips=4 if len(paths) > 16 else 1, cell=56)
     tables = {"Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows}
-    marks = common.marks_of(args, args.pairs, clip=tower)
+    marks = common.marks_of(args, args.pairs, clip=str(metadata.get("clip")))
     common.write_result(out, "02_cluster", time.time() - start, marks, tables)
 
 

@@ -117,7 +117,7 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
 def add_wrong_prompts(rows: list[dict], generator, test) -> None:
     """Adds the PSNR of another concept's prompt, on 32 photos: lower where prompts matter."""
     for c, row in enumerate(rows):
-        photos, edits = next(test.parts(c, 32))
+        photos, edits = test.pictures(c, 32)
         wrong = generator.concept(test.concepts[c - 1]["name"])
         fakes = training.run_generator(generator, photos, wrong)
         found = training.psnr(common.to_float(fakes), common.to_float(edits))

@@ -110,8 +110,7 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
     generator.requires_grad_(False)
     for name, rank in ranks.items():
         module = generator.get_submodule(name)
-        transposed = isinstance(module, nn.ConvTranspose2d)
-        weight = module.weight.transpose(0, 1) if transposed else module.weight
+        weight = common.out_first(module.weight, type(module))
         right = torch.linalg.svd(weight.detach().cpu().flatten(1), full_matrices=False).Vh
         b = torch.zeros(len(weight), rank)
         lora = common.LoRA(module, right[:rank].contiguous(), b, alpha / rank)
@@ -304,7 +303,7 @@ class Probes:
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
-            self.saved[key] = training.average(torch.tensor(error * common.world())).item()
+            self.saved[key] = common.average(torch.tensor(error * common.world())).item()
             if common.rank() == 0:
                 common.write_json(self.file, self.saved)
         return self.saved[key]
@@ -340,7 +339,7 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
         marks = common.marks_of(args, args.pairs, args.base.parent)
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
-    training.barrier()  # the others read crucial.json next
+    common.barrier()  # the others read crucial.json next
 
 
 def bar_chart(path: Path, rows: list[dict]) -> None:

@@ -89,8 +89,7 @@ def channel_importance(network: common.Network) -> Channels:
     widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
     for _, module in common.named_layers(network):
-        weight = module.weight.detach().cpu()
-        weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
+        weight = common.out_first(module.weight.detach().cpu(), type(module))
         square = weight.square().reshape(*weight.shape[:2], -1).mean(2)  # (O, I)
         for groups, mean in ((module.writes, square.mean(1)), (module.reads, square.mean(0))):
             rms = mean.sqrt()
@@ -467,11 +466,11 @@ class Dcgan(Task):
     def measure(self, test, with_fid: bool) -> list[dict]:
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
         colours and layout, no more."""
-        fake, statistics = self.samples(len(test.pixels)), []
+        fake, thumbnails = self.samples(len(test.pixels)), []
         for pictures in (fake, test.pixels):
-            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8).flatten(1).double().numpy()
-            statistics += [x.mean(0), np.cov(x, rowvar=False)]  # of (N, 192)
-        distance = training.frechet_distance(*statistics)
+            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8)
+            thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)
+        distance = training.frechet_distance(*thumbnails)
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
         if with_fid:
             row["FID"] = training.fid(fake, test.pixels, next(self.parameters()).device)
@@ -498,8 +497,8 @@ class SideBySide(training.Pairs):
     """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
-        rows = [torch.arange(len(files))]
-        super().__init__([*files, *files], size, concepts, rows, direction)
+        places = torch.arange(2 * len(files)).view(2, -1).T
+        super().__init__([*files, *files], size, concepts, [places], direction)
         self.direction = direction
 
     def load(self, place):
@@ -507,7 +506,7 @@ class SideBySide(training.Pairs):
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")
-        left = 0 if (place < len(self.rows[0])) == (self.direction == "AtoB") else height
+        left = 0 if (place < len(self.places[0])) == (self.direction == "AtoB") else height
         half = picture.crop((left, 0, left + height, height))
         half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
         return common.to_pixels(half)
@@ -738,8 +737,10 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
     """The tables: sizes and pace, task.measure's rows before, sliced and after, channels."""
     sizes, channels = [], []
+    data = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
     for name, target in targets.items():
-        small, row = task.networks[name], {"network": name, "architecture": target.config["arch"]}
+        small, row = task.networks[name], {"data": data, "network": name}
+        row["architecture"] = target.config["arch"]
         macs, parameters = common.count_macs(small), common.count_parameters(small)
         row |= {"method": args.method, "keep": args.keep, "size px": target.config["size"]}
         share = 100 * macs / target.macs
@@ -753,7 +754,7 @@ def result_tables(task, targets, args, pace: dict, before: list, sliced: list, a
     for when, measured in (("before", before), ("sliced", sliced)):
         for row, was in zip(after, measured, strict=bool(measured)):
             row |= {f"{key} {when}": was[key] for key in ("PSNR dB", "FID") if key in was}
-    return {"Pruning": sizes, "Pruned generator, held-out pictures": after, "Channels": channels}
+    return {"Pruning": sizes, f"Pruned {args.task}, held-out pictures": after, "Channels": channels}
 
 
 def main() -> None:
@@ -796,8 +797,7 @@ def main() -> None:
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
     marks = common.marks_of(args, *reads, clip=clip)
-    name = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
-    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables, data=name)
+    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ checkpoint is one safetensors file whose metadata says how to rebuild its networ
 """
 
 import argparse
-import contextlib
 import copy
 import gc
 import hashlib
@@ -19,7 +18,6 @@ import shutil
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,9 +59,8 @@ def all_widths(config: dict) -> dict[str, int]:
 
 
 def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
-    """kind(in, out, ...) for a Conv2d, ConvTranspose2d or Linear from the groups it reads and
-    writes (a name or a tuple of names), which it carries as .reads and .writes. Weights start as
-    N(0, 0.02) (pix2pix), biases as 0."""
+    """A Conv2d, ConvTranspose2d or Linear from the groups it reads and writes (a name or a tuple of
+    names), carried as .reads and .writes. Weights start as N(0, 0.02) (pix2pix), biases as 0."""
     reads, writes = ((g,) if isinstance(g, str) else tuple(g) for g in (reads, writes))
     module = kind(sum(widths[g] for g in reads), sum(widths[g] for g in writes), *args, **options)
     nn.init.normal_(module.weight, 0.0, 0.02)
@@ -75,6 +72,11 @@ def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Modul
 def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every layer with named channels, in the order of definition."""
     return ((name, module) for name, module in network.named_modules() if hasattr(module, "reads"))
+
+
+def out_first(weight: torch.Tensor, kind: type) -> torch.Tensor:
+    """A weight, outputs first, which transposed convolutions have second; its own inverse."""
+    return weight.transpose(0, 1) if issubclass(kind, nn.ConvTranspose2d) else weight
 
 
 def trains_on_cpu(x: torch.Tensor) -> bool:
@@ -230,9 +232,8 @@ class TransformerBlock(nn.Module):
 
 class Network(nn.Module):
     """config, to be rebuilt from: arch, width, size (pixels it is trained at), widths and full
-    ({group: channels} now and unpruned), and whatever else the class reads; text_dim is there only
-    in a network that sees prompts. `kind` is what its file says it holds; `example(size, batch,
-    device)` makes random inputs of its forward."""
+    ({group: channels} now and unpruned), text_dim if it sees prompts, and what its class reads.
+    `kind`: what its file says it holds; `example(size, batch, device)`: inputs of its forward."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -530,13 +531,12 @@ def count_macs(network: Network, size: int | None = None) -> int:
 
 
 class LoRA(nn.Module):
-    """Adds scale * B A to a weight: A (rank, in * k * k), B (out, rank), fp32 under autocast too,
-    so that training sees the weights that merging leaves. A transposed convolution's weight
-    (in, out, k, k) is taken as out x in * k * k as well."""
+    """Adds scale * B A to a weight, outputs first: A (rank, in * k * k), B (out, rank), fp32 under
+    autocast too, so that training sees the weights that merging leaves."""
 
     def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
-        self.transposed, self.scale = isinstance(module, nn.ConvTranspose2d), scale
+        self.kind, self.scale = type(module), scale
         self.lora_A = nn.Parameter(lora_A.float().to(module.weight.device))
         self.lora_B = nn.Parameter(lora_B.float().to(module.weight.device))
 
@@ -544,10 +544,7 @@ class LoRA(nn.Module):
         device = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):
             delta = self.scale * (self.lora_B @ self.lora_A)  # (out, in * k * k)
-        if self.transposed:
-            shape = weight.shape[1], weight.shape[0], *weight.shape[2:]
-            return weight + delta.view(shape).transpose(0, 1)
-        return weight + delta.view_as(weight)
+        return weight + out_first(delta.view(out_first(weight, self.kind).shape), self.kind)
 
 
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
@@ -613,11 +610,11 @@ class Hypernetwork(nn.Module):
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
-        self.transposed = isinstance(module, nn.ConvTranspose2d)
+        self.kind = type(module)
         self.z_out = lambda: torch.cat([latents[g] for g in module.writes])  # shared, not owned
         self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
         with torch.no_grad():
-            weight = self.out_first(module.weight)
+            weight = out_first(module.weight, self.kind)
             weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
             k, o, i = weight.shape
             e = min(8, k)
@@ -634,14 +631,11 @@ class Hypernetwork(nn.Module):
                 self.w2.uniform_(-bound, bound)
             module.weight.zero_()
 
-    def out_first(self, weight):
-        return weight.transpose(0, 1) if self.transposed else weight
-
     def forward(self, b2):
         z = self.z_out()[:, None] * self.z_in() + self.b0  # (O, I)
         e = z * self.w1 + self.b1  # (E, O, I)
         weight = torch.stack((self.w2 * e).sum(1).unbind(), -1)  # (O, I, K)
-        return b2 + self.out_first(weight.view(self.out_first(b2).shape))
+        return b2 + out_first(weight.view(out_first(b2, self.kind).shape), self.kind)
 
 
 def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
@@ -669,9 +663,7 @@ def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
                 state[key] = tensor[out]
             elif tensor.dim() > 1:
                 into = channel_indices(module.reads, kept, widths)
-                transposed = isinstance(module, nn.ConvTranspose2d)
-                first, second = (into, out) if transposed else (out, into)
-                state[key] = tensor[first][:, second]
+                state[key] = out_first(out_first(tensor, type(module))[out][:, into], type(module))
     small.load_state_dict(state)
     return small.to(next(network.parameters()).device)
 
@@ -699,7 +691,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and metadata of a file that write_tensors wrote with this metadata["kind"];
     UserError for anything else, such as weights that are not finite."""
-    path, saved = Path(path), None
+    path = Path(path)
     if not path.is_file():
         maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
         raise UserError(f"{path} does not exist{maker}")
@@ -709,16 +701,15 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
             raise ValueError(f"{size / 1e9:.1f} GB")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("about", "{}"))
-            saved = metadata.get("kind")
-            names = file.keys() if saved == kind else []
+            if metadata.get("kind") != kind:
+                raise ValueError(f"it says that it is a {metadata.get('kind')!s:.80}")
+            names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
+        for name, tensor in tensors.items():
+            if kind != "state" and not tensor.float().isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
     except Exception as error:  # whatever a damaged file brings about
-        raise UserError(f"{path} is truncated or no checkpoint of ours: {error}") from None
-    if saved != kind:
-        raise UserError(f"{path} is no {kind} of ours" + (f" but a {saved!s:.80}" if saved else ""))
-    for name, tensor in tensors.items():
-        if kind != "state" and not tensor.float().isfinite().all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
+        raise UserError(f"{path} is no {kind} of ours, or truncated: {error}") from None
     return tensors, metadata
 
 
@@ -844,18 +835,15 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
         return
     except (UserError, OSError) as error:
-        message = str(error)
+        status, message = 2, "error: " + " ".join(str(error).split())
     except KeyboardInterrupt:
-        message = ""
+        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        status, message = 130, f"\nstopped: the same command{without} continues"
     for bar in list(tqdm._instances):  # a bar's last line comes before the message, not into it
         bar.close()
-    if message:
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
-    if rank() == 0:  # torchrun's processes stop together
-        without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        print(f"\nstopped: the same command{without} continues", file=sys.stderr)
-    sys.exit(130)
+    if status == 2 or rank() == 0:  # torchrun's processes stop together
+        print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 def rank() -> int:
@@ -868,6 +856,21 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """Replaces a tensor by its mean over the processes."""
+    if world() > 1:
+        try:
+            torch.distributed.all_reduce(tensor)
+        except (RuntimeError, ValueError):  # a connection is gone, or was never made
+            raise UserError("another process ended; its message is above or below") from None
+        tensor /= world()
+    return tensor
+
+
+def barrier() -> None:
+    average(torch.zeros(()))
+
+
 # ---- Files: whole or not at all ------------------------------------------------------------------
 
 
@@ -875,7 +878,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a file beside `path`, then renames it: a reader sees the old file or the
     whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")
     try:
         write(part)
         os.replace(part, path)
@@ -884,7 +887,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
+    """In UTF-8, with ? for the bytes of a path that are none."""
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -920,88 +924,62 @@ def check_name(name: object, where: object) -> None:
 LOCKS: dict[Path, filelock.FileLock] = {}
 
 
-def begin_run(out: Path, settings: dict, overwrite: bool) -> bool:
+def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -> bool:
     """Makes `out` this run's folder; call it once all input is known to be good. True: the run
-    there is complete. settings: what the result depends on, flags and the hashes of what is read.
-    A folder with other settings is an error; `overwrite` deletes it, but never a folder that is
-    not a run. Of several processes the first does this for all."""
-    verdict = torch.tensor(-1)
-    try:
-        if rank() == 0:
-            verdict.fill_(claim_folder(out, settings, overwrite))
-    finally:  # the others wait for it
-        if torch.distributed.is_initialized():
-            with contextlib.suppress(RuntimeError):  # the first process is gone
-                torch.distributed.broadcast(verdict, 0)
-    if verdict < 0:
-        sys.exit(2)  # the first process says why
-    return bool(verdict)
+    there is complete, and not to be renewed. settings: what the result depends on, flags and the
+    hashes of what is read. A folder with other settings is an error; `overwrite` deletes it, but
+    never a folder that is not a run."""
+    done = torch.zeros(())
+    if rank() == 0:  # for all
+        done += claim_folder(out.resolve(), settings, overwrite, renew)
+    return bool(average(done))
 
 
-def claim_folder(out: Path, settings: dict, overwrite: bool) -> bool:
-    """begin_run in one process. The folder is looked at again under its lock: another process may
-    have had it until then."""
-    settings, out = json.loads(json.dumps(settings, default=str)), out.resolve()
-    if not is_complete(out, settings, overwrite):
-        lock_folder(out)
-    if is_complete(out, settings, overwrite):
-        print(f"done already: {out / 'result.json'} (--overwrite does it again)")
-        return True
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed two lines below
-    if overwrite and out.exists():
-        out.rename(old)
-        shutil.rmtree(old)
-    for path in out.rglob(".*.part"):  # of a process that was killed while it wrote
-        path.unlink(missing_ok=True)
-    write_json(out / "settings.json", settings)
-    return False
-
-
-def is_complete(out: Path, settings: dict, overwrite: bool) -> bool:
-    """Whether the folder holds this run, complete. UserError if it holds something else."""
-    names = {path.name for path in out.glob("*") if not path.match(".*.part")}
-    if not names - {"settings.json"} and (out.is_dir() or not out.exists()):
-        return False  # a run that never began
-    if "settings.json" not in names:
-        raise UserError(f"{out} holds files that no stage made; give another --out")
-    saved = settings if overwrite else read_json(out / "settings.json")
-    for key in sorted({*saved, *settings}):
-        if saved.get(key) != settings.get(key):
-            differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
-            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
-    return "result.json" in names and not overwrite
-
-
-def lock_folder(out: Path) -> None:
-    """Keeps other processes out of a run's folder until this one ends. The operating system holds
-    the lock, so nothing is left to clean up after SIGKILL; the empty file beside it stays."""
-    path = out.resolve().with_name(f".{out.resolve().name}.lock")
+def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
+    """begin_run in the first process."""
+    path = out.with_name(f".{out.name}.lock")  # held by the operating system, until this ends
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}: wait until it ends") from None
+    settings = json.loads(json.dumps(settings, default=str))
+    names = {path.name for path in out.glob("*") if not path.match(".*.part")}
+    if out.is_file() or names and "settings.json" not in names:
+        raise UserError(f"{out} holds files that no stage made; give another --out")
+    saved = read_json(out / "settings.json") if names and not overwrite else settings
+    for key in sorted({*saved, *settings}):
+        if saved.get(key) != settings.get(key):
+            differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
+            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
+    if "result.json" in names and not overwrite and not renew:
+        print(f"done already: {out / 'result.json'} (--overwrite does it again)")
+        return True
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed two lines below
+    if overwrite and names:
+        out.rename(old)
+        shutil.rmtree(old)
+    (out / "result.json").unlink(missing_ok=True)
+    write_json(out / "settings.json", settings)
+    return False
 
 
 def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
-    """What begin_run compares: every flag that changes the result, and what the stage adds. Paths
-    are left out: a stage adds a hash of what it reads, so a run may be moved, and notices that its
-    input changed."""
+    """What begin_run compares: every flag that changes the result, and what the stage adds, such as
+    hashes of what it reads; no paths, so that a run may be moved."""
     left_out = ("device", "overwrite", "demo", "fid")
-    flags = {key: x for key, x in vars(args).items() if key not in left_out}
-    flags = {key: x for key, x in flags.items() if not isinstance(x, Path)}
-    return {"stage": stage, **flags, **more}
+    flags = {key: x for key, x in vars(args).items() if not isinstance(x, Path)}
+    return {"stage": stage, **{key: flags[key] for key in flags if key not in left_out}, **more}
 
 
-def write_result(out: Path, stage: str, seconds: float, marks, tables: dict, **more) -> None:
-    """result.json, a stage's last file: it says that the run is complete, and holds the tables
-    {title: rows} that `python common.py` prints. marks: what a reader of the numbers must know,
-    such as "demo"."""
+def write_result(out: Path, stage: str, seconds: float, marks, tables: dict) -> None:
+    """result.json, the last file of a run: the tables {title: rows} that `python common.py` prints,
+    and marks, what a reader of the numbers must know, such as "demo"."""
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
     result = {"stage": stage, "marks": list(dict.fromkeys(marks)), "seconds": round(seconds, 1)}
-    write_json(out / "result.json", {**result, **more, "tables": tables})
+    write_json(out / "result.json", {**result, "tables": tables})
 
 
 def marks_of(args: argparse.Namespace, *folders: Path, clip: str = "") -> list[str]:
@@ -1030,10 +1008,9 @@ def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
-    """A picture file's first frame, turned as its EXIF says, 8 bits a channel: RGB, white where it
-    is transparent, or RGBA there, with `alpha` (colour profiles are ignored). A JPEG may come out
-    smaller, its sides at least 2 * shrink_to: it decodes several times faster so. UserError if it
-    cannot be read."""
+    """A picture file's first frame, turned as its EXIF says: RGB, white where it is transparent, or
+    RGBA there, with `alpha` (colour profiles are ignored). A JPEG may come out smaller, its sides
+    at least 2 * shrink_to: it decodes several times faster so. UserError if it cannot be read."""
     try:
         with Image.open(path) as picture:
             if shrink_to:
@@ -1125,16 +1102,16 @@ def cell(value: object) -> str:
 
 def merge_seeds(rows: Sequence[dict]) -> dict:
     """One row of those of runs that differ in their seed alone: numbers that vary as mean ± sample
-    standard deviation, with n where a run has none."""
-    merged = {"run": ", ".join(row["run"] for row in rows)}
-    merged["run"] += " (mean ± sd)" if len(rows) > 1 else ""
-    for column in dict.fromkeys(key for row in rows for key in row if key != "run"):
-        values = [row[column] for row in rows if row.get(column) is not None]
-        merged[column] = values[0] if values else None
-        if len(set(map(str, values))) > 1:
+    standard deviation; blank what some run lacks."""
+    merged = dict(rows[0])
+    if len(rows) > 1:
+        merged["run"] = ", ".join(row["run"] for row in rows) + " (mean ± sd)"
+    for column in merged.keys() - {"run"}:
+        values = [row.get(column) for row in rows]
+        if None in values:
+            merged[column] = None
+        elif len(set(map(str, values))) > 1:
             merged[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
-        if 0 < len(values) < len(rows):
-            merged[column] = f"{cell(merged[column])} (n = {len(values)})"
     return merged
 
 
@@ -1143,25 +1120,22 @@ def files_below(folder: Path, name: str) -> list[Path]:
     return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
 
 
-def collect_tables(folder: Path) -> dict[tuple, dict[str, list[dict]]]:
-    """{(stage, title, ...): {what is equal: rows}} below a folder. Rows are equal whose runs differ
-    in their seed alone, and which stand at one place and hold the same words."""
-    tables, copies = {}, Counter()
+def collect_tables(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
+    """{(stage, title): {what is equal: rows}} below a folder. Rows are equal whose runs differ in
+    their seed alone, and which stand at one place and hold the same words."""
+    tables = {}
     for path in files_below(folder, "result.json"):
         result, settings = read_json(path), read_json(path.with_name("settings.json"))
-        run_name = path.parent.relative_to(folder).as_posix()
-        copies[str(settings)] += 1  # a run that was copied is no second seed
-        same = {**settings, "seed": None, "copy": copies[str(settings)]}
+        run = {"run": path.parent.relative_to(folder).as_posix()}
         try:
-            about = {"marks": ", ".join(result["marks"])}
-            about |= {"data": str(result["data"])} if "data" in result else {}  # of stage 5
+            run["marks"] = ", ".join(result["marks"])
             for title, rows in result["tables"].items():
-                first = list(next(iter(rows), {}))[:1]  # other tasks have other columns
-                table = tables.setdefault((str(result["stage"]), title, *first), {})
+                table = tables.setdefault((str(result["stage"]), title), {})
                 for place, row in enumerate(rows):
                     words = [value for value in row.values() if isinstance(value, str)]
-                    key = json.dumps([same, about, place, words], sort_keys=True)
-                    table.setdefault(key, []).append({"run": run_name, **about, **row})
+                    same = [{**settings, "seed": None}, run["marks"], place, words]
+                    equal = table.setdefault(json.dumps(same, sort_keys=True), [])
+                    equal.append({**run, **row})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}") from None
     return tables
@@ -1171,14 +1145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
     folder = parser.parse_args().runs
-    for (stage, title, *_), table in sorted(collect_tables(folder).items(), key=lambda x: x[0][0]):
+    tables = collect_tables(folder)
+    if not tables:
+        raise UserError(f"no run below {folder} is complete")
+    for (stage, title), table in sorted(tables.items(), key=lambda x: x[0][0]):
         print(markdown(f"{stage}.py: {title}", [*map(merge_seeds, table.values())]))
-    began = [path.parent for path in files_below(folder, "settings.json")]
-    if not began:
-        raise UserError(f"no run below {folder}")
-    for path in began:
-        if not (path / "result.json").exists():
-            print(f"- unfinished, no measures yet: {path.relative_to(folder).as_posix()}")
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def bench_lora(args, steps: int = 2) -> tuple[str, list[dict]]:
         stage.save_adapter(adapter, lora, CONCEPTS[0], load().sha256, 16.0)
         common.load_adapter(merged, adapter)
         common.merge(merged)
-        photos, took = next(pairs.parts(0))[0], {"full": [], "lora": []}
+        photos, took = pairs.pictures(0, 32)[0], {"full": [], "lora": []}
         for _ in range(2 * args.rounds):
             for mode, generator in (("full", plain), ("lora", merged)):
                 edit = functools.partial(training.run_generator, generator.eval(), photos, 0)

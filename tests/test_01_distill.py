@@ -351,7 +351,7 @@ def test_bad_input(here, error_of, tmp_path):
     here(*DEMO, *TWO, "--out", tmp_path / "pairs")
     before = contents(tmp_path)
     for flags, words in (
-        (("--size", 32), "other settings"),
+        ((*TWO, "--test", 3), "other settings"),
         (("--concept", "wave=draw"), "has another 'wave'"),
         (("--out", texts, "--overwrite"), "no stage made"),
     ):

@@ -31,6 +31,7 @@ def world(tmp_path_factory, write_pairs):
     tokens = [random_rows(f"tokens/{name}", 4) for name in clusters["base"]]
     base = common.new_generator("e2gan", 8, 32, concepts, tokens, "ViT-S-32:random")
     common.save_network(root / "base.safetensors", base)
+    common.save_network(root / "discriminator.safetensors", common.new_discriminator(base))
     return root
 
 
@@ -86,6 +87,14 @@ def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, t
 
 
 # ---- Modes and photos ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, same", [("", True), ("--new-discriminator", False)])
+def test_training_goes_on_with_the_bases_discriminator(stage04, world, tmp_path, flag, same):
+    stage04(f"--out {tmp_path} --steps 1 --lr-d 1e-12 {flag}")
+    state, _ = common.read_tensors(tmp_path / "warm/state.safetensors", "state")
+    base, _ = common.read_tensors(world / "discriminator.safetensors", "discriminator")
+    assert torch.allclose(state["d/convs.0.weight"], base["convs.0.weight"]) == same
 
 
 @pytest.mark.parametrize("mode", ["full", "scratch"])

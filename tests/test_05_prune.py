@@ -92,14 +92,14 @@ def test_every_task_meets_its_target_from_below_for_all_networks(prune, flags):
     assert hidden and not any(tensor.any() for tensor in hidden)  # starting from weights, b0 stays
     for name in ("pruning.png", "search-curve.png", "converge-curve.png"):
         assert common.read_image(out / name).shape[1] > 100
-    measured = table(out, "Pruned generator, held-out pictures")[-1]
+    measured = table(out, f"Pruned {flags.split()[1]}, held-out pictures")[-1]
     assert all(np.isfinite(value) for value in measured.values() if isinstance(value, float))
 
 
 def test_unpaired_training_finds_an_edit_of_which_it_never_saw_a_pair(prune):
     flags = TASKS["pairs taken apart, e2gan"]
     out = prune(f"{flags} --keep 0.5 --search-epochs 4 --epochs 16")
-    there, back = table(out, "Pruned generator, held-out pictures")
+    there, back = table(out, "Pruned cyclegan, held-out pictures")
     assert there["PSNR dB"] > there["picture unchanged dB"] + 2
     assert back["PSNR dB"] > back["picture unchanged dB"] + 1
 
@@ -119,7 +119,7 @@ def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune):
     assert 0.39 < common.count_macs(small, 32) / common.count_macs(full, 32) <= 0.4
     assert small.config["full"] == full.config["widths"]
     assert small.config["concepts"] == full.config["concepts"]
-    [row] = table(out, "Pruned generator, held-out pictures")
+    [row] = table(out, "Pruned pix2pix, held-out pictures")
     assert row["PSNR dB"] > row["photo unchanged dB"] + 2
     assert row["PSNR dB before"] > row["photo unchanged dB"] + 2 and row["PSNR dB sliced"] > 0
 
@@ -268,7 +268,7 @@ def test_side_by_side_is_cut_into_photo_and_edit(find, tmp_path, direction, held
         known |= dict.fromkeys(either_way(*((a, b) if direction == "AtoB" else (b, a))), i)
     rows = rows_of(train)
     assert {known[row] for row in rows} == set(range(5)) and len(set(rows)) > 5
-    photos, edits = next(test.parts(0))
+    photos, edits = test.pictures(0)
     both = [photos[1], edits[1]] if direction == "AtoB" else [edits[1], photos[1]]
     assert torch.equal(torch.cat(both, 2), common.read_image(folder / held_out / "1.jpg"))
     assert test.concepts == train.concepts == [{"name": "data", "prompt": ""}]

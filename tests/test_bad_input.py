@@ -131,7 +131,7 @@ def rewrite_base(tensors=None, **config):
 
 
 BAD_CHECKPOINTS = {
-    "is truncated": rewrite("base.safetensors", (200).to_bytes(8, "little") + b"{}"),
+    "or truncated": rewrite("base.safetensors", (200).to_bytes(8, "little") + b"{}"),
     "is no generator": rewrite_base({"weight": torch.zeros(3)}),
     "unknown architecture 'vgg'": rewrite_base(arch="vgg"),
 }
@@ -142,3 +142,9 @@ BAD_CHECKPOINTS = {
 def test_bad_checkpoints(refused, number, words):
     line = refused(number, BAD_CHECKPOINTS[words])
     assert words in line and "base.safetensors" in line
+
+
+@pytest.mark.parametrize("number", ["04", "05"])
+def test_a_base_without_its_discriminator(refused, number):
+    line = refused(number, rewrite("discriminator.safetensors", None))
+    assert "discriminator.safetensors does not exist: --new-discriminator starts one" in line

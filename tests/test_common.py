@@ -386,7 +386,7 @@ def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
         assert torch.equal(output(loaded), output(network))
         assert loaded.config == network.config and loaded.sha256 == common.sha256(path)
         if name not in GENERATORS:  # stages that edit photos refuse it
-            with pytest.raises(common.UserError, match=f"but a {network.kind}"):
+            with pytest.raises(common.UserError, match=f"is a {network.kind}"):
                 common.load_generator(path)
 
 

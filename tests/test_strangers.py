@@ -253,7 +253,7 @@ def test_json_of_the_wrong_form(tmp_path, monkeypatch, value, text):
         ends_well(training.read_concepts, tmp_path)
         ends_well(training.chosen_concepts, args, "base")
         ends_well(common.main)
-        ends_well(common.is_complete, tmp_path, {"stage": 5}, False)
+        ends_well(common.claim_folder, tmp_path, {"stage": 5}, False, False)
 
 
 NAMES = ["../up", "/etc/x", "a\\b", "a\nb", "a\x00b", "x" * 300, "", ".hidden", "-rf", "\u202egnp"]

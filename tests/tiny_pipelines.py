@@ -43,8 +43,9 @@ def psnr(a, b):
 
 
 def contents(folder):
-    """{relative path: bytes} of every file but result.json, which says how long it took."""
-    paths = [path for path in folder.rglob("*.*") if path.name != "result.json"]
+    """{relative path: bytes} of every file but locks, and result.json, which holds a clock's."""
+    paths = [path for path in folder.rglob("*.*") if path.suffix != ".lock"]
+    paths = [path for path in paths if path.name != "result.json"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
