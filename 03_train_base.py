@@ -8,8 +8,7 @@ are learned and strokes are not), Adam and pix2pix's schedule. Whole pictures ar
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features
         runs/base/best.safetensors          the one with the least mean error on held-out photos
-        runs/base/discriminator.safetensors what stages 4 and 5 go on with
-        runs/base/state.safetensors, log.jsonl, curve.png, samples/*.png, result.json
+        runs/base/{discriminator,state}.safetensors, log.jsonl, curve.png, samples, result.json
 
     python 03_train_base.py --demo
     python 03_train_base.py --pairs runs/pairs --clusters runs/clusters

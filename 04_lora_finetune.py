@@ -2,6 +2,7 @@
 
 E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes
 W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
+The discriminator is the base's, which tells strokes from blur from the first step on (ours).
 
 Two searches choose otherwise, by short trainings (probes), judged by SWD and L1 on training
 photos that the concept does not train on (up to 100 outside stage 2's choice; else each fifth of
@@ -13,7 +14,7 @@ by more than --rank-threshold when added to the crucial ones before. Later runs 
 Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen photos)
 Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B, prompt, the base's SHA-256
         (full, scratch: generator.safetensors)      and state, log.jsonl, curve.png, samples/*.png
-        runs/lora/layer-search/crucial.json         what --layers search found; table, gain.png
+        runs/lora/layer-search/crucial.json         what --layers search found
 
     python 04_lora_finetune.py --demo
     python 04_lora_finetune.py --concept cartoon        (default: every new concept of stage 2)
@@ -182,8 +183,9 @@ def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def prepare(args, concept: dict, ranks: dict[str, int]) -> common.Generator:
-    """The network to train, which knows the new concept's prompt; ranks by group (lora only)."""
+def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
+    """The generator to train, which knows the new concept's prompt, and the discriminator, which
+    sees none. ranks: by group (lora only)."""
     torch.manual_seed(args.seed)
     generator = common.load_generator(args.base, args.device)
     if args.mode == "scratch":
@@ -198,17 +200,17 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> common.Generator:
         add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
     else:
         generator.requires_grad_(True)
-    return generator
-
-
-def finetune(args, generator, train, steps: int, out: Path | None = None, test=None) -> dict:
-    """The loop. A probe has no `out`, where state and pictures of `test` go. Returns its pace."""
-    place = generator.concept(train.concepts[0]["name"])
     if args.new_discriminator:
-        discriminator = common.new_discriminator(generator, text=False)
-    else:
-        discriminator = common.base_discriminator(args.base, generator)
-        discriminator.project = None  # one concept: no prompt
+        return generator, common.new_discriminator(generator, text=False)
+    discriminator = common.base_discriminator(args.base, generator)
+    discriminator.project = None
+    return generator, discriminator
+
+
+def finetune(args, networks, train, steps: int, out: Path | None = None, test=None) -> dict:
+    """The loop. A probe has no `out`, where state and pictures of `test` go. Returns its pace."""
+    generator, discriminator = networks
+    place = generator.concept(train.concepts[0]["name"])
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
@@ -294,12 +296,12 @@ class Probes:
         key = json.dumps([name, sorted(ranks.items())])
         if key not in self.saved:
             train, held_out = self.data[name]
-            generator, error = prepare(self.args, train.concepts[0], ranks), 0.0
+            networks, error = prepare(self.args, train.concepts[0], ranks), 0.0
             try:
                 if ranks:
-                    finetune(self.args, generator, train, self.args.probe_steps)
+                    finetune(self.args, networks, train, self.args.probe_steps)
                 if common.rank() == 0:
-                    error = training.error(training.evaluate(generator, held_out)[0])
+                    error = training.error(training.evaluate(networks[0], held_out)[0])
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
@@ -334,24 +336,11 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     if not crucial:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
     if common.rank() == 0:
-        bar_chart(out / "gain.png", rows)
         common.write_json(out / "crucial.json", {"groups": crucial})
         marks = common.marks_of(args, args.pairs, args.base.parent)
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
     common.barrier()  # the others read crucial.json next
-
-
-def bar_chart(path: Path, rows: list[dict]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure((7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    heights = [row["gain % per 1000 weights"] for row in rows]
-    colours = ["tab:blue" if row["crucial"] == "yes" else "lightgrey" for row in rows]
-    axes.bar([row["layers"] for row in rows], heights, color=colours)
-    axes.set_ylabel("fall of held-out error,\n% per 1000 weights (blue: crucial)")
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
@@ -385,7 +374,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     ranks = dict.fromkeys(chosen, 1 if args.rank == "auto" else args.rank)
     if args.rank == "paper":
         ranks = {group: PAPER_RANKS.get(group, 1) for group in chosen}
-    generator = prepare(args, train.concepts[0], ranks)
+    networks = prepare(args, train.concepts[0], ranks)
     more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
     more["data"] = [train.data_hash, test.data_hash]
     if common.begin_run(out, common.settings_of(args, "04_lora_finetune", **more), args.overwrite):
@@ -395,11 +384,12 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
         ranks, path, cost = search_ranks(probes, layer_shapes(base), chosen, args.rank_threshold)
         tables["Rank search, held-out error relative to the base's"] = path
         tables["Rank search, found"] = [cost]
-        generator = prepare(args, train.concepts[0], ranks)
+        networks = prepare(args, train.concepts[0], ranks)
+    generator, _ = networks
     row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None}
     row["before dB"] = training.evaluate(generator, test)[0]["PSNR dB"]
     steps = args.steps or args.epochs * training.steps_per_epoch(train.counts, args.batch)
-    pace = finetune(args, generator, train, steps, out, test)
+    pace = finetune(args, networks, train, steps, out, test)
     if common.rank() > 0:
         return
     file = out / ("adapter.safetensors" if args.mode == "lora" else "generator.safetensors")
@@ -424,8 +414,6 @@ def main() -> None:
     concepts, base = training.chosen_concepts(args, "new"), common.load_generator(args.base)
     size = training.find_pairs(args.pairs, "test", concepts[:1]).size
     training.fill_in(args, size, whole=base.config["arch"] == "unet256")
-    if not args.new_discriminator:
-        common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":
         search_layers(args, concepts, base)
     chosen = chosen_groups(args, base) if args.mode == "lora" else []

@@ -5,14 +5,14 @@ latent vectors, one element a channel; after each step the latents are soft-thre
 fade until the target is met. Then the generated weights are sliced to the surviving channels: a
 dense, smaller network, no hypernetwork left. Converging: that one trains on as usual.
 
-`--task pix2pix` (paired): `--generator FILE` prunes a trained base and keeps what it learned; an
+`--task pix2pix` (paired): `--generator FILE` goes on with a trained base and its discriminator; an
 architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and dcgan (noise).
 
 Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's
         (train, val or test, A|B side by side), CycleGAN's (trainA ...), or of pictures (dcgan)
-Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA), and
-        discriminator.safetensors           for stage 4 to go on with
-        sliced/*.safetensors, pruning.png   what the search left of both; channels
+Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
+        discriminator.safetensors           what stage 4 goes on with
+        sliced/*.safetensors, pruning.png   what the search left of these; channels
         search-*, converge-*, samples/*     each phase's state, log, curve, pictures; result.json
 
     python 05_prune_coronet.py --demo
@@ -314,10 +314,9 @@ class Pix2pix(Task):
         generator = trained or common.new_generator(*new)
         if (size := generator.config["size"]) != data.size:
             raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
+        discriminator = common.new_discriminator(generator)
         if trained and not args.new_discriminator:
             discriminator = common.base_discriminator(Path(args.generator), generator)
-        else:
-            discriminator = common.new_discriminator(generator)
         super().__init__({"generator": generator, "discriminator": discriminator})
         self.args = args
         places = [generator.concept(concept["name"]) for concept in data.concepts]
@@ -513,9 +512,8 @@ class SideBySide(training.Pairs):
 
 
 class Sets(training.Pictures):
-    """One set of pictures of any size, of which the middle square counts, or two sets, A and B: a
-    row of a batch is then an A and a B drawn independently, and mirrored each for itself; an epoch
-    passes over the larger set once. `paired`: B[i] is what A[i] should become."""
+    """One set of pictures' middle squares, or two, A and B: a row of a batch is then one of each,
+    drawn and mirrored independently. `paired`: B[i] is what A[i] should become."""
 
     def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
         self.sets, self.paired = [len(files) for files in sets], paired
@@ -589,8 +587,7 @@ def read_data(args, trained: common.Generator | None) -> list:
 
 
 def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
-    """Batch norm of a group's channels, scales starting as N(1, 0.02) (DCGAN). It carries .writes
-    alone: no hypernetwork makes its numbers, but they are sliced with the group."""
+    """Scales start as N(1, 0.02) (DCGAN). .writes alone: no hypernetwork makes them."""
     module = nn.BatchNorm2d(widths[group])
     nn.init.normal_(module.weight, 1.0, 0.02)
     module.writes = (group,)
@@ -645,8 +642,7 @@ class DcganDiscriminator(common.Network):
         return self.score(x)
 
     def example(self, size=None, batch=1, device="meta"):
-        shape = batch, 3, self.config["size"], self.config["size"]
-        return (torch.randn(shape, device=device),)
+        return (torch.randn(batch, 3, *2 * [self.config["size"]], device=device),)
 
 
 common.NETWORKS |= {"dcgan": DcganGenerator, "dcgan-d": DcganDiscriminator}

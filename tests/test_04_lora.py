@@ -170,7 +170,6 @@ def test_searches_find_the_same_when_stopped_and_later_runs_use_it(
     assert gains == sorted(gains, reverse=True)
     crucial = common.read_json(whole / "layer-search/crucial.json")["groups"]
     assert crucial == [row["layers"] for row in rows if row["crucial"] == "yes"]
-    assert common.read_image(whole / "layer-search/gain.png").shape[1] > 100
 
     [found] = table(whole / "warm", "Rank search, found")
     ranks = {group: int(rank) for group, rank in (p.split(":") for p in found["ranks"].split())}
