@@ -1,48 +1,39 @@
 """Exports a generator as a folder to serve or to ship: a graph, its weights, kilobytes a concept.
 
-The weights lie beside the graph, in the generator's own file. A concept of the base is a prompt in
-it; a further one is stage 4's own adapter, which whoever runs it adds to the weights: the page, or
-`Editor`, which needs no PyTorch. --merged writes a file per concept instead, which stands alone, in
-fp32, fp16 or int8. All is compared with PyTorch before it is written, and timed.
+The weights lie beside the graph, in the generator's own file; a concept is a prompt in it or stage
+4's own adapter, which whoever runs it adds to the weights: editor.py, without PyTorch, or the page.
+--merged writes files that stand alone. All is compared with PyTorch before it is written; timed.
 
 Reads   generator.safetensors (stages 3, 5), adapter.safetensors (stage 4), photos (stage 1 or any)
-Writes  runs/onnx/base.onnx          bytes (N, H, W, 3), sides multiples of 8, and the prompt's
-                                     text features (1, T, D) -> edit, like the photo
-        runs/onnx/base.safetensors, adapters/<concept>.safetensors, index.json, index.html, ort/
-        runs/onnx/<concept>.onnx     --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
-        runs/onnx/comparison.png     photo, teacher, every generator's edit, the file's
-        runs/onnx-applied/...        edits of --apply's pictures
+Writes  runs/onnx/base.onnx        bytes (N, H, W, 3), prompt (1, T, D) -> edit, like the photo
+        runs/onnx/base.safetensors, adapters/<concept>.safetensors, index.json, index.html, ...
+        runs/onnx/<concept>.onnx   --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
+        runs/onnx/comparison.png   photo, teacher, every generator's edit, the export's
+        runs/onnx-applied/...      edits of --apply's pictures
 
     python 06_export_onnx.py --demo
-    python 06_export_onnx.py --serve                                            (opens the folder)
-    python 06_export_onnx.py --merged --precision int8 --io uint8 --out runs/onnx-int8
-    python 06_export_onnx.py --model runs/onnx --concept sketch --apply photos  (needs it alone)
+    python 06_export_onnx.py --serve                                              (opens runs/onnx)
+    python 06_export_onnx.py --model runs/onnx --concept sketch --apply photos    (needs it alone)
 """
 
 import argparse
 import copy
 import functools
-import http.server
 import itertools
 import json
 import logging
-import math
 import shutil
-import subprocess
-import tarfile
 import tempfile
 import time
+import timeit
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -53,21 +44,15 @@ from tqdm import tqdm
 
 import common
 import training
-from assets.editor import Editor
+from assets.editor import Editor, Merged
+from assets.serve import fetch_runtime, serve
 from common import UserError
 
-DEMO = {"size": 256}
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.16 (2023) and later, its web and mobile builds included
 # Most difference from PyTorch, of a range of 2, and least dB.
-TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (math.inf, 45.0), "int8": (math.inf, 30.0)}
+TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (np.inf, 45.0), "int8": (np.inf, 30.0)}
 CALIBRATION = 32  # training photos that int8's ranges are measured on
 COMPARED = 4  # test photos on which PyTorch runs too
-SCORES = 4e9  # most bytes of attention's scores, which limits pictures' pixels
-WEB = "onnxruntime-web@1.30.0"  # its CPU build, threaded where the page may, and its WebGPU build
-WEB_FILES = ["ort.wasm.min.mjs", "ort.webgpu.min.mjs"]
-for build in ("threaded", "threaded.asyncify"):
-    WEB_FILES += [f"ort-wasm-simd-{build}.{kind}" for kind in ("mjs", "wasm")]
-RANGE = {"uint8": "0..255, RGB, NHWC", "float32": "-1..1, RGB, NCHW"}
 
 
 def parse() -> argparse.Namespace:
@@ -89,22 +74,13 @@ def parse() -> argparse.Namespace:
     flag("--apply", type=Path, help="a picture, or a folder of pictures of any size, to edit")
     flag("--model", **paths, help="apply this exported folder or file; can be repeated")
     port = {"type": common.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
-    flag(
-        "--serve", **port, help="show the folder --out in this machine's browsers, at 8000 or PORT"
-    )
-    args = parser.parse(DEMO)
+    flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
+    args = parser.parse({})
     if args.model and not args.apply:
         raise UserError("--model needs --apply: the pictures to edit")
     if not args.merged:
         if args.dynamic or args.io != "float32" or args.precision != "fp32":
-            raise UserError("--dynamic, --io, --precision: only --merged; a folder is any size's")
-        args.dynamic, args.io = True, "uint8"
-    args = parser.parse(DEMO)
-    if args.model and not args.apply:
-        raise UserError("--model needs --apply: the pictures to edit")
-    if not args.merged:
-        if args.dynamic or args.io != "float32" or args.precision != "fp32":
-            raise UserError("--dynamic, --io, --precision: only with --merged")
+            raise UserError("--dynamic, --io and --precision are flags of --merged")
         args.dynamic, args.io = True, "uint8"
     if not args.generator:  # other generators get no adapters unasked: those need not fit
         runs = Path("runs/demo" if args.demo else "runs")
@@ -120,9 +96,8 @@ def parse() -> argparse.Namespace:
 
 class PhaseConv(nn.Module):
     """A transposed convolution of stride 2 as four convolutions of the small picture, one for each
-    place in a 2 x 2 block of the large one: the same products without the zeros between, in a form
-    that ONNX Runtime has fast kernels for. It cuts their weights out of the layer's as it runs, so
-    that a graph holds the layer's, to which adapters fit; the runtime folds the cutting."""
+    place in a 2 x 2 block of the large one: no zeros to multiply, and fast kernels. Their weights
+    are cut from the layer's as it runs, so that adapters fit; ONNX Runtime folds the cutting."""
 
     def __init__(self, conv: common.UpConv | nn.ConvTranspose2d):
         super().__init__()
@@ -134,12 +109,12 @@ class PhaseConv(nn.Module):
         weight = common.UpConv.kernel(self) if self.is_up else self.weight  # (in, out, k, k)
         weight = weight.transpose(0, 1).flip(2, 3)
         last, reads, places = weight.shape[-1] - 1, [], []
-        for at in (self.pad, self.pad + 1):  # both places along a side: first tap, pixels read
-            first = (last - at) % 2  # before, and after
+        for at in (self.pad, self.pad + 1):  # a side's two places: first tap, pixels before, after
+            first = (last - at) % 2
             reads.append((first, (last - first - at) // 2, at // 2))
         for (row, top, bottom), (column, left, right) in itertools.product(reads, repeat=2):
-            padded = F.pad(x, (left, right, top, bottom), self.mode)
-            places.append(F.conv2d(padded, weight[:, :, row::2, column::2], self.bias))
+            padded = nn.functional.pad(x, (left, right, top, bottom), self.mode)
+            places.append(nn.functional.conv2d(padded, weight[:, :, row::2, column::2], self.bias))
         rows = [torch.stack(pair, -1).flatten(3) for pair in (places[:2], places[2:])]
         return torch.stack(rows, 3).flatten(2, 3)  # (B, C, 2H, 2W)
 
@@ -162,8 +137,8 @@ class FoldFilm(RewriteRuleClassBase):
 
 
 class Exported(nn.Module):
-    """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit.
-    Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
+    """Photo and the prompt's text features (1, T, D), if any -> edit; pictures are floats
+    (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
@@ -182,8 +157,7 @@ class Exported(nn.Module):
 
 @torch.no_grad()  # norms and attention by PyTorch's own layers, see common.trains_on_cpu
 def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -> ir.Model:
-    """The generator as a graph, its prompt an input, its parameters initializers named as in
-    Exported."""
+    """The generator as a graph; its prompt is an input, parameters are named as in Exported."""
     photo, height = torch.zeros(2, 3, size, size), 2
     if io == "uint8":
         photo, height = torch.zeros(2, size, size, 3, dtype=torch.uint8), 1
@@ -209,8 +183,7 @@ def simplify(model: ir.Model) -> ir.Model:
 
 
 def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx.ModelProto:
-    """The graph with this generator's weights and the prompt of the concept in this place as
-    constants, folded."""
+    """The graph with this generator's weights and the prompt in this place folded in."""
     model = graph.clone()
     for name, weight in Exported(generator).named_parameters():
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
@@ -223,8 +196,7 @@ def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx
 
 
 def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
-    """The graph alone: its weights are external data, the tensors in a generator's file, by their
-    names there."""
+    """The graph alone, its weights external data: the tensors in a generator's file."""
     data, model = weights.read_bytes(), graph.clone()
     start = 8 + int.from_bytes(data[:8], "little")
     header, initializers = json.loads(data[8:start]), model.graph.initializers
@@ -236,8 +208,8 @@ def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
     for value in values:
         value.name = value.name.removeprefix("generator.")
         begin, end = header[value.name]["data_offsets"]
-        where = weights.name, start + begin, end - begin, value.dtype
-        about = {"shape": value.shape, "name": value.name, "base_dir": weights.parent}
+        where, about = (weights.name, start + begin, end - begin), {"base_dir": weights.parent}
+        about |= {"dtype": value.dtype, "shape": value.shape, "name": value.name}
         value.const_value = ir.ExternalTensor(*where, **about)
         model.graph.register_initializer(value)
     return ir.to_proto(model)
@@ -245,9 +217,8 @@ def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
 
 def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onnx.ModelProto:
     """The model in fp16, or in static int8 (weights a scale per channel, QDQ; ranges from photos,
-    uint8). Kept in float there, as measured on a trained e2gan: the upsamplings (38 to 58 dB with
-    them, 45 to 68 without, as fast), the convolutions that read or write the picture, attention's
-    products, whose factors are no weights, and norms."""
+    uint8). Kept in float, as measured on a trained e2gan: the upsamplings (38 to 58 dB with them,
+    45 to 68 without, as fast), convolutions that read or write pictures, attention, norms."""
     if precision == "fp32":
         return proto
     if precision == "fp16":
@@ -260,9 +231,9 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
         inner = len(dims) == 4 and min(dims[:2]) > 3 and dims[3] < 7
         if len(dims) == 2 or (inner and node.input[1].endswith(".weight")):  # PhaseConv's are cut
             chosen.append(node.name)
-    model = SimpleNamespace(session=open_file(proto.SerializeToString(), 0))
+    model = open_file(proto.SerializeToString())
     feeds = iter([feed(model, photo) for photo in photos.split(1)])
-    reader = SimpleNamespace(get_next=lambda: next(feeds, None))
+    reader = argparse.Namespace(get_next=lambda: next(feeds, None))
     options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "nodes_to_quantize": chosen}
     options |= {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     with tempfile.TemporaryDirectory() as folder:
@@ -272,76 +243,55 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
         return onnx.load(after)
 
 
-# ---- ONNX Runtime --------------------------------------------------------------------------------
+# ---- Export --------------------------------------------------------------------------------------
 
 
-def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession:
-    """A session on the CPU from a file or its bytes; UserError if the runtime cannot take it."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # it raises what it would log
-    # or idle sessions' threads slow the running one
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+def open_file(model: bytes | Path, threads: int = 0) -> Merged:
+    """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return Merged(model, threads)
     except Exception as error:  # the runtime's exceptions have no common base class
-        name = model if isinstance(model, Path) else "this graph"
-        raise UserError(f"ONNX Runtime cannot run {name}: {str(error).splitlines()[0]}") from error
+        name, reason = model if isinstance(model, Path) else "this graph", str(error)
+        raise UserError(f"ONNX Runtime cannot run {name}: {reason.splitlines()[0]}") from error
 
 
-def feed(model, photos: torch.Tensor) -> dict:
-    """uint8 photos (N, 3, H, W) as a model takes them: an Editor, or another with a .session."""
-    text = model.text if isinstance(model, Editor) else {}
+def feed(model: Editor, photos: torch.Tensor) -> dict:
+    """uint8 photos (N, 3, H, W) and the prompt, as a model takes them."""
     if model.session.get_inputs()[0].type == "tensor(uint8)":
-        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy(), **text}
-    return {"photo": common.to_float(photos).numpy(), **text}
+        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy(), **model.text}
+    return {"photo": common.to_float(photos).numpy(), **model.text}
 
 
-def run_onnx(model, photos: torch.Tensor, batch=8) -> torch.Tensor:
+def run_onnx(model: Editor, photos: torch.Tensor, batch=8) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> edits, floats in [-1, 1]."""
-    edits = []
-    for part in photos.split(batch):
-        edits.append(torch.from_numpy(model.session.run(None, feed(model, part))[0]))
-    fake = torch.cat(edits)
+    edits = [model.session.run(None, feed(model, part))[0] for part in photos.split(batch)]
+    fake = torch.from_numpy(np.concatenate(edits))
     return common.to_float(fake.permute(0, 3, 1, 2)) if fake.dtype == torch.uint8 else fake
 
 
-def median_ms(model, photo: torch.Tensor, seconds: float = 1.0) -> float:
-    """Median milliseconds of an edit, after warm-up; at least 10, and as many as fit."""
-    times, inputs, began = [], feed(model, photo), time.perf_counter()
-    while len(times) < 13 or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        model.session.run(None, inputs)
-        times.append(1000 * (time.perf_counter() - start))
-    return float(np.median(times[3:]))
-
-
-# ---- Export --------------------------------------------------------------------------------------
+def median_ms(model: Editor, photo: torch.Tensor) -> float:
+    """Median milliseconds of an edit, after warm-up: of 10, or as many as fit into a second."""
+    run = functools.partial(model.session.run, None, feed(model, photo))
+    rounds = max(10, int(1 / min(timeit.repeat(run, repeat=3, number=1))))
+    return 1000 * float(np.median(timeit.repeat(run, repeat=rounds, number=1)))
 
 
 def kind(source: common.Generator) -> str:
     name = "base" if source.config["widths"] == source.config["full"] else "pruned"
-    return name + (" + adapter" if source.adapter else "")
+    return name + (" + adapter" if source.config["concepts"][-1].get("adapter") else "")
 
 
-def multiple_of(source: common.Generator) -> int:
-    """Height and width must be multiples of this."""
-    return 2 ** source.config.get("depth", 3)
-
-
-def most_pixels(source: common.Generator) -> int:
-    """Attention's scores and their softmax take 8 bytes a head and a pair of tokens."""
-    heads = source.config.get("heads")
-    return int(64 * (SCORES / 8 / heads) ** 0.5) if heads else Image.MAX_IMAGE_PIXELS
+def limits_of(source: common.Generator) -> dict[str, int]:
+    """Of a picture's sides and pixels: attention's 8 bytes a head and pair of tokens fit 4 GB."""
+    heads, multiple = source.config.get("heads"), 2 ** source.config.get("depth", 3)
+    most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else Image.MAX_IMAGE_PIXELS
+    return {"multiple": multiple, "most pixels": most}
 
 
 def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, common.Generator]:
-    """{concept: the generator that makes it}: the base, or a copy with an adapter merged at this
-    strength, which knows that concept alone; .adapter is the adapter's file or None."""
-    base, known = common.load_generator(base), {}
-    base.adapter = None
-    for concept in base.config["concepts"]:
-        known[concept["name"]] = base
+    """{concept: its generator}: the base, or a copy with an adapter merged, the file .adapter."""
+    base = common.load_generator(base)
+    known = {concept["name"]: base for concept in base.config["concepts"]}
     for path in adapters:
         adapted = copy.deepcopy(base)
         place = common.load_adapter(adapted, path, strength)
@@ -367,27 +317,6 @@ def read_squares(files: list[Path], size: int) -> torch.Tensor:
     return torch.stack([common.to_pixels(common.read_square(path, size)) for path in files])
 
 
-def fetch_web(folder: Path, cdn: bool) -> str:
-    """Puts onnxruntime-web from npm into folder/ort; returns where the page finds it."""
-    address = f"https://cdn.jsdelivr.net/npm/{WEB}/dist/"
-    if cdn:
-        return address
-    command = ["npm", "pack", WEB, "--silent", "--prefer-offline", "--fetch-retries=0"]
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
-    except (OSError, subprocess.SubprocessError) as error:
-        print(f"npm gives no {WEB} ({error}): the page loads it from {address}")
-        return address
-    (folder / "ort").mkdir()
-    [package] = folder.glob("*.tgz")
-    with tarfile.open(package) as archive:
-        for name in WEB_FILES:
-            data = archive.extractfile(f"package/dist/{name}").read()
-            (folder / "ort" / name).write_bytes(data)
-    package.unlink()
-    return "ort/"
-
-
 def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generator], args) -> Editor:
     """base.onnx, base.safetensors, adapters/, index.json and what they need in a browser."""
     for name in ("adapters", "thumbnails"):
@@ -395,28 +324,25 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
     shutil.copyfile(args.generator[0], folder / "base.safetensors")
     onnx.save(separate(graph, folder / "base.safetensors"), folder / "base.onnx")
     onnx.checker.check_model(folder / "base.onnx", full_check=True)
-    concepts, files, [base] = [], {}, {source.sha256: source for source in known.values()}.values()
+    concepts, files, source = [], {}, next(iter(known.values()))
     for name, source in known.items():
-        place = source.concept(name)
-        about = {"name": name, "prompt": source.config["concepts"][place]["prompt"]}
-        if source.adapter:
+        about = source.config["concepts"][source.concept(name)]
+        about = {"name": name, "prompt": about["prompt"]}
+        if hasattr(source, "adapter"):
             about["adapter"] = f"adapters/{name}.safetensors"
             shutil.copyfile(source.adapter, folder / about["adapter"])
         else:
-            about["place"] = place
+            about["place"] = source.concept(name)
         concepts.append(about)
     for path in sorted(folder.rglob("*.*")):
         about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
-    index = {"concepts": concepts, "files": files, "value range": RANGE["uint8"]}
-    index |= {"strength": args.strength, "size": args.size, "web": fetch_web(folder, args.cdn)}
-    index |= {"multiple": multiple_of(base), "most pixels": most_pixels(base), "transposed": []}
-    for name, module in common.named_layers(base):
-        if isinstance(module, nn.ConvTranspose2d):
-            index["transposed"].append(name)
-    common.write_json(folder / "index.json", index)
-    for name in ("index.html", "editor.js", "editor.py"):
-        shutil.copyfile(Path(__file__).parent / "assets" / name, folder / name)
+    layers = [x for x, kind in common.named_layers(source) if isinstance(kind, nn.ConvTranspose2d)]
+    index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
+    index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
+    common.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
+    assets, skip = Path(__file__).parent / "assets", shutil.ignore_patterns("*.jpg", "__pycache__")
+    shutil.copytree(assets, folder, ignore=skip, dirs_exist_ok=True)
     return Editor(folder, args.threads)
 
 
@@ -424,17 +350,11 @@ def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate,
     """A file that stands alone, converted by calibrate, uint8 (N, 3, S, S)."""
     place = source.concept(name)
     proto = convert(specialize(graph, source, place), args.precision, calibrate)
-    about = {
-        "concept": name,
-        "prompt": source.config["concepts"][place]["prompt"],
-        "base sha256": source.sha256,
-        "precision": args.precision,
-        "value range": RANGE[args.io],
-        "size": "any" if args.dynamic else f"{args.size}x{args.size}",
-        "multiple": str(multiple_of(source)),
-        "most pixels": str(most_pixels(source)),
-    }
-    onnx.helper.set_model_props(proto, about)
+    about = {"concept": name, "prompt": source.config["concepts"][place]["prompt"]}
+    about |= {"base sha256": source.sha256, "precision": args.precision, **limits_of(source)}
+    about["value range"] = "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW"
+    about["size"] = "any" if args.dynamic else f"{args.size}x{args.size}"
+    onnx.helper.set_model_props(proto, {key: str(value) for key, value in about.items()})
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
@@ -460,12 +380,11 @@ def export_all(args, began: float) -> list[Path]:
     for path in args.adapter or []:
         adapters += common.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
     known = load_concepts(args.generator[0], adapters, args.strength)
-    others = [next(iter(load_concepts(path, []).values())) for path in args.generator[1:]]
-    for name in args.concept or []:
-        if name not in known:
-            raise UserError(f"unknown concept {name!r}; known are {', '.join(known)}")
+    others = [common.load_generator(path) for path in args.generator[1:]]
+    if unknown := set(args.concept or []) - known.keys():
+        raise UserError(f"unknown concept {min(unknown)!r}; known are {', '.join(known)}")
     known = {name: known[name] for name in args.concept or known}
-    multiple = max(map(multiple_of, [*known.values(), *others]))
+    multiple = max(limits_of(source)["multiple"] for source in [*known.values(), *others])
     if args.size < 16 or args.size % multiple:  # a norm needs more than 1x1
         raise UserError(f"--size {args.size}: give a multiple of {multiple} from 16 on")
     test, train = find_photos(args)
@@ -494,7 +413,7 @@ def export_all(args, began: float) -> list[Path]:
 def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, args) -> list[dict]:
     """Exports {concept: generator} to an empty folder, each proved on photos, uint8 (N, 3, S, S),
     of the files `test`; other generators are drawn beside it. Returns the table's rows."""
-    rows, pictures, labels, base = [], [], [], next(iter(known.values()))
+    rows, pictures, base = [], {}, next(iter(known.values()))
     kinds = dict.fromkeys(kind(source).split()[0] for source in [*known.values(), *others])
     columns = ["photo", "teacher", *kinds, "ONNX"]  # an adapter's edit stands with its base's
     graph = trace(base, args.size, args.io, args.dynamic)
@@ -503,22 +422,20 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
         if args.merged:
             data = merged_file(name, source, graph, calibrate, args)
             (folder / f"{name}.onnx").write_bytes(data)
-            model, size = SimpleNamespace(session=open_file(data, args.threads)), len(data)
+            model, size = open_file(data, args.threads), len(data)
         else:
             model = editor.use(name, args.strength)
-            size = source.adapter.stat().st_size if source.adapter else 0
-        row = {"concept": name, "from": kind(source)}
-        row |= {"precision": args.precision, "KB": size / 1000}
-        row |= {"GMACs": common.count_macs(source, args.size) / 1e9}
+            size = source.adapter.stat().st_size if hasattr(source, "adapter") else 0
+        row = {"concept": name, "from": kind(source), "precision": args.precision}
+        row |= {"KB": size / 1000, "GMACs": common.count_macs(source, args.size) / 1e9}
         row |= prove(model, name, source, photos[:COMPARED], args)
         if args.dynamic:
-            larger = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + multiple_of(source)]
+            larger = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + limits_of(source)["multiple"]]
             prove(model, name, source, larger, args)
         fakes = common.to_uint8(run_onnx(model, photos))
         edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
-        places = [place for place, path in enumerate(edits) if path.exists()]
         shown = {"photo": photos[0], "ONNX": fakes[0]}
-        if places:
+        if places := [place for place, path in enumerate(edits) if path.exists()]:
             truth = read_squares([edits[place] for place in places], args.size)
             row |= training.measure(fakes[places], photos[places], truth)
             shown |= {"teacher": truth[0]} if places[0] == 0 else {}
@@ -528,12 +445,11 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
             if name in {concept["name"] for concept in each.config["concepts"]}:
                 edit = training.run_generator(each, photos[:1], each.concept(name))[0]
                 shown[kind(each).split()[0]] = edit
-        pictures.append([shown.get(column) for column in columns])
-        labels.append(name + " (adapter)" * bool(source.adapter))
+        pictures[name + " (adapter)" * hasattr(source, "adapter")] = [*map(shown.get, columns)]
         if not args.merged:
             common.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
-    comparison = common.picture_grid(pictures, columns, labels, max(160, args.size))
-    common.write_png(folder / "comparison.png", comparison)
+    sheet = common.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
+    common.write_png(folder / "comparison.png", sheet)
     ms = median_ms(model, photos[:1])  # of all: they are one graph
     for row in rows:
         row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
@@ -553,49 +469,26 @@ def find_pictures(path: Path) -> list[Path]:
     return found
 
 
-def edit_picture(model, picture: Image.Image) -> Image.Image:
-    """RGB -> its edit, as large. A model of free size takes the whole picture, padded to its
-    multiple; one of fixed size takes it scaled to fit, and the edit is scaled back."""
-    if isinstance(model, Editor):
-        return Image.fromarray(model.edit(np.asarray(picture)))
-    about, takes = model.session.get_modelmeta().custom_metadata_map, model.session.get_inputs()[0]
-    height, width = takes.shape[1:3] if takes.type == "tensor(uint8)" else takes.shape[2:]
-    inner = picture
-    if about.get("size") == "any":
-        multiple = int(about["multiple"])
-        width, height = (multiple * math.ceil(side / multiple) for side in picture.size)
-        if width * height > int(about["most pixels"]):
-            raise ValueError(f"{width}x{height} are more than {about['most pixels']} pixels")
-    else:
-        ratio = min(height / picture.height, width / picture.width)
-        inner = picture.resize([max(1, round(side * ratio)) for side in picture.size])
-    pad = [(0, 0), (0, height - inner.height), (0, width - inner.width)]
-    photo = torch.from_numpy(np.pad(common.to_pixels(inner), pad, "symmetric"))
-    edit = common.to_uint8(run_onnx(model, photo[None])[0, :, : inner.height, : inner.width])
-    return common.to_pil(edit).resize(picture.size)
-
-
-def open_models(path: Path, concepts: list[str] | None, strength: float) -> dict[str, object]:
-    """{name: model} of a merged file, or of these concepts (None: all) of a folder."""
-    if not path.is_dir():
-        return {path.stem: SimpleNamespace(session=open_file(path, 0))}
-    index, models = common.read_json(path / "index.json", "06_export_onnx.py"), {}
-    try:
-        for name in concepts or [concept["name"] for concept in index["concepts"]]:
-            models[name] = Editor(path).use(name, strength)
-    except Exception as error:  # whatever a stranger's folder brings about
-        raise UserError(f"{path} cannot be used: {error}") from error
-    return models
+def edit_picture(model: Editor, picture: Image.Image) -> Image.Image:
+    """RGB -> its edit, as large; a file of one size takes it scaled to fit."""
+    inner, side = picture, model.index.get("side")
+    if side:
+        inner = picture.resize([max(1, round(x * side / max(picture.size))) for x in picture.size])
+    return Image.fromarray(model.edit(np.asarray(inner))).resize(picture.size)
 
 
 def apply_files(args, paths: list[Path]) -> None:
-    """Edits pictures with every model: <out>-applied/<its name>/<picture's path>.png, with the
-    picture's own alpha channel."""
+    """Writes <out>-applied/<model>/<picture's path>.png, with the picture's own alpha channel."""
     pictures, out = find_pictures(args.apply), args.out.with_name(f"{args.out.name}-applied")
     root = args.apply if args.apply.is_dir() else args.apply.parent
-    models = {}
-    for path in paths:
-        models |= open_models(path, args.concept, args.strength)
+    models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
+    for path in filter(Path.is_dir, paths):
+        index = common.read_json(path / "index.json", "06_export_onnx.py")
+        try:
+            for name in args.concept or [concept["name"] for concept in index["concepts"]]:
+                models[name] = Editor(path).use(name, args.strength)
+        except Exception as error:  # whatever a stranger's folder brings about
+            raise UserError(f"{path} cannot be used: {error}") from error
     taken = Counter(path.with_suffix("") for path in pictures)
     for path in tqdm(pictures, unit="picture"):
         name = path.relative_to(root).with_suffix(".png")
@@ -606,33 +499,11 @@ def apply_files(args, paths: list[Path]) -> None:
             try:
                 edit = edit_picture(model, picture.convert("RGB"))
             except Exception as error:  # the runtime's exceptions have no common base class
-                raise UserError(
-                    f"{path} cannot be edited ({str(error).splitlines()[0]}): make it smaller, or "
-                    "use a --merged file without --dynamic: it scales pictures to its size"
-                ) from error
+                raise UserError(f"{path}: {str(error).splitlines()[0]}: make it smaller") from error
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
             common.write_png(out / stem / name, edit)
     print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    def end_headers(self):  # a page gets threads if no other site's can look into it
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-        self.send_header("Cache-Control", "no-cache")
-        super().end_headers()
-
-
-def serve(folder: Path, port: int) -> None:
-    common.read_json(folder / "index.json", "06_export_onnx.py without --merged")
-    handler = functools.partial(Handler, directory=folder)
-    try:
-        server = http.server.ThreadingHTTPServer(("localhost", port), handler)
-    except OSError as error:
-        raise UserError(f"port {port}: {error.strerror}; give another: --serve PORT") from None
-    print(f"{folder}: open http://localhost:{server.server_port}, Ctrl-C stops", flush=True)
-    server.serve_forever()
 
 
 def main() -> None:

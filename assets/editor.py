@@ -14,8 +14,17 @@ import onnxruntime
 import safetensors.numpy
 
 
+def session_options(threads):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # it raises what it would log
+    # or idle sessions' threads slow the running one
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 class Editor:
-    """index: what index.json says. Whatever does not fit raises ValueError and changes nothing."""
+    """threads: 0 is one a core. What does not fit raises ValueError, and changes nothing."""
 
     def __init__(self, folder, threads=0):
         self.folder, self.threads = Path(folder), threads
@@ -45,14 +54,12 @@ class Editor:
             elif "tokens" in weights:
                 place = known[name]["place"]
                 prompts.append(weights["tokens"][place][weights["mask"][place]])  # (T, D)
-        text = {"text": prompts[0][None].astype("float32")} if "tokens" in weights else {}
         names = sorted(weights.keys() - {"tokens", "mask"})
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(weights[name]) for name in names]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options = session_options(self.threads)
         options.add_external_initializers(names, values)
         self.session = onnxruntime.InferenceSession(self.graph, options, ["CPUExecutionProvider"])
-        self.text = text
+        self.text = {"text": prompts[0][None].astype("float32")} if "tokens" in weights else {}
         return self
 
     def merge(self, weights, file, strength):
@@ -76,5 +83,30 @@ class Editor:
         if height * width > self.index["most pixels"]:
             raise ValueError(f"{width}x{height} are more than {self.index['most pixels']} pixels")
         pad = (0, -height % multiple), (0, -width % multiple), (0, 0)
-        feeds = {"photo": np.pad(picture, pad, "symmetric")[None], **self.text}
-        return self.session.run(None, feeds)[0][0, :height, :width]
+        return self.run(np.pad(picture, pad, "symmetric")[None])[0, :height, :width]
+
+    def run(self, photos):
+        return self.session.run(None, {"photo": photos, **self.text})[0]
+
+
+class Merged(Editor):
+    """A file of `06_export_onnx.py --merged` (its path or bytes), which has one concept inside. One
+    of fixed size takes pictures whose sides are no longer."""
+
+    def __init__(self, file, threads=0):
+        options = session_options(threads)
+        self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        about = self.session.get_modelmeta().custom_metadata_map
+        self.text, self.index = {}, about | {"side": None}
+        if about.get("size", "any") != "any":
+            side = self.index["side"] = int(about["size"].split("x")[0])
+            self.index |= {"multiple": side, "most pixels": side**2}
+        elif about:
+            self.index |= {key: int(about[key]) for key in ("multiple", "most pixels")}
+
+    def run(self, photos):
+        if self.session.get_inputs()[0].type == "tensor(uint8)":
+            return super().run(photos)
+        photos = photos.transpose(0, 3, 1, 2).astype("float32") / 127.5 - 1
+        edits = self.session.run(None, {"photo": photos})[0].transpose(0, 2, 3, 1)
+        return ((edits.clip(-1, 1) + 1) * 127.5).round().astype("uint8")

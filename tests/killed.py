@@ -48,7 +48,7 @@ def flags_of(root: Path) -> dict[str, str]:
         "03": f"{later} --width 8 --epochs 3 --eval-every 1",
         "04": f"{later} --base {base} --steps 5 --rank auto --layers down1,up2 --probe-steps 1",
         "05": f"{small} --generator {base} --keep 0.5 --search-epochs 2 --epochs 1",
-        "06": f"{pairs} --generator {base} --adapter {root}/04/out --size 32 --threads 1",
+        "06": f"{pairs} --generator {base} --adapter {root}/04/out --size 32 --threads 1 --cdn",
     }
 
 
@@ -61,7 +61,7 @@ def load_stages(numbers) -> dict[str, object]:
     distill, export = modules["01"], modules["06"]
     distill.Clip = functools.cache(distill.Clip)
     distill.Clip("ViT-S-32:random", torch.device("cpu"))  # here once, for all forks
-    export.median_ms = lambda runs: [1.0] * len(runs)
+    export.median_ms = lambda *_: 1.0
     return modules
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     for number, flags in commands.items():
         if number == "06":  # its concepts share one base, traced here once
             source = common.load_generator(root / "03/out/generator.safetensors")
-            graph = modules[number].trace(source, 32)
+            graph = modules[number].trace(source, 32, "uint8", True)
             modules[number].trace = lambda *_, graph=graph: graph
         status, words, moments = run(modules[number], number, flags, root / number)
         if status:
