@@ -200,17 +200,17 @@ def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
     data, model = weights.read_bytes(), graph.clone()
     start = 8 + int.from_bytes(data[:8], "little")
     header, initializers = json.loads(data[8:start]), model.graph.initializers
-    names = [name for name in initializers if name.startswith("generator.")]
-    model.graph.inputs.extend(initializers.pop(name) for name in names)  # or they would be folded
+    values = [initializers.pop(x) for x in [*initializers] if x.startswith("generator.")]
+    for value in values:
+        value.const_value = None  # or what is zero would be optimized away
+    model.graph.inputs.extend(values)  # or they would be folded
     model = simplify(model)
-    values = model.graph.inputs[-len(names) :]
-    del model.graph.inputs[-len(names) :]
+    del model.graph.inputs[-len(values) :]
     for value in values:
         value.name = value.name.removeprefix("generator.")
         begin, end = header[value.name]["data_offsets"]
-        where, about = (weights.name, start + begin, end - begin), {"base_dir": weights.parent}
-        about |= {"dtype": value.dtype, "shape": value.shape, "name": value.name}
-        value.const_value = ir.ExternalTensor(*where, **about)
+        about = {"dtype": value.dtype, "shape": value.shape, "name": value.name}
+        value.const_value = ir.ExternalTensor(weights.name, start + begin, end - begin, **about)
         model.graph.register_initializer(value)
     return ir.to_proto(model)
 
