@@ -10,7 +10,8 @@
 const HERE = new URL(".", import.meta.url);
 
 export class Editor {
-  // On WebGPU if it is there and works, else on threads (which need cross-origin isolation), else on one.
+  // On a GPU through WebGPU if that is there and works, else on threads (which need cross-origin
+  // isolation), else on one.
   static async load() {
     const response = await fetch(new URL("index.json", HERE));
     if (!response.ok) throw Error("There is no index.json in this folder.");
@@ -18,10 +19,12 @@ export class Editor {
     editor.graph = await editor.fetch("base.onnx");
     editor.base = new Tensors(await editor.fetch("base.safetensors"));
     editor.adapters = {}; // those fetched, by file
-    const crashes = navigator.vendor.startsWith("Apple"); // Safari, on WebGPU
+    const crashes = navigator.vendor.startsWith("Apple"); // Safari's WebGPU, with this runtime
+    const gpu = crashes ? null : await navigator.gpu?.requestAdapter();
+    const isSoftware = gpu?.info?.isFallbackAdapter ?? gpu?.isFallbackAdapter; // slower than the CPU
     const threads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
     const ways = [["wasm", threads], ["wasm", 1]];
-    if (!crashes && (await navigator.gpu?.requestAdapter())) ways.unshift(["webgpu", 1]);
+    if (gpu && !isSoftware) ways.unshift(["webgpu", 1]);
     for (const [provider, count] of ways) {
       try {
         const web = new URL(index.web, HERE);

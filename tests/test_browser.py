@@ -1,5 +1,5 @@
-"""The exported folder's page in Debian's Chromium, headless: what it shows is what Python makes, an
-adapter is all that another concept costs, and what fails leaves the last edit as it was."""
+"""The exported folder's page in headless Chromium: it shows what Python makes, fetches an adapter
+for another concept and nothing else, and what fails leaves the last edit as it was."""
 
 import base64
 import io
@@ -30,18 +30,17 @@ def folder(good, stage, tmp_path_factory):
     stage("06", *flags.split(), "--adapter", good / "adapter.safetensors", "--out", out)
     index = common.read_json(out / "index.json")
     if index["web"] != "ort/":
-        pytest.skip("npm gave no onnxruntime-web")
+        pytest.skip("npm gives no onnxruntime-web")
     whole = (out / "adapters/inverted.safetensors").read_bytes()
     other = common.load_generator(good / "base.safetensors")
-    other.sha256 = "0" * 64
+    other.sha256 = "of another"
     write_adapter(out / "adapters/foreign.safetensors", other, "foreign", {"down1.conv": 2})
+    (out / "adapters/cut.safetensors").write_bytes(whole)
     for name in ("cut", "foreign"):
-        file = f"adapters/{name}.safetensors"
-        if name == "cut":
-            (out / file).write_bytes(whole)
-        about = {"bytes": (out / file).stat().st_size, "sha256": common.sha256(out / file)}
-        index["concepts"].append({"name": name, "prompt": name, "adapter": file})
-        index["files"][file] = about
+        path = out / f"adapters/{name}.safetensors"
+        index["concepts"].append({"name": name, "prompt": name, "adapter": f"adapters/{path.name}"})
+        about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+        index["files"][f"adapters/{path.name}"] = about
     (out / "adapters/cut.safetensors").write_bytes(whole[:-100])
     common.write_json(out / "index.json", index)
     return out
@@ -84,9 +83,8 @@ def wait(page):
 
 def shown(page) -> np.ndarray:
     """What the page shows as the edit, (H, W, 3)"""
-    address = page.evaluate("document.getElementById('after').toDataURL()")
-    picture = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
-    return np.asarray(picture.convert("RGB")).astype(int)
+    data = page.evaluate("document.getElementById('after').toDataURL()").split(",")[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
 
 
 def made(folder, page, name, strength=1.0) -> np.ndarray:
@@ -103,12 +101,10 @@ def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page)
     assert fetched == ["inverted.safetensors"]
     inverted = made(folder, page, "inverted")
     assert np.abs(shown(page) - inverted).max() <= 1
-    for strength in (0, 0.5):
-        page.get_by_label("Strength").fill(str(strength))
-        wait(page)
-        weakened = made(folder, page, "inverted", strength)
-        assert np.abs(shown(page) - weakened).max() <= 1 < np.abs(weakened - inverted).max()
-    assert fetched == ["inverted.safetensors"]
+    page.get_by_label("Strength").fill("0")  # the base's weights
+    wait(page)
+    weakened = made(folder, page, "inverted", 0)
+    assert np.abs(shown(page) - weakened).max() <= 1 < np.abs(weakened - inverted).max()
     with page.expect_download() as download:
         page.get_by_role("button", name="Save").click()
     assert (np.asarray(Image.open(download.value.path()).convert("RGB")) == shown(page)).all()
@@ -122,8 +118,8 @@ def test_a_bad_adapter_is_a_sentence(folder, page, name, words):
     assert words in page.get_by_role("alert").inner_text()
     assert page.get_by_role("radio", name="dark").is_checked() and (shown(page) == before).all()
     page.get_by_role("radio", name="inverted").check(force=True)
-    wait(page)
     assert page.get_by_role("alert").inner_text() == ""
+    wait(page)
     assert np.abs(shown(page) - made(folder, page, "inverted")).max() <= 1
 
 
@@ -135,11 +131,10 @@ def test_styles_change_while_the_camera_runs(page):
 
     page.get_by_role("button", name="Camera").click()
     frames(3)
-    page.get_by_role("radio", name="inverted").check(force=True)
-    frames(3)
-    page.get_by_role("radio", name="cut").check(force=True)
+    for name in ("inverted", "cut"):
+        page.get_by_role("radio", name=name).check(force=True)
+        frames(3)
     page.wait_for_function("document.getElementById('error').textContent.includes('damaged')")
-    frames(3)
     assert page.get_by_role("radio", name="inverted").is_checked()
     page.get_by_role("button", name="Camera").click()
     wait(page)
