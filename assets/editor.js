@@ -19,6 +19,7 @@ export class Editor {
     editor.graph = await editor.fetch("base.onnx");
     editor.base = new Tensors(await editor.fetch("base.safetensors"));
     editor.adapters = {}; // those fetched, by file
+    const side = index.multiple * Math.ceil(64 / index.multiple);
     const crashes = navigator.vendor.startsWith("Apple"); // Safari's WebGPU, with this runtime
     const gpu = crashes ? null : await navigator.gpu?.requestAdapter();
     const isSoftware = gpu?.info?.isFallbackAdapter ?? gpu?.isFallbackAdapter; // slower than the CPU
@@ -34,7 +35,7 @@ export class Editor {
         Object.assign(ort.env.wasm, { wasmPaths: web.href, numThreads: count, proxy });
         Object.assign(editor, { ort, provider, threads: count });
         await editor.use(index.concepts[0].name, index.strength);
-        await editor.edit(new ImageData(64, 64));
+        await editor.edit(new ImageData(side, side));
         return editor;
       } catch (error) {
         console.warn(`${provider}, ${count} threads: ${error.message}`);
