@@ -20,6 +20,7 @@ def fetch_runtime(folder: Path, cdn: bool = False) -> str:
     if cdn:
         return address
     command = ["npm", "pack", PACKAGE, "--silent", "--prefer-offline", "--fetch-retries=0"]
+    command.append("--fetch-timeout=20000")  # ms
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
     except (OSError, subprocess.SubprocessError) as error:
@@ -27,9 +28,11 @@ def fetch_runtime(folder: Path, cdn: bool = False) -> str:
         return address
     archive, ort = folder / f"{PACKAGE.replace('@', '-')}.tgz", folder / "ort"
     ort.mkdir()
-    with tarfile.open(archive) as files:
-        for name in BUILDS:
-            (ort / name).write_bytes(files.extractfile(f"package/dist/{name}").read())
+    wanted = {f"package/dist/{name}" for name in BUILDS}
+    with tarfile.open(archive) as members:
+        for member in members:  # in the archive's order: going back would unpack it again
+            if member.name in wanted:
+                (ort / Path(member.name).name).write_bytes(members.extractfile(member).read())
     archive.unlink()
     return "ort/"
 
