@@ -1,39 +1,39 @@
-"""Exports an ONNX file per concept, proved against PyTorch and timed, and applies it to pictures.
+"""Exports a generator as a folder to serve or to ship: a graph, its weights, kilobytes a concept.
 
-A generator is traced once, its inputs the photo and the prompt's text features. A file is that
-graph with its concept's weights (LoRA merged) and prompt as constants, folded. A concept comes from
-the last file that knows it: the generators in the order given, then the adapters.
+The weights lie beside the graph, in the generator's own file; a concept is a prompt in it or stage
+4's own adapter, which whoever runs it adds to the weights: editor.py, without PyTorch, or the page.
+--merged writes files that stand alone. All is compared with PyTorch before it is written; timed.
 
-Reads   generator*.safetensors (stages 3, 5), adapter.safetensors (stage 4), photos (stage 1 or any)
-Writes  runs/onnx/<concept>.onnx    photo (N, 3, H, W) in [-1, 1] -> edit, like it; with --io uint8
-                                    (N, H, W, 3) in 0..255; the metadata says which
-        runs/onnx/comparison.png    photo, teacher, every generator's edit, the file's
-        runs/onnx-applied/...       edits of --apply's pictures
+Reads   generator.safetensors (stages 3, 5), adapter.safetensors (stage 4), photos (stage 1 or any)
+Writes  runs/onnx/base.onnx        bytes (N, H, W, 3), prompt (1, T, D) -> edit, like the photo
+        runs/onnx/base.safetensors, adapters/<concept>.safetensors, index.json, index.html, ...
+        runs/onnx/<concept>.onnx   --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
+        runs/onnx/comparison.png   photo, teacher, every generator's edit, the export's
+        runs/onnx-applied/...      edits of --apply's pictures
 
     python 06_export_onnx.py --demo
-    python 06_export_onnx.py --adapter runs/lora --size 256 --precision int8 --io uint8
-    python 06_export_onnx.py --model runs/onnx/sketch.onnx --apply photos    (needs the file alone)
+    python 06_export_onnx.py --serve                                              (opens runs/onnx)
+    python 06_export_onnx.py --model runs/onnx --concept sketch --apply photos    (needs it alone)
 """
 
 import argparse
 import copy
+import functools
 import itertools
+import json
 import logging
-import math
+import shutil
 import tempfile
 import time
+import timeit
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
-import psutil
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -44,12 +44,13 @@ from tqdm import tqdm
 
 import common
 import training
+from assets.editor import Editor, Merged
+from assets.serve import fetch_runtime, serve
 from common import UserError
 
-DEMO = {"size": 256}
-OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.14 (2023) and later, its web and mobile builds included
+OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.16 (2023) and later, its web and mobile builds included
 # Most difference from PyTorch, of a range of 2, and least dB.
-TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (math.inf, 45.0), "int8": (math.inf, 30.0)}
+TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (np.inf, 45.0), "int8": (np.inf, 30.0)}
 CALIBRATION = 32  # training photos that int8's ranges are measured on
 COMPARED = 4  # test photos on which PyTorch runs too
 
@@ -57,22 +58,30 @@ COMPARED = 4  # test photos on which PyTorch runs too
 def parse() -> argparse.Namespace:
     parser = common.Parser(__doc__, "runs/onnx")
     flag, paths = parser.add_argument, {"type": Path, "action": "append"}
-    flag("--generator", **paths, help="a checkpoint, repeatable (default: stage 3's in runs/)")
+    flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
     flag("--adapter", **paths, help="a file or a folder of them, repeatable (default: stage 4's)")
     flag("--strength", type=common.number(float, 0, 1.5), default=1.0, help="of the adapters")
     flag("--concept", action="append", help="export this one only; can be repeated")
     flag("--pairs", type=Path, default="runs/pairs", help="photos to prove, time, calibrate on")
     flag("--photos", type=Path, help="a folder of photos of any size for that, instead of pairs")
     flag("--size", type=common.count, default=256, help="height and width of the photos")
+    flag("--threads", type=common.count, default=2, help="ONNX Runtime's threads while timed")
+    flag("--cdn", action="store_true", help="leave onnxruntime-web on its CDN, not in the folder")
+    flag("--merged", action="store_true", help="a file per concept; the next three are for these")
     flag("--dynamic", action="store_true", help="the file takes any size; --size is timed")
     flag("--precision", choices=list(TOLERANCE), default="fp32", help="of the layers")
     flag("--io", choices=["float32", "uint8"], default="float32", help="uint8: bytes (N, H, W, 3)")
-    flag("--threads", type=common.count, default=2, help="ONNX Runtime's threads while timed")
     flag("--apply", type=Path, help="a picture, or a folder of pictures of any size, to edit")
-    flag("--model", **paths, help="apply this exported file, export nothing; can be repeated")
-    args = parser.parse(DEMO)
+    flag("--model", **paths, help="apply this exported folder or file; can be repeated")
+    port = {"type": common.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
+    flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
+    args = parser.parse({})
     if args.model and not args.apply:
         raise UserError("--model needs --apply: the pictures to edit")
+    if not args.merged:
+        if args.dynamic or args.io != "float32" or args.precision != "fp32":
+            raise UserError("--dynamic, --io and --precision are flags of --merged")
+        args.dynamic, args.io = True, "uint8"
     if not args.generator:  # other generators get no adapters unasked: those need not fit
         runs = Path("runs/demo" if args.demo else "runs")
         made_by = ("base", "coronet") if args.demo else ("base",)
@@ -82,62 +91,30 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def load_sources(generators, adapters, strength=1.0) -> dict[str, list[common.Generator]]:
-    """{concept: the generators that know it}: those in the files, then for each adapter a copy of
-    its base with the adapter merged at this strength, which knows the adapter's concept alone."""
-    sources, knowing = [common.load_generator(path) for path in generators], {}
-    bases = {source.sha256: source for source in sources}
-    for path in adapters:
-        base = common.read_tensors(path, "adapter")[1].get("base")
-        adapted = copy.deepcopy(bases.get(str(base), sources[0]))  # which load_adapter refuses
-        place = common.load_adapter(adapted, path, strength)
-        common.merge(adapted)
-        adapted.set_known([adapted.known()[place]])
-        sources.append(adapted)
-    for source in sources:
-        for concept in source.config["concepts"]:
-            knowing.setdefault(concept["name"], []).append(source)
-    return knowing
-
-
-def kind(source: common.Generator) -> str:
-    config = source.config
-    name = "base" if config["widths"] == config["full"] else "pruned"
-    return name + (" + adapter" if config["concepts"][-1].get("adapter") else "")
-
-
-def multiple_of(source: common.Generator) -> int:
-    """Height and width must be multiples of this."""
-    return 2 ** source.config.get("depth", 3)
-
-
 # ---- The graph -----------------------------------------------------------------------------------
 
 
 class PhaseConv(nn.Module):
     """A transposed convolution of stride 2 as four convolutions of the small picture, one for each
-    place in a 2 x 2 block of the large one: the same products without the zeros between, in a form
-    that ONNX Runtime has fast kernels for."""
+    place in a 2 x 2 block of the large one: no zeros to multiply, and fast kernels. Their weights
+    are cut from the layer's as it runs, so that adapters fit; ONNX Runtime folds the cutting."""
 
-    def __init__(self, weight: torch.Tensor, bias: nn.Parameter, pad: int, mode="constant"):
-        """weight: (in, out, k, k); pad: the transposed convolution's padding; mode: F.pad's."""
+    def __init__(self, conv: common.UpConv | nn.ConvTranspose2d):
         super().__init__()
-        self.mode = mode
-        kernel = weight.shape[-1]
-        reads = []  # for both places along a side: the taps there, pixels read before and after
-        for place in (0, 1):
-            taps = list(range((place + pad) % 2, kernel, 2))[::-1]
-            reads.append((taps, (taps[0] - place - pad) // 2, (place + pad - taps[-1]) // 2))
-        self.pads, self.weights, self.bias = [], nn.ParameterList(), bias
-        weight = weight.detach().transpose(0, 1)
-        for (rows, top, bottom), (columns, left, right) in itertools.product(reads, repeat=2):
-            self.pads.append((left, right, top, bottom))
-            self.weights.append(weight[:, :, rows][..., columns].contiguous())
+        self.weight, self.bias = conv.weight, conv.bias
+        self.is_up = isinstance(conv, common.UpConv)
+        self.pad, self.mode = (1, "replicate") if self.is_up else (conv.padding[0], "constant")
 
     def forward(self, x):
-        places = []
-        for pad, weight in zip(self.pads, self.weights, strict=True):
-            places.append(F.conv2d(F.pad(x, pad, self.mode), weight, self.bias))
+        weight = common.UpConv.kernel(self) if self.is_up else self.weight  # (in, out, k, k)
+        weight = weight.transpose(0, 1).flip(2, 3)
+        last, reads, places = weight.shape[-1] - 1, [], []
+        for at in (self.pad, self.pad + 1):  # a side's two places: first tap, pixels before, after
+            first = (last - at) % 2
+            reads.append((first, (last - first - at) // 2, at // 2))
+        for (row, top, bottom), (column, left, right) in itertools.product(reads, repeat=2):
+            padded = nn.functional.pad(x, (left, right, top, bottom), self.mode)
+            places.append(nn.functional.conv2d(padded, weight[:, :, row::2, column::2], self.bias))
         rows = [torch.stack(pair, -1).flatten(3) for pair in (places[:2], places[2:])]
         return torch.stack(rows, 3).flatten(2, 3)  # (B, C, 2H, 2W)
 
@@ -160,19 +137,16 @@ class FoldFilm(RewriteRuleClassBase):
 
 
 class Exported(nn.Module):
-    """What a file computes: photo and the prompt's text features (1, T, D), if any -> edit.
-    Pictures are floats (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
+    """Photo and the prompt's text features (1, T, D), if any -> edit; pictures are floats
+    (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
         for name, module in list(self.generator.named_modules()):
-            if isinstance(module, common.UpConv):
-                phases = PhaseConv(module.kernel(), module.bias, 1, "replicate")
-                self.generator.set_submodule(name, phases)
-            elif isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2):
-                phases = PhaseConv(module.weight, module.bias, module.padding[0])
-                self.generator.set_submodule(name, phases)
+            transposed = isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2)
+            if transposed or isinstance(module, common.UpConv):
+                self.generator.set_submodule(name, PhaseConv(module))
 
     def forward(self, photo, text=None):
         if not self.bytes:
@@ -183,8 +157,7 @@ class Exported(nn.Module):
 
 @torch.no_grad()  # norms and attention by PyTorch's own layers, see common.trains_on_cpu
 def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -> ir.Model:
-    """The generator as a graph, its prompt an input, its parameters initializers named as in
-    Exported."""
+    """The generator as a graph; its prompt is an input, parameters are named as in Exported."""
     photo, height = torch.zeros(2, 3, size, size), 2
     if io == "uint8":
         photo, height = torch.zeros(2, size, size, 3, dtype=torch.uint8), 1
@@ -197,9 +170,20 @@ def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -
     return torch.onnx.export(Exported(generator, io).eval(), **options).model
 
 
+def simplify(model: ir.Model) -> ir.Model:
+    """The graph with what is constant folded, and FiLM."""
+    model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it
+    folding = {"input_size_limit": 2**31, "output_size_limit": 2**31}
+    optimizer.optimize(model, **folding)
+    model = rewrite(model, RewriteRuleSet([FoldFilm.rule()]))
+    optimizer.optimize(model, **folding)
+    ClearMetadataAndDocStringPass()(model)
+    model.ir_version = IR_VERSION
+    return model
+
+
 def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx.ModelProto:
-    """The graph with this generator's weights and the prompt of the concept in this place as
-    constants, folded."""
+    """The graph with this generator's weights and the prompt in this place folded in."""
     model = graph.clone()
     for name, weight in Exported(generator).named_parameters():
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
@@ -208,20 +192,33 @@ def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx
         text = generator.known()[place][1][None]  # (1, T, D)
         prompt.const_value, prompt.shape = ir.tensor(text.numpy()), ir.Shape(text.shape)
         model.graph.register_initializer(prompt)
-    model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it
-    folding = {"input_size_limit": 2**31, "output_size_limit": 2**31}
-    optimizer.optimize(model, **folding)
-    model = rewrite(model, RewriteRuleSet([FoldFilm.rule()]))
-    optimizer.optimize(model, **folding)
-    ClearMetadataAndDocStringPass()(model)
+    return ir.to_proto(simplify(model))
+
+
+def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
+    """The graph alone, its weights external data: the tensors in a generator's file."""
+    data, model = weights.read_bytes(), graph.clone()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header, initializers = json.loads(data[8:start]), model.graph.initializers
+    values = [initializers.pop(x) for x in [*initializers] if x.startswith("generator.")]
+    for value in values:
+        value.const_value = None  # or what is zero would be optimized away
+    model.graph.inputs.extend(values)  # or they would be folded
+    model = simplify(model)
+    del model.graph.inputs[-len(values) :]
+    for value in values:
+        value.name = value.name.removeprefix("generator.")
+        begin, end = header[value.name]["data_offsets"]
+        about = {"dtype": value.dtype, "shape": value.shape, "name": value.name}
+        value.const_value = ir.ExternalTensor(weights.name, start + begin, end - begin, **about)
+        model.graph.register_initializer(value)
     return ir.to_proto(model)
 
 
 def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onnx.ModelProto:
     """The model in fp16, or in static int8 (weights a scale per channel, QDQ; ranges from photos,
-    uint8). Kept in float there, as measured on a trained e2gan: the upsamplings (38 to 58 dB with
-    them, 45 to 68 without, as fast), the convolutions that read or write the picture, attention's
-    products, whose factors are no weights, and norms."""
+    uint8). Kept in float, as measured on a trained e2gan: the upsamplings (38 to 58 dB with them,
+    45 to 68 without, as fast), convolutions that read or write pictures, attention, norms."""
     if precision == "fp32":
         return proto
     if precision == "fp16":
@@ -232,11 +229,11 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
     for node in proto.graph.node:
         dims = weights.get(node.input[1], ()) if node.op_type in ("Conv", "MatMul") else ()
         inner = len(dims) == 4 and min(dims[:2]) > 3 and dims[3] < 7
-        if len(dims) == 2 or (inner and ".weights." not in node.input[1]):  # PhaseConv's
+        if len(dims) == 2 or (inner and node.input[1].endswith(".weight")):  # PhaseConv's are cut
             chosen.append(node.name)
-    session = open_file(proto.SerializeToString(), 0)
-    feeds = iter([feed(session, photo) for photo in photos.split(1)])
-    reader = SimpleNamespace(get_next=lambda: next(feeds, None))
+    model = open_file(proto.SerializeToString())
+    feeds = iter([feed(model, photo) for photo in photos.split(1)])
+    reader = argparse.Namespace(get_next=lambda: next(feeds, None))
     options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "nodes_to_quantize": chosen}
     options |= {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     with tempfile.TemporaryDirectory() as folder:
@@ -246,53 +243,63 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
         return onnx.load(after)
 
 
-# ---- ONNX Runtime --------------------------------------------------------------------------------
+# ---- Export --------------------------------------------------------------------------------------
 
 
-def open_file(model: bytes | Path, threads: int) -> onnxruntime.InferenceSession:
-    """A session on the CPU from a file or its bytes; UserError if the runtime cannot take it."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # it raises what it would log
-    # or idle sessions' threads slow the running one
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+def open_file(model: bytes | Path, threads: int = 0) -> Merged:
+    """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return Merged(model, threads)
     except Exception as error:  # the runtime's exceptions have no common base class
-        name = model if isinstance(model, Path) else "this graph"
-        raise UserError(f"ONNX Runtime cannot run {name}: {str(error).splitlines()[0]}") from error
+        name, reason = model if isinstance(model, Path) else "this graph", str(error)
+        raise UserError(f"ONNX Runtime cannot run {name}: {reason.splitlines()[0]}") from error
 
 
-def feed(session: onnxruntime.InferenceSession, photos: torch.Tensor) -> dict:
-    """uint8 photos (N, 3, H, W) as the file takes them."""
-    if session.get_inputs()[0].type == "tensor(uint8)":
-        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy()}
-    return {"photo": common.to_float(photos).numpy()}
+def feed(model: Editor, photos: torch.Tensor) -> dict:
+    """uint8 photos (N, 3, H, W) and the prompt, as a model takes them."""
+    if model.session.get_inputs()[0].type == "tensor(uint8)":
+        return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy(), **model.text}
+    return {"photo": common.to_float(photos).numpy(), **model.text}
 
 
-def run_onnx(session: onnxruntime.InferenceSession, photos: torch.Tensor, batch=8) -> torch.Tensor:
+def run_onnx(model: Editor, photos: torch.Tensor, batch=8) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> edits, floats in [-1, 1]."""
-    edits = [torch.from_numpy(session.run(None, feed(session, x))[0]) for x in photos.split(batch)]
-    fake = torch.cat(edits)
+    edits = [model.session.run(None, feed(model, part))[0] for part in photos.split(batch)]
+    fake = torch.from_numpy(np.concatenate(edits))
     return common.to_float(fake.permute(0, 3, 1, 2)) if fake.dtype == torch.uint8 else fake
 
 
-def median_ms(runs: list[tuple], seconds: float = 1.0) -> list[float]:
-    """Median milliseconds of each (session, inputs), after warm-up. The sessions take turns, in a
-    new order each round, so that whatever else the machine does, and who ran before, hits all
-    alike; at least 10 rounds, and as many as fit."""
-    rounds, began = [], time.perf_counter()
-    while len(rounds) < 13 or time.perf_counter() - began < seconds:
-        rounds.append([0.0] * len(runs))
-        for i in torch.randperm(len(runs)).tolist():
-            session, inputs = runs[i]
-            start = time.perf_counter()
-            session.run(None, inputs)
-            rounds[-1][i] = 1000 * (time.perf_counter() - start)
-    return np.median(rounds[3:], axis=0).tolist()
+def median_ms(model: Editor, photo: torch.Tensor) -> float:
+    """Median milliseconds of an edit, after warm-up: of 10, or as many as fit into a second."""
+    run = functools.partial(model.session.run, None, feed(model, photo))
+    rounds = max(10, int(1 / min(timeit.repeat(run, repeat=3, number=1))))
+    return 1000 * float(np.median(timeit.repeat(run, repeat=rounds, number=1)))
 
 
-# ---- Export --------------------------------------------------------------------------------------
+def kind(source: common.Generator) -> str:
+    name = "base" if source.config["widths"] == source.config["full"] else "pruned"
+    return name + (" + adapter" if source.config["concepts"][-1].get("adapter") else "")
+
+
+def limits_of(source: common.Generator) -> dict[str, int]:
+    """Of a picture's sides and pixels: attention's 8 bytes a head and pair of tokens fit 4 GB."""
+    heads, multiple = source.config.get("heads"), 2 ** source.config.get("depth", 3)
+    most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else Image.MAX_IMAGE_PIXELS
+    return {"multiple": multiple, "most pixels": most}
+
+
+def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, common.Generator]:
+    """{concept: its generator}: the base, or a copy with an adapter merged, the file .adapter."""
+    base = common.load_generator(base)
+    known = {concept["name"]: base for concept in base.config["concepts"]}
+    for path in adapters:
+        adapted = copy.deepcopy(base)
+        place = common.load_adapter(adapted, path, strength)
+        common.merge(adapted)
+        adapted.set_known([adapted.known()[place]])
+        adapted.adapter = path
+        known[adapted.config["concepts"][0]["name"]] = adapted
+    return known
 
 
 def find_photos(args) -> tuple[list[Path], list[Path]]:
@@ -310,63 +317,74 @@ def read_squares(files: list[Path], size: int) -> torch.Tensor:
     return torch.stack([common.to_pixels(common.read_square(path, size)) for path in files])
 
 
+def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generator], args) -> Editor:
+    """base.onnx, base.safetensors, adapters/, index.json and what they need in a browser."""
+    for name in ("adapters", "thumbnails"):
+        (folder / name).mkdir()
+    shutil.copyfile(args.generator[0], folder / "base.safetensors")
+    onnx.save(separate(graph, folder / "base.safetensors"), folder / "base.onnx")
+    onnx.checker.check_model(folder / "base.onnx", full_check=True)
+    concepts, files, source = [], {}, next(iter(known.values()))
+    for name, source in known.items():
+        about = source.config["concepts"][source.concept(name)]
+        about = {"name": name, "prompt": about["prompt"]}
+        if hasattr(source, "adapter"):
+            about["adapter"] = f"adapters/{name}.safetensors"
+            shutil.copyfile(source.adapter, folder / about["adapter"])
+        else:
+            about["place"] = source.concept(name)
+        concepts.append(about)
+    for path in sorted(folder.rglob("*.*")):
+        about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+        files[path.relative_to(folder).as_posix()] = about
+    layers = [x for x, kind in common.named_layers(source) if isinstance(kind, nn.ConvTranspose2d)]
+    index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
+    index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
+    common.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
+    assets, skip = Path(__file__).parent / "assets", shutil.ignore_patterns("*.jpg", "__pycache__")
+    shutil.copytree(assets, folder, ignore=skip, dirs_exist_ok=True)
+    return Editor(folder, args.threads)
+
+
+def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate, args) -> bytes:
+    """A file that stands alone, converted by calibrate, uint8 (N, 3, S, S)."""
+    place = source.concept(name)
+    proto = convert(specialize(graph, source, place), args.precision, calibrate)
+    about = {"concept": name, "prompt": source.config["concepts"][place]["prompt"]}
+    about |= {"base sha256": source.sha256, "precision": args.precision, **limits_of(source)}
+    about["value range"] = "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW"
+    about["size"] = "any" if args.dynamic else f"{args.size}x{args.size}"
+    onnx.helper.set_model_props(proto, {key: str(value) for key, value in about.items()})
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
+
+
 @torch.no_grad()
-def prove(session, name: str, source: common.Generator, photos: torch.Tensor, args) -> dict:
-    """The file's distance from PyTorch on some photos, as columns; UserError beyond TOLERANCE."""
+def prove(model, name: str, source: common.Generator, photos: torch.Tensor, args) -> dict:
+    """The model's distance from PyTorch on some photos, as columns; UserError beyond TOLERANCE."""
     place, (most, least) = source.concept(name), TOLERANCE[args.precision]
-    fake, wanted = run_onnx(session, photos), source(common.to_float(photos), torch.tensor([place]))
+    fake, wanted = run_onnx(model, photos), source(common.to_float(photos), torch.tensor([place]))
     if args.io == "uint8":  # what bytes can say of it; one may be rounded the other way
         wanted, most = common.to_float(common.to_uint8(wanted)), most + 2 / 255
     difference = (fake - wanted).abs().max().item()
     quality = training.psnr(fake, wanted).mean().item()
     if not (difference <= most and quality >= least):  # NaN is not
         distance = f"by {difference:.2g} at most, {quality:.1f} dB; {least:.0f} are needed"
-        raise UserError(f"{name}: the {args.precision} file differs from PyTorch {distance}")
+        raise UserError(f"{name}: the {args.precision} graph differs from PyTorch {distance}")
     return {"max difference": difference, "dB to PyTorch": quality}
 
 
-def export_concept(name: str, source: common.Generator, graph: ir.Model, photos, calibrate, args):
-    """Writes <concept>.onnx once it is proved on photos, uint8 (N, 3, S, S), converted by
-    calibrate, like them. Returns its session and its columns of the table."""
-    place = source.concept(name)
-    proto = convert(specialize(graph, source, place), args.precision, calibrate)
-    about = {
-        "concept": name,
-        "prompt": source.config["concepts"][place]["prompt"],
-        "base sha256": source.sha256,
-        "precision": args.precision,
-        "value range": "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW",
-        "size": "any" if args.dynamic else f"{args.size}x{args.size}",
-        "multiple": str(multiple_of(source)),
-        "attention heads": str(source.config.get("heads", 0)),
-    }
-    onnx.helper.set_model_props(proto, about)
-    proto.ir_version = IR_VERSION
-    onnx.checker.check_model(proto, full_check=True)
-    data = proto.SerializeToString()
-    session = open_file(data, args.threads)
-    distance = prove(session, name, source, photos[:COMPARED], args)
-    if args.dynamic:
-        other = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + multiple_of(source)]
-        prove(session, name, source, other, args)
-    common.replace_file(args.out / f"{name}.onnx", lambda part: part.write_bytes(data))
-    row = {"concept": name, "from": kind(source), "precision": args.precision}
-    size = {"KB": len(data) / 1000, "GMACs": common.count_macs(source, args.size) / 1e9}
-    return session, {**row, **size, **distance}
-
-
 def export_all(args, began: float) -> list[Path]:
-    """Exports every concept, unless the folder holds this run already. Returns the files."""
+    """Exports every concept, unless the folder holds this run already. Returns what to apply."""
     adapters = []
     for path in args.adapter or []:
         adapters += common.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
-    knowing = load_sources(args.generator, adapters, args.strength)
-    for name in args.concept or []:
-        if name not in knowing:
-            raise UserError(f"unknown concept {name!r}; known are {', '.join(knowing)}")
-    knowing = {name: knowing[name] for name in args.concept or knowing}
-    sources = list(itertools.chain(*knowing.values()))
-    multiple = max(map(multiple_of, sources))
+    known = load_concepts(args.generator[0], adapters, args.strength)
+    others = [common.load_generator(path) for path in args.generator[1:]]
+    if unknown := set(args.concept or []) - known.keys():
+        raise UserError(f"unknown concept {min(unknown)!r}; known are {', '.join(known)}")
+    known = {name: known[name] for name in args.concept or known}
+    multiple = max(limits_of(source)["multiple"] for source in [*known.values(), *others])
     if args.size < 16 or args.size % multiple:  # a norm needs more than 1x1
         raise UserError(f"--size {args.size}: give a multiple of {multiple} from 16 on")
     test, train = find_photos(args)
@@ -374,51 +392,70 @@ def export_all(args, began: float) -> list[Path]:
     reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(training.Pictures([*test, *train], args.size, []).data_hash)
     settings = common.settings_of(args, "06_export_onnx", reads=reads)
-    for key in {"generator", "adapter", "photos", "apply", "model"} & settings.keys():  # paths
-        del settings[key]
-    written = [args.out / f"{name}.onnx" for name in knowing]
+    for key in {"generator", "adapter", "apply", "model", "serve"} & settings.keys():
+        del settings[key]  # paths, and what changes nothing of the export
+    written = [args.out / f"{name}.onnx" for name in known] if args.merged else [args.out]
     if common.begin_run(args.out, settings, args.overwrite):
         return written
     logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
-    graphs, sessions, rows, pictures = {}, {}, [], []
-    kinds = dict.fromkeys(kind(source).split()[0] for source in sources)  # adapters as their bases
-    columns = ["photo", "teacher", *kinds, "ONNX"]
-    for name, known_by in knowing.items():
-        best, key = known_by[-1], known_by[-1].sha256  # an adapted generator has its base's
-        if key not in graphs:
-            graphs[key] = trace(best, args.size, args.io, args.dynamic)
-        session, row = export_concept(name, best, graphs[key], photos, calibrate, args)
-        fakes, shown = common.to_uint8(run_onnx(session, photos)), {"photo": photos[0]}
-        for source in known_by:
-            column, place = kind(source).split()[0], source.concept(name)
-            shown[column] = training.run_generator(source, photos[:1], place)[0]
-        shown["ONNX"] = fakes[0]
-        edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
-        places = [place for place, path in enumerate(edits) if path.exists()]
-        if places:
-            truth = read_squares([edits[place] for place in places], args.size)
-            row |= training.measure(fakes[places], photos[places], truth)
-            shown |= {"teacher": truth[0]} if places[0] == 0 else {}
-        pictures.append([shown.get(column) for column in columns])
-        sessions[key] = session  # files of one generator are one graph: timed once
-        rows.append((key, row))
-        print(f"{name}.onnx ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB")
-    labels = [
-        name + " (adapter)" * kind(known[-1]).endswith("adapter") for name, known in knowing.items()
-    ]
-    comparison = common.picture_grid(pictures, columns, labels, max(160, args.size))
-    common.write_png(args.out / "comparison.png", comparison)
-    times = median_ms([(session, feed(session, photos[:1])) for session in sessions.values()])
-    times = dict(zip(sessions, times, strict=True))
-    for key, row in rows:
-        row |= {"ms": times[key], "FPS": 1000 / times[key]}
-        row |= {"threads": args.threads, "size px": args.size}
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = export_to(Path(scratch), known, others, test, photos, calibrate, args)
+        for path in sorted(Path(scratch).rglob("*.*")):
+            copy_file = functools.partial(shutil.copyfile, path)
+            common.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]
     marks, seconds = common.marks_of(args, *folders), time.time() - began
-    tables = {"ONNX files": [row for _, row in rows]}
-    common.write_result(args.out, "06_export_onnx", seconds, marks, tables)
+    common.write_result(args.out, "06_export_onnx", seconds, marks, {"ONNX files": rows})
     return written
+
+
+def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, args) -> list[dict]:
+    """Exports {concept: generator} to an empty folder, each proved on photos, uint8 (N, 3, S, S),
+    of the files `test`; other generators are drawn beside it. Returns the table's rows."""
+    rows, pictures, base = [], {}, next(iter(known.values()))
+    kinds = dict.fromkeys(kind(source).split()[0] for source in [*known.values(), *others])
+    columns = ["photo", "teacher", *kinds, "ONNX"]  # an adapter's edit stands with its base's
+    graph = trace(base, args.size, args.io, args.dynamic)
+    editor = None if args.merged else build_folder(folder, graph, known, args)
+    for name, source in known.items():
+        if args.merged:
+            data = merged_file(name, source, graph, calibrate, args)
+            (folder / f"{name}.onnx").write_bytes(data)
+            model, size = open_file(data, args.threads), len(data)
+        else:
+            model = editor.use(name, args.strength)
+            size = source.adapter.stat().st_size if hasattr(source, "adapter") else 0
+        row = {"concept": name, "from": kind(source), "precision": args.precision}
+        row |= {"KB": size / 1000, "GMACs": common.count_macs(source, args.size) / 1e9}
+        row |= prove(model, name, source, photos[:COMPARED], args)
+        if args.dynamic and not rows:  # once: they are one graph
+            larger = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + limits_of(source)["multiple"]]
+            prove(model, name, source, larger, args)
+        fakes = common.to_uint8(run_onnx(model, photos))
+        edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
+        shown = {"photo": photos[0], "ONNX": fakes[0]}
+        if places := [place for place, path in enumerate(edits) if path.exists()]:
+            truth = read_squares([edits[place] for place in places], args.size)
+            row |= training.measure(fakes[places], photos[places], truth)
+            shown |= {"teacher": truth[0]} if places[0] == 0 else {}
+        rows.append(row)
+        print(f"{name} ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB")
+        for each in [source, *others]:
+            if name in {concept["name"] for concept in each.config["concepts"]}:
+                edit = training.run_generator(each, photos[:1], each.concept(name))[0]
+                shown[kind(each).split()[0]] = edit
+        pictures[name + " (adapter)" * hasattr(source, "adapter")] = [*map(shown.get, columns)]
+        if not args.merged:
+            common.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
+    sheet = common.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
+    common.write_png(folder / "comparison.png", sheet)
+    ms = median_ms(model, photos[:1])  # of all: they are one graph
+    for row in rows:
+        row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
+    if editor:
+        common.to_pil(photos[0]).save(folder / "photo.jpg", quality=95)
+    return rows
 
 
 # ---- Pictures of any size ------------------------------------------------------------------------
@@ -432,59 +469,50 @@ def find_pictures(path: Path) -> list[Path]:
     return found
 
 
-def edit_picture(session: onnxruntime.InferenceSession, picture: Image.Image) -> Image.Image:
-    """RGB -> its edit, as large. A file of free size takes the whole picture, padded to its
-    multiple; one of fixed size takes it scaled to fit, and the edit is scaled back."""
-    about, takes = session.get_modelmeta().custom_metadata_map, session.get_inputs()[0]
-    height, width = takes.shape[1:3] if takes.type == "tensor(uint8)" else takes.shape[2:]
-    inner = picture
-    if about.get("size") == "any":
-        multiple = int(about["multiple"])
-        width, height = (multiple * math.ceil(side / multiple) for side in picture.size)
-    else:
-        ratio = min(height / picture.height, width / picture.width)
-        inner = picture.resize([max(1, round(side * ratio)) for side in picture.size])
-    need = (
-        8 * int(about.get("attention heads", 0)) * (height * width / 64) ** 2
-    )  # bytes: scores, softmax
-    if need > psutil.virtual_memory().total:
-        raise MemoryError(f"attention over {width}x{height} pixels takes {need / 1e9:.0f} GB")
-    pad = [(0, 0), (0, height - inner.height), (0, width - inner.width)]
-    photo = torch.from_numpy(np.pad(common.to_pixels(inner), pad, "symmetric"))
-    edit = common.to_uint8(run_onnx(session, photo[None])[0, :, : inner.height, : inner.width])
-    return common.to_pil(edit).resize(picture.size)
+def edit_picture(model: Editor, picture: Image.Image) -> Image.Image:
+    """RGB -> its edit, as large; a file of one size takes it scaled to fit."""
+    inner, side = picture, model.index.get("side")
+    if side:
+        inner = picture.resize([max(1, round(x * side / max(picture.size))) for x in picture.size])
+    return Image.fromarray(model.edit(np.asarray(inner))).resize(picture.size)
 
 
-def apply_files(files: list[Path], pictures: Path, out: Path) -> None:
-    """Edits pictures with every file: <out>/<file's name>/<picture's path>.png, with the picture's
-    own alpha channel."""
-    paths, root = find_pictures(pictures), pictures if pictures.is_dir() else pictures.parent
-    sessions = {file.stem: open_file(file, 0) for file in files}
-    taken = Counter(path.with_suffix("") for path in paths)
-    for path in tqdm(paths, unit="picture"):
+def apply_files(args, paths: list[Path]) -> None:
+    """Writes <out>-applied/<model>/<picture's path>.png, with the picture's own alpha channel."""
+    pictures, out = find_pictures(args.apply), args.out.with_name(f"{args.out.name}-applied")
+    root = args.apply if args.apply.is_dir() else args.apply.parent
+    models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
+    for path in filter(Path.is_dir, paths):
+        index = common.read_json(path / "index.json", "06_export_onnx.py")
+        try:
+            for name in args.concept or [concept["name"] for concept in index["concepts"]]:
+                models[name] = Editor(path).use(name, args.strength)
+        except Exception as error:  # whatever a stranger's folder brings about
+            raise UserError(f"{path} cannot be used: {error}") from error
+    taken = Counter(path.with_suffix("") for path in pictures)
+    for path in tqdm(pictures, unit="picture"):
         name = path.relative_to(root).with_suffix(".png")
         if taken[path.with_suffix("")] > 1:  # a.jpg and a.png become a.jpg.png and a.png.png
             name = name.with_name(path.name + ".png")
         picture = common.read_picture(path, alpha=True)
-        for stem, session in sessions.items():
+        for stem, model in models.items():
             try:
-                edit = edit_picture(session, picture.convert("RGB"))
+                edit = edit_picture(model, picture.convert("RGB"))
             except Exception as error:  # the runtime's exceptions have no common base class
-                raise UserError(
-                    f"{path} cannot be edited ({str(error).splitlines()[0]}): make it smaller, or "
-                    "use a file exported without --dynamic: it scales pictures to its size"
-                ) from error
+                raise UserError(f"{path}: {str(error).splitlines()[0]}: make it smaller") from error
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
             common.write_png(out / stem / name, edit)
-    print(f"{len(paths)} pictures, {len(files)} edits of each: {out}")
+    print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
 
 
 def main() -> None:
     args, began = parse(), time.time()
-    files = args.model or export_all(args, began)
+    if args.serve is not None:
+        serve(args.out, args.serve)
+    paths = args.model or export_all(args, began)
     if args.apply:
-        apply_files(files, args.apply, args.out.with_name(f"{args.out.name}-applied"))
+        apply_files(args, paths)
 
 
 if __name__ == "__main__":

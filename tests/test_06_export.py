@@ -1,9 +1,13 @@
-"""Stage 6: a file computes what PyTorch computes, with the adapter merged and the prompt inside,
-and stands alone."""
+"""Stage 6: the folder's graph with the base's and an adapter's own files, and a merged file that
+stands alone, compute what PyTorch computes."""
 
 import argparse
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,11 +15,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import random_rows, script, write_adapter
+from conftest import ROOT, random_rows, script, write_adapter
 from PIL import Image
 
 import common
 import training
+from assets.editor import Editor
 
 SIZE = 32
 RANKS = {"down1.conv": 2, "blocks.tb.feed1": 1, "up1.conv": 2}
@@ -40,18 +45,21 @@ def halved(network):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, write_pairs):
-    """Pairs of three concepts, a base for two of them, a pruned one for `sketch`, an adapter for
-    `night`; what a CycleGAN run of stage 5 leaves: resnet9 one way, a pruned e2gan the other; and
-    photos of any size."""
+    """Pairs of three concepts, a base for two of them, a pruned one for `sketch`, adapters for
+    `night` and `fog`; what a CycleGAN run of stage 5 leaves: resnet9 one way, a pruned e2gan the
+    other; and photos of any size."""
     root = tmp_path_factory.mktemp("world")
     edits = {"sketch": lambda x: 1 - x, "oil": lambda x: 0.5 * x, "night": lambda x: x**2}
     write_pairs(root / "pairs", edits, train=4, test=5, size=SIZE)
     (root / "pairs/test/oil/00004.png").unlink()  # an edit that stage 1 rejected
-    common.save_network(root / "base/generator.safetensors", new_generator())
+    base = new_generator()
+    torch.nn.init.zeros_(base.films["rb0_1"].bias)  # as a fresh one's, which must not be lost
+    common.save_network(root / "base/generator.safetensors", base)
     pruned = halved(new_generator(concepts=("sketch",), seed=1))
     common.save_network(root / "coronet/generator.safetensors", pruned)
     base = common.load_generator(root / "base/generator.safetensors")
     write_adapter(root / "lora/night/adapter.safetensors", base, "night", RANKS)
+    write_adapter(root / "lora/fog/adapter.safetensors", base, "fog", {"out": 3, "up2.conv": 1})
     there = new_generator("resnet9", ("AtoB",), text=False)
     back = halved(new_generator("e2gan", ("BtoA",), text=False))
     common.save_network(root / "cyclegan/generator_AtoB.safetensors", there)
@@ -70,7 +78,7 @@ def picture(path, width, height, mode="RGB", **options):
 
 def flags_of(root, flags: str) -> list[str]:
     """Flags in which W stands for the world's folder."""
-    given = f"--pairs W/pairs --size {SIZE} --threads 1 {flags}"
+    given = f"--cdn --pairs W/pairs --size {SIZE} --threads 1 {flags}"
     return given.replace("W/", f"{root}/").split()
 
 
@@ -100,20 +108,40 @@ def export(world, load_stage):
     return call
 
 
-GENERATORS = "--generator W/base/generator.safetensors --generator W/coronet/generator.safetensors"
+@pytest.fixture(scope="module")
+def folder(world, export):
+    export("--generator W/base/generator.safetensors --adapter W/lora --out W/folder")
+    return world / "folder"
 
 
 @pytest.fixture(scope="module")
 def exported(world, export):
-    export(f"{GENERATORS} --adapter W/lora --out W/onnx")
+    generators = (
+        "--generator W/base/generator.safetensors --generator W/coronet/generator.safetensors"
+    )
+    export(f"--merged {generators} --adapter W/lora/night --out W/onnx")
     return world / "onnx"
 
 
 @pytest.fixture(scope="module")
 def dynamic(world, export):
     """The base's concepts in the other form: bytes, and any height and width."""
-    export("--generator W/base/generator.safetensors --io uint8 --dynamic --out W/dynamic")
+    flags = "--merged --io uint8 --dynamic --out W/dynamic"
+    export(f"--generator W/base/generator.safetensors {flags}")
     return world / "dynamic"
+
+
+@pytest.fixture
+def adapted(world):
+    """adapted(night=0.5, fog=1) is the base with these adapters at these strengths."""
+
+    def load(**strengths):
+        generator = common.load_generator(world / "base/generator.safetensors")
+        for name, strength in strengths.items():
+            common.load_adapter(generator, world / f"lora/{name}/adapter.safetensors", strength)
+        return generator
+
+    return load
 
 
 def run_file(path, photo):
@@ -125,18 +153,142 @@ def edit(generator, photo, concept):
         return generator(photo, torch.full((len(photo),), generator.concept(concept))).numpy()
 
 
-def test_each_file_equals_its_generator(world, exported):
+def pixels_of(width, height, seed=0):
+    """uint8 (1, 3, height, width)"""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=rng)
+
+
+def distance(editor, generator, concept, pixels):
+    """Of an editor's bytes from PyTorch's, at most."""
+    made = editor.edit(pixels[0].permute(1, 2, 0).numpy())
+    wanted = training.run_generator(generator, pixels, generator.concept(concept))[0]
+    return np.abs(made.astype(int) - wanted.permute(1, 2, 0).numpy()).max()
+
+
+def test_folder_holds_the_files_themselves(world, folder):
+    index = common.read_json(folder / "index.json")
+    originals = {"base.onnx": folder / "base.onnx"}
+    originals["base.safetensors"] = world / "base/generator.safetensors"
+    for name in ("night", "fog"):
+        originals[f"adapters/{name}.safetensors"] = world / f"lora/{name}/adapter.safetensors"
+    assert index["files"].keys() == originals.keys()
+    for name, about in index["files"].items():
+        data = (folder / name).read_bytes()
+        assert (about["bytes"], about["sha256"]) == (len(data), common.sha256(originals[name]))
+    assert [x["name"] for x in index["concepts"]] == ["sketch", "oil", "fog", "night"]
+    assert index["concepts"][3]["prompt"] == "make it night" and index["transposed"] == []
+    assert index["web"].startswith("https://cdn.jsdelivr.net/npm/onnxruntime-web@1.")
+    for name in ("index.html", "editor.js", "editor.py", "photo.jpg", "thumbnails/night.jpg"):
+        assert (folder / name).stat().st_size
+    model = onnx.load(folder / "base.onnx", load_external_data=False)
+    assert (folder / "base.onnx").stat().st_size < 100_000 and model.ir_version == 8
+    weights = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
+    base = common.load_generator(folder / "base.safetensors")
+    assert weights == {name for name, _ in base.named_parameters()}
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 18}
+    session = onnxruntime.InferenceSession(folder / "base.onnx")  # finds them itself
+    assert [value.name for value in session.get_inputs()] == ["photo", "text"]
+
+
+def test_editor_equals_pytorch(folder, adapted):
+    editor, photo = Editor(folder, threads=1), pixels_of(45, 38)
+    padded = torch.from_numpy(np.pad(photo.numpy(), ((0, 0), (0, 0), (0, 2), (0, 3)), "symmetric"))
+    made = editor.use("oil").edit(photo[0].permute(1, 2, 0).numpy())
+    whole = editor.edit(padded[0].permute(1, 2, 0).numpy())
+    assert made.shape == (38, 45, 3) and (whole[:38, :45] == made).all()
+    assert distance(editor, adapted(), "oil", padded) <= 1
+    for x in (0, 0.6, 1.5):
+        assert distance(editor.use("night", x), adapted(night=x), "night", padded) <= 1
+    both = adapted(night=0.8, fog=0.4)
+    assert distance(editor.use({"night": 0.8, "fog": 0.4}), both, "night", padded) <= 1
+    assert distance(editor.use({"fog": 0.4, "night": 0.8}), both, "fog", padded) <= 1
+    assert distance(editor.use({"fog": 0.4, "night": 0.8}), both, "night", padded) > 1
+
+
+def test_weights_from_outside_equal_merged_ones(world, folder, exported, load_stage, tmp_path):
+    """In floats, which say more than bytes."""
+    stage = load_stage("06")
+    shutil.copytree(folder, tmp_path / "float")
+    base = common.load_generator(folder / "base.safetensors")
+    graph = stage.separate(stage.trace(base, SIZE), folder / "base.safetensors")
+    onnx.save(graph, tmp_path / "float/base.onnx")
+    index = common.read_json(folder / "index.json")
+    index["files"]["base.onnx"]["sha256"] = common.sha256(tmp_path / "float/base.onnx")
+    common.write_json(tmp_path / "float/index.json", index)
+    editor, photos = Editor(tmp_path / "float", threads=1), []
+    for file in (world / "pairs/test/source").glob("*.png"):
+        photos.append(common.to_float(common.read_image(file)))
+    for name in ("oil", "night"):
+        editor.use(name)
+        merged = run_file(exported / f"{name}.onnx", torch.stack(photos))
+        feeds = {"photo": torch.stack(photos).numpy(), **editor.text}
+        assert np.abs(editor.session.run(None, feeds)[0] - merged).max() < 1e-4
+
+
+@pytest.mark.parametrize("arch, layer", [("resnet9", "up1.conv"), ("unet256", "ups.1")])
+def test_transposed_layers_and_no_prompt(world, export, arch, layer):
+    common.save_network(world / f"{arch}.safetensors", new_generator(arch, ("oil",), text=False))
+    generator = common.load_generator(world / f"{arch}.safetensors")
+    adapter = world / f"{arch}-lora/adapter.safetensors"
+    write_adapter(adapter, generator, "night", {layer: 2})
+    export(f"--generator W/{arch}.safetensors --adapter {adapter} --out W/{arch}")
+    assert layer in common.read_json(world / arch / "index.json")["transposed"]
+    editor, photo = Editor(world / arch, threads=1), pixels_of(SIZE, SIZE)
+    assert distance(editor.use("oil"), generator, "oil", photo) <= 1
+    common.load_adapter(generator, adapter, 0.7)
+    assert distance(editor.use("night", 0.7), generator, "night", photo) <= 1
+    assert distance(editor.use("oil"), generator, "night", photo) > 1
+
+
+def test_editor_as_in_readme_without_torch(folder, tmp_path):
+    export = (ROOT / "README.md").read_text().split("## Export")[1]
+    code = export.split("```python\n")[1].split("```")[0]
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(folder, tmp_path / "runs/onnx")
+    Image.fromarray(pixels_of(40, 32)[0].permute(1, 2, 0).numpy()).save(tmp_path / "photo.jpg")
+    code = code.replace("starry", "night").replace("wave", "fog")
+    (tmp_path / "app.py").write_text(f"import sys\nsys.modules['torch'] = None\n{code}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "runs/onnx")}
+    subprocess.run([sys.executable, "app.py"], cwd=tmp_path, env=environment, check=True)
+    editor = Editor(folder).use("night", strength=0.8)
+    wanted = editor.edit(np.asarray(Image.open(tmp_path / "photo.jpg")))
+    assert (np.asarray(Image.open(tmp_path / "night.png")) == wanted).all()
+
+
+def test_editor_believes_no_other_file(world, folder, tmp_path):
+    """And what fails leaves the last edit working."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    editor, photo = Editor(copy).use("night"), pixels_of(24, 24)[0].permute(1, 2, 0).numpy()
+    before = editor.edit(photo)
+    data = (copy / "adapters/fog.safetensors").read_bytes()
+    (copy / "adapters/fog.safetensors").write_bytes(data[:1000])
+    bad = {"is damaged": "fog", "unknown concept": "snow", "not from 0 to 1.5": {"night": 1.6}}
+    for words, concept in bad.items():
+        with pytest.raises(ValueError, match=words):
+            editor.use(concept)
+    other = common.load_generator(world / "coronet/generator.safetensors")
+    write_adapter(copy / "adapters/fog.safetensors", other, "fog", {"out": 1})
+    digest = common.sha256(copy / "adapters/fog.safetensors")
+    editor.index["files"]["adapters/fog.safetensors"]["sha256"] = digest
+    with pytest.raises(ValueError, match="another base"):
+        editor.use("fog")
+    with pytest.raises(ValueError, match="more than 715541 pixels"):
+        editor.edit(np.zeros((1000, 1000, 3), np.uint8))
+    assert (editor.edit(photo) == before).all()
+    (copy / "base.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match="base.onnx is damaged"):
+        Editor(copy)
+
+
+def test_each_file_equals_its_generator(exported, adapted):
     photo = torch.rand(3, 3, SIZE, SIZE) * 2 - 1  # a batch that the tracer has not seen
-    base = common.load_generator(world / "base/generator.safetensors")
-    adapted = common.load_generator(world / "base/generator.safetensors")
-    common.load_adapter(adapted, world / "lora/night/adapter.safetensors")
-    pruned = common.load_generator(world / "coronet/generator.safetensors")
-    sources = {"oil": base, "night": adapted, "sketch": pruned}
+    sources = {"oil": adapted(), "sketch": adapted(), "night": adapted(night=1)}
     assert {path.stem for path in exported.glob("*.onnx")} == sources.keys()
     for name, generator in sources.items():
         difference = run_file(exported / f"{name}.onnx", photo) - edit(generator, photo, name)
         assert np.abs(difference).max() < 1e-4
-    assert np.abs(edit(adapted, photo, "night") - edit(base, photo, "oil")).max() > 0.01
 
 
 def test_file_stands_alone(world, exported, tmp_path):
@@ -148,7 +300,7 @@ def test_file_stands_alone(world, exported, tmp_path):
     assert model.ir_version == 8  # ONNX Runtime of 2023 refuses what says that it is newer
     assert {entry.key: entry.value for entry in model.metadata_props} == {
         **{"concept": "night", "prompt": "make it night", "size": "32x32", "precision": "fp32"},
-        **{"value range": "-1..1, RGB, NCHW", "multiple": "8", "attention heads": "4"},
+        **{"value range": "-1..1, RGB, NCHW", "multiple": "8", "most pixels": "715541"},
         "base sha256": common.sha256(world / "base/generator.safetensors"),
     }
     shape = model.graph.input[0].type.tensor_type.shape.dim
@@ -157,15 +309,14 @@ def test_file_stands_alone(world, exported, tmp_path):
     assert not any("text" in node.input for node in model.graph.node)
 
 
-def test_result(world, exported):
+def test_result(world, folder, exported):
+    tables = common.read_json(folder / "result.json")["tables"]["ONNX files"]
+    assert [row["KB"] for row in tables[:2]] == [0, 0] and 2 < tables[3]["KB"] < 4
     result = common.read_json(exported / "result.json")
     rows = {row["concept"]: row for row in result["tables"]["ONNX files"]}
-    kinds = {"sketch": "pruned", "oil": "base", "night": "base + adapter"}
-    found = {name: row.get("from") for name, row in rows.items()}
-    assert found == kinds
+    kinds = {"sketch": "base", "oil": "base", "night": "base + adapter"}
+    assert {name: row.get("from") for name, row in rows.items()} == kinds
     assert all(rows[name]["max difference"] <= 1e-3 and rows[name]["ms"] > 0 for name in kinds)
-    for column in ("GMACs", "KB"):
-        assert rows["sketch"][column] < rows["oil"][column]
     photos, edits = [], []
     for path in sorted((world / "pairs/test/oil").iterdir()):  # the photos that have an edit
         photos.append(common.to_float(common.read_image(world / "pairs/test/source" / path.name)))
@@ -181,41 +332,31 @@ def test_result(world, exported):
 def test_done_already_and_one_concept(world, export, capsys):
     flags = "--generator W/base/generator.safetensors --adapter W/lora --concept night --out W/one"
     export(flags)
-    assert {path.stem for path in (world / "one").glob("*.onnx")} == {"night"}
-    before = (world / "one/night.onnx").stat().st_mtime_ns
+    assert [x["name"] for x in common.read_json(world / "one/index.json")["concepts"]] == ["night"]
+    before = (world / "one/base.onnx").stat().st_mtime_ns
     export(f"{flags} --apply W/photos")  # which changes nothing of the export
     assert "done already" in capsys.readouterr().out
-    assert (world / "one/night.onnx").stat().st_mtime_ns == before
+    assert (world / "one/base.onnx").stat().st_mtime_ns == before
     settings = (world / "one/settings.json").read_text()
     assert str(world) not in settings and (world / "one-applied/night/wide.png").exists()
 
 
-@pytest.mark.parametrize("arch", ["resnet9", "unet256", "e2gan"])
-def test_architectures_without_prompt(world, export, arch):
-    generator = new_generator(arch, ("oil",), text=False)
-    common.save_network(world / f"{arch}.safetensors", generator)
-    export(f"--generator W/{arch}.safetensors --out W/{arch}")
-    photo = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
-    difference = run_file(world / arch / "oil.onnx", photo) - edit(generator, photo, "oil")
-    assert np.abs(difference).max() < 1e-4
-
-
-def test_both_directions_of_cyclegan_without_pairs(world, export):
-    """Photos of any kind prove and calibrate what never saw a pair; --apply edits with both."""
-    flags = "--generator W/cyclegan/generator_AtoB.safetensors "
-    flags += "--generator W/cyclegan/generator_BtoA.safetensors --photos W/photos --pairs W/none"
-    rows = export(f"{flags} --io uint8 --apply W/photos --out W/both")
+@pytest.mark.parametrize("way, kind", [("AtoB", "base"), ("BtoA", "pruned")])
+def test_cyclegan_without_pairs(world, export, way, kind):
+    """Photos of any kind prove and calibrate what never saw a pair, and has no prompt."""
+    flags = f"--merged --generator W/cyclegan/generator_{way}.safetensors --photos W/photos "
+    flags += "--pairs W/none --io uint8"
+    row = export(f"{flags} --apply W/photos --out W/{way}")[way]
+    generator = common.load_generator(world / f"cyclegan/generator_{way}.safetensors")
     photo = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
-    for way, kind in (("AtoB", "base"), ("BtoA", "pruned")):
-        generator = common.load_generator(world / f"cyclegan/generator_{way}.safetensors")
-        made = run_file(world / f"both/{way}.onnx", photo.permute(0, 2, 3, 1))
-        wanted = training.run_generator(generator, photo, 0).permute(0, 2, 3, 1).numpy()
-        assert np.abs(made.astype(int) - wanted).max() <= 1
-        applied = {path.name for path in (world / "both-applied" / way).iterdir()}
-        assert applied == {"wide.png", "high.png"}
-        assert rows[way]["from"] == kind and "PSNR dB" not in rows[way]
-    rows = export(f"{flags} --io uint8 --precision int8 --out W/both-int8")
-    assert all(rows[way]["dB to PyTorch"] >= 30 for way in ("AtoB", "BtoA"))
+    made = run_file(world / f"{way}/{way}.onnx", photo.permute(0, 2, 3, 1))
+    wanted = training.run_generator(generator, photo, 0).permute(0, 2, 3, 1).numpy()
+    assert np.abs(made.astype(int) - wanted).max() <= 1
+    applied = {path.name for path in (world / f"{way}-applied" / way).iterdir()}
+    assert applied == {"wide.png", "high.png"}
+    assert row["from"] == kind and "PSNR dB" not in row
+    row = export(f"{flags} --precision int8 --out W/{way}-int8")[way]
+    assert row["dB to PyTorch"] >= 30
 
 
 def test_bytes_of_any_size(world, dynamic):
@@ -231,7 +372,7 @@ def test_bytes_of_any_size(world, dynamic):
 
 @pytest.mark.parametrize("precision, least", [("fp16", 45), ("int8", 30)])
 def test_precisions(world, export, exported, precision, least):
-    flags = "--generator W/base/generator.safetensors --concept oil"
+    flags = "--merged --generator W/base/generator.safetensors --concept oil"
     row = export(f"{flags} --precision {precision} --out W/{precision}")["oil"]
     path, photos = world / precision / "oil.onnx", []
     for file in (world / "pairs/test/source").glob("*.png"):
@@ -256,14 +397,16 @@ def test_film_is_the_norms_own_scale_and_shift(exported):
 
 
 def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
-    stage, flags = load_stage("06"), "--generator W/base/generator.safetensors --precision int8"
+    stage, flags = (
+        load_stage("06"),
+        "--merged --generator W/base/generator.safetensors --precision int8",
+    )
     monkeypatch.setitem(stage.TOLERANCE, "int8", (9.0, 200.0))
     given = flags_of(world, f"{flags} --out W/missed")
     monkeypatch.setattr("sys.argv", [script("06"), *given])
     with pytest.raises(common.UserError, match="differs from PyTorch .* 200 are needed"):
         stage.main()
-    assert not list((world / "missed").glob("*.onnx"))
-    assert not (world / "missed/result.json").exists()
+    assert [path.name for path in (world / "missed").iterdir()] == ["settings.json"]
 
 
 def test_a_trace_serves_other_weights_and_prompts(load_stage):
@@ -275,18 +418,18 @@ def test_a_trace_serves_other_weights_and_prompts(load_stage):
             torch.nn.init.zeros_(parameter)
     photos = torch.randint(0, 256, (1, 3, SIZE, SIZE), dtype=torch.uint8)
     graph = stage.trace(zero, SIZE)
-    session = stage.open_file(stage.specialize(graph, other, 1).SerializeToString(), 1)
+    model = stage.open_file(stage.specialize(graph, other, 1).SerializeToString(), 1)
     wanted = torch.from_numpy(edit(other, common.to_float(photos), "oil"))
-    assert (stage.run_onnx(session, photos) - wanted).abs().max() < 1e-4
+    assert (stage.run_onnx(model, photos) - wanted).abs().max() < 1e-4
     args = argparse.Namespace(precision="fp32", io="float32")
-    assert stage.prove(session, "oil", other, photos, args)["max difference"] < 1e-4
+    assert stage.prove(model, "oil", other, photos, args)["max difference"] < 1e-4
     torch.nn.init.constant_(other.out.bias, torch.nan)
     for name, generator in (("sketch", other), ("oil", zero), ("oil", other)):
         with pytest.raises(common.UserError, match="differs from PyTorch"):
-            stage.prove(session, name, generator, photos, args)
+            stage.prove(model, name, generator, photos, args)
 
 
-def test_apply_pictures_of_any_kind(stage, dynamic, exported, tmp_path):
+def test_apply_pictures_of_any_kind(stage, folder, dynamic, exported, tmp_path):
     """In a folder that holds the files alone, as an app has them."""
     turned = Image.Exif()
     turned[0x0112] = 6  # taken with the camera on its side
@@ -298,37 +441,31 @@ def test_apply_pictures_of_any_kind(stage, dynamic, exported, tmp_path):
     (tmp_path / "photos/readme.txt").write_text("not a picture, and not taken for one")
     shutil.copy(dynamic / "oil.onnx", tmp_path / "free.onnx")
     shutil.copy(exported / "oil.onnx", tmp_path / "fixed.onnx")
-    flags = "--model free.onnx --model fixed.onnx --apply photos --out out"
+    shutil.copytree(folder, tmp_path / "all")
+    flags = (
+        "--model free.onnx --model fixed.onnx --model all --concept fog --apply photos --out out"
+    )
     stage("06", *flags.split(), cwd=tmp_path)
     sizes = {"side.png": (30, 50), "deep/clear.png": (45, 21), "tiny.png": (3, 2)}
     sizes |= {"deep/side.gif.png": (17, 40), "deep/side.png.png": (16, 41)}
-    for name in ("free", "fixed"):
-        folder, made = tmp_path / "out-applied" / name, {}
-        for path in folder.rglob("*.png"):
-            made[path.relative_to(folder).as_posix()] = Image.open(path).size
+    for name in ("free", "fixed", "fog"):
+        root, made = tmp_path / "out-applied" / name, {}
+        for path in root.rglob("*.png"):
+            made[path.relative_to(root).as_posix()] = Image.open(path).size
         assert made == sizes
-        assert Image.open(folder / "deep/clear.png").mode == "RGBA"
-        assert Image.open(folder / "side.png").mode == "RGB"
+        assert Image.open(root / "deep/clear.png").mode == "RGBA"
+        assert Image.open(root / "side.png").mode == "RGB"
 
 
-def test_alpha_is_kept_and_hides_nothing(load_stage, dynamic, tmp_path):
+def test_alpha_is_kept_and_hides_nothing(world, export, dynamic, tmp_path):
     """The colours below are edited as they are, and the edit is as transparent as the picture."""
-    stage, rng = load_stage("06"), np.random.default_rng(0)
-    rgba = rng.integers(0, 256, (16, 24, 4), dtype=np.uint8)
-    common.write_png(tmp_path / "in/clear.png", Image.fromarray(rgba))
-    stage.apply_files([dynamic / "oil.onnx"], tmp_path / "in", tmp_path / "out")
-    made = np.asarray(Image.open(tmp_path / "out/oil/clear.png"))
-    session = stage.open_file(dynamic / "oil.onnx", 1)
-    wanted = stage.edit_picture(session, Image.fromarray(rgba[..., :3]))
-    assert (made[..., 3] == rgba[..., 3]).all() and (made[..., :3] == np.asarray(wanted)).all()
-
-
-def test_apply_equals_pytorch_on_the_whole_picture(world, load_stage, dynamic):
-    stage, base = load_stage("06"), common.load_generator(world / "base/generator.safetensors")
-    pixels = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
-    made = stage.edit_picture(stage.open_file(dynamic / "oil.onnx", 1), common.to_pil(pixels))
-    wanted = training.run_generator(base, pixels[None], base.concept("oil"))[0]
-    assert (common.to_pixels(made).int() - wanted.int()).abs().max() <= 1
+    rgba = np.random.default_rng(0).integers(0, 256, (16, 24, 4), dtype=np.uint8)
+    common.write_png(tmp_path / "clear.png", Image.fromarray(rgba))
+    flags = "--merged --io uint8 --dynamic --generator W/base/generator.safetensors"
+    export(f"{flags} --apply {tmp_path} --out W/dynamic")
+    made = np.asarray(Image.open(world / "dynamic-applied/oil/clear.png"))
+    wanted = run_file(dynamic / "oil.onnx", torch.from_numpy(rgba[None, ..., :3].copy()))[0]
+    assert (made[..., 3] == rgba[..., 3]).all() and (made[..., :3] == wanted).all()
 
 
 def test_demo_finds_its_generators_and_adapters(load_stage, tmp_path, monkeypatch):
@@ -350,9 +487,10 @@ def test_bad_input(world, error_of, tmp_path):
     base = "--generator W/base/generator.safetensors"
     assert "multiple of 8" in ends(f"{base} --size 60")
     assert "does not exist" in ends(f"{base} --adapter W/none")
-    assert "unknown concept 'fog'" in ends(f"{base} --adapter W/lora --concept fog")
+    assert "unknown concept 'haze'" in ends(f"{base} --adapter W/lora --concept haze")
     other = "--generator W/coronet/generator.safetensors"
     assert "another base" in ends(f"{other} --adapter W/lora")
+    assert "flags of --merged" in ends(f"{base} --precision int8")
     assert "from 0 to 1.5" in ends(f"{base} --strength 2")
     data = (world / "base/generator.safetensors").read_bytes()
     (world / "cut.safetensors").write_bytes(data[:5000])
@@ -366,7 +504,7 @@ def test_bad_input(world, error_of, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
+def test_bad_input_of_apply(world, folder, exported, dynamic, error_of, tmp_path):
     def ends(model, pictures):
         flags = ("--model", model, *(["--apply", pictures] if pictures else []))
         return error_of("06", *flags, "--out", tmp_path / "out")
@@ -376,20 +514,32 @@ def test_bad_input_of_apply(world, exported, dynamic, error_of, tmp_path):
     assert "cannot run" in ends(tmp_path / "none.onnx", world / "photos")
     assert "does not exist" in ends(file, tmp_path / "none")
     assert "holds no pictures" in ends(file, tmp_path)
+    assert "index.json does not exist" in ends(world / "onnx", world / "photos")
     broken.write_bytes(b"no picture")
     assert "broken.png is not a picture" in ends(file, tmp_path)
     assert "cannot run" in ends(broken, world / "photos")
     (tmp_path / "huge").mkdir()
     Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
-    line = ends(dynamic / "oil.onnx", tmp_path / "huge")
-    assert "make it smaller" in line and "without --dynamic" in line
+    for model in (dynamic / "oil.onnx", folder):
+        assert "make it smaller" in ends(model, tmp_path / "huge")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/index.json").write_text("{}")
+    assert "cannot be used" in ends(tmp_path / "other", world / "photos")
+
+
+def test_bad_input_of_serve(folder, error_of, tmp_path):
+    assert "holds no index.json" in error_of("06", "--serve", "--out", tmp_path)
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = error_of("06", "--serve", port, "--out", folder)
+    assert f"port {port} cannot be used" in line
 
 
 def test_strength_scales_what_is_merged(world, load_stage):
     base, adapter = world / "base/generator.safetensors", world / "lora/night/adapter.safetensors"
     weights = {}
     for strength in (0, 0.5, 1):
-        source = load_stage("06").load_sources([base], [adapter], strength)["night"][-1]
+        source = load_stage("06").load_concepts(base, [adapter], strength)["night"]
         weights[strength] = source.up1.conv.weight
         assert json.dumps(source.config["concepts"]).count("name") == 1
     assert torch.equal(weights[0], common.load_generator(base).up1.conv.weight)

@@ -143,7 +143,7 @@ def test_upsampling_is_nearest_neighbour_and_a_convolution_of_what_came_out(load
     up, x = common.UpConv(5, 7, 3), torch.randn(2, 5, 6, 8)
     large = F.pad(F.interpolate(x, scale_factor=2), (1, 1, 1, 1), "reflect")
     wanted = F.conv2d(large, up.weight, up.bias)  # (2, 7, 12, 16)
-    phases = load_stage("06").PhaseConv(up.kernel(), up.bias, 1, "replicate")
+    phases = load_stage("06").PhaseConv(up)
     assert torch.allclose(up(x), wanted, atol=1e-6) and torch.allclose(phases(x), wanted, atol=1e-6)
 
 

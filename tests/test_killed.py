@@ -48,7 +48,7 @@ def flags_of(root: Path) -> dict[str, str]:
         "03": f"{later} --width 8 --epochs 4 --eval-every 1",
         "04": f"{later} --base {base} --steps 5 --rank auto --layers down1,up2 --probe-steps 1",
         "05": f"{small} --generator {base} --keep 0.5 --search-epochs 2 --epochs 1",
-        "06": f"{pairs} --generator {base} --size 32 --threads 1",
+        "06": f"{pairs} --generator {base} --size 32 --threads 1 --cdn",
     }
 
 
@@ -59,7 +59,7 @@ def load_stages(numbers) -> dict[str, object]:
 
     modules = {number: import_stage(number) for number in numbers}
     modules["01"].Clip, training.write_curve = Tower, common.write_json
-    modules["06"].median_ms = lambda runs: [1.0] * len(runs)
+    modules["06"].median_ms = lambda *_: 1.0
     return modules
 
 
@@ -166,7 +166,7 @@ def report(root: Path, times: int, seed: int) -> dict[str, dict]:
     for number, flags in commands.items():
         if number == "06":  # its concepts share one base, traced here once
             source = common.load_generator(root / "03/out/generator.safetensors")
-            graph = modules[number].trace(source, 32)
+            graph = modules[number].trace(source, 32, "uint8", True)
             modules[number].trace = lambda *_, graph=graph: graph
         status, words, moments = run(modules[number], number, flags, root / number)
         if status:

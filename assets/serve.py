@@ -1,0 +1,64 @@
+"""Shows the folder that this file lies in to this machine's browsers: python serve.py [PORT]"""
+
+import functools
+import http.server
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+PACKAGE = "onnxruntime-web@1.30.0"
+BUILDS = ["ort.wasm.min.mjs", "ort.webgpu.min.mjs"]  # and what they load
+for part in ("threaded", "threaded.asyncify"):
+    BUILDS += [f"ort-wasm-simd-{part}.mjs", f"ort-wasm-simd-{part}.wasm"]
+
+
+def fetch_runtime(folder: Path, cdn: bool = False) -> str:
+    """Puts onnxruntime-web from npm into folder/ort, unless told to leave it on its CDN, or npm is
+    not there. Returns the address, from the folder, at which the page finds it."""
+    address = f"https://cdn.jsdelivr.net/npm/{PACKAGE}/dist/"
+    if cdn:
+        return address
+    command = ["npm", "pack", PACKAGE, "--silent", "--prefer-offline", "--fetch-retries=0"]
+    command.append("--fetch-timeout=20000")  # ms
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"npm gives no {PACKAGE} ({error}): the page loads it from {address}")
+        return address
+    archive, ort = folder / f"{PACKAGE.replace('@', '-')}.tgz", folder / "ort"
+    ort.mkdir()
+    wanted = {f"package/dist/{name}" for name in BUILDS}
+    with tarfile.open(archive) as members:
+        for member in members:  # in the archive's order: going back would unpack it again
+            if member.name in wanted:
+                (ort / Path(member.name).name).write_bytes(members.extractfile(member).read())
+    archive.unlink()
+    return "ort/"
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """With the two headers without which browsers give a page no threads."""
+
+    def end_headers(self):
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        self.send_header("Cache-Control", "no-cache")  # asks whether a file has changed
+        super().end_headers()
+
+
+def serve(folder: Path, port: int) -> None:
+    """Until Ctrl-C. port 0 is any free one. OSError if there is no folder or no port."""
+    if not (folder / "index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no index.json: 06_export_onnx.py writes one")
+    handler = functools.partial(Handler, directory=folder)
+    try:
+        server = http.server.ThreadingHTTPServer(("localhost", port), handler)
+    except OSError as error:
+        raise OSError(f"port {port} cannot be used ({error.strerror}): give another") from None
+    print(f"{folder}: open http://localhost:{server.server_port}, Ctrl-C stops", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(Path(__file__).parent, int([*sys.argv, 8000][1]))

@@ -1,0 +1,149 @@
+"""The exported folder's page in headless Chromium: it shows what Python makes, fetches an adapter
+for another concept and nothing else, and what fails leaves the last edit as it was."""
+
+import base64
+import io
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import script, write_adapter
+from PIL import Image
+
+import common
+from assets.editor import Editor
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="apt-get install chromium")
+FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+
+
+@pytest.fixture(scope="module")
+def folder(good, stage, tmp_path_factory):
+    """An exported folder: `dark` of the base, `inverted` of an adapter; then two bad concepts, of
+    an adapter cut short, and of another base's."""
+    out = tmp_path_factory.mktemp("browser") / "onnx"
+    flags = f"--pairs {good}/pairs --generator {good}/base.safetensors --size 32 --threads 1"
+    stage("06", *flags.split(), "--adapter", good / "adapter.safetensors", "--out", out)
+    index = common.read_json(out / "index.json")
+    if index["web"] != "ort/":
+        pytest.skip("npm gives no onnxruntime-web")
+    whole = (out / "adapters/inverted.safetensors").read_bytes()
+    other = common.load_generator(good / "base.safetensors")
+    other.sha256 = "of another"
+    write_adapter(out / "adapters/foreign.safetensors", other, "foreign", {"down1.conv": 2})
+    (out / "adapters/cut.safetensors").write_bytes(whole)
+    for name in ("cut", "foreign"):
+        path = out / f"adapters/{name}.safetensors"
+        index["concepts"].append({"name": name, "prompt": name, "adapter": f"adapters/{path.name}"})
+        about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+        index["files"][f"adapters/{path.name}"] = about
+    (out / "adapters/cut.safetensors").write_bytes(whole[:-100])
+    common.write_json(out / "index.json", index)
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(folder):
+    """Where `--serve` shows the folder; 0 is any free port."""
+    command = [sys.executable, script("06"), "--out", str(folder), "--serve", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().split("open ")[1].split(",")[0]
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture
+def page(browser, address, tmp_path):
+    """The page once it has edited a photo of 128 x 96 pixels; .photo is its file."""
+    with browser.new_context(viewport={"width": 390, "height": 844}) as context:
+        page = context.new_page()
+        page.goto(address)
+        page.get_by_label("Pixels").select_option("128", timeout=60_000)
+        page.photo = tmp_path / "photo.png"
+        noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((128, 96)).save(page.photo)
+        page.get_by_label("Photo", exact=True).set_input_files(page.photo)
+        page.wait_for_function("document.getElementById('before').height === 96")
+        wait(page)
+        yield page
+
+
+def wait(page):
+    page.wait_for_selector("figure[aria-busy=false]")
+
+
+def shown(page) -> np.ndarray:
+    """What the page shows as the edit, (H, W, 3)"""
+    data = page.evaluate("document.getElementById('after').toDataURL()").split(",")[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+
+
+def made(folder, page, name, strength=1.0) -> np.ndarray:
+    return Editor(folder).use(name, strength).edit(np.asarray(Image.open(page.photo))).astype(int)
+
+
+def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page):
+    assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
+    assert page.get_by_label("Strength").is_disabled()
+    fetched = []
+    page.on("response", lambda response: fetched.append(response.url.rsplit("/", 1)[1]))
+    page.get_by_role("radio", name="inverted").check(force=True)
+    wait(page)
+    assert fetched == ["inverted.safetensors"]
+    inverted = made(folder, page, "inverted")
+    assert np.abs(shown(page) - inverted).max() <= 1
+    page.get_by_label("Strength").fill("0")  # the base's weights
+    wait(page)
+    weakened = made(folder, page, "inverted", 0)
+    assert np.abs(shown(page) - weakened).max() <= 1 < np.abs(weakened - inverted).max()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    assert (np.asarray(Image.open(download.value.path()).convert("RGB")) == shown(page)).all()
+
+
+@pytest.mark.parametrize("name, words", [("cut", "is damaged"), ("foreign", "another base")])
+def test_a_bad_adapter_is_a_sentence(folder, page, name, words):
+    before = shown(page)
+    page.get_by_role("radio", name=name).check(force=True)
+    wait(page)
+    assert words in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("radio", name="dark").is_checked() and (shown(page) == before).all()
+    page.get_by_role("radio", name="inverted").check(force=True)
+    assert page.get_by_role("alert").inner_text() == ""
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "inverted")).max() <= 1
+
+
+def test_styles_change_while_the_camera_runs(page):
+    def frames(count):
+        for _ in range(count):
+            old = page.locator("#speed").inner_text()
+            page.wait_for_function("old => document.getElementById('speed').value !== old", arg=old)
+
+    page.get_by_role("button", name="Camera").click()
+    frames(3)
+    for name in ("inverted", "cut"):
+        page.get_by_role("radio", name=name).check(force=True)
+        frames(3)
+    page.wait_for_function("document.getElementById('error').textContent.includes('damaged')")
+    assert page.get_by_role("radio", name="inverted").is_checked()
+    page.get_by_role("button", name="Camera").click()
+    wait(page)
+
+
+def test_keyboard_width_and_what_is_no_picture(page, tmp_path):
+    page.get_by_label("Divider").press("ArrowRight")
+    assert "--at: 51%" in page.locator("figure").get_attribute("style")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    (tmp_path / "words.png").write_text("no picture")
+    page.get_by_label("Photo", exact=True).set_input_files(tmp_path / "words.png")
+    page.wait_for_function("document.getElementById('error').textContent.includes('no picture')")
