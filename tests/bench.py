@@ -1,7 +1,6 @@
 """What the stages cost, measured: each name prints one Markdown table, `all` prints them all.
 What is compared takes turns, and the best of the rounds counts.
 
-    python tests/bench.py size        parameters and MACs of each architecture at the papers' size
     python tests/bench.py distill     stage 1's own time beside a diffusion pipeline's; its memory
     python tests/bench.py train       stage 3's images/s beside a plain loop's
     python tests/bench.py train --size 256 --width 64 --batch 4 --other ANOTHER_CHECKOUT
@@ -85,16 +84,6 @@ def untrained(arch: str, width: int, size: int) -> common.Generator:
     concepts = [{"name": "a", "prompt": "a"}]
     tokens = [torch.randn(9, 512)] if arch == "e2gan" else None
     return common.new_generator(arch, width, size, concepts, tokens)
-
-
-def bench_size(_) -> tuple[str, list[dict]]:
-    rows = []
-    for arch in common.ARCHITECTURES:
-        with torch.device("meta"):
-            generator = untrained(arch, 64, 256)
-        row = {"generator": arch, "parameters M": common.count_parameters(generator) / 1e6}
-        rows.append({**row, "GMACs": common.count_macs(generator) / 1e9})
-    return "Generators at 256 pixels, width 64", rows
 
 
 # ---- Stage 1 -------------------------------------------------------------------------------------
@@ -408,7 +397,7 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
 
 
 BENCHMARKS = {
-    **{"size": bench_size, "distill": bench_distill, "train": bench_train},
+    **{"distill": bench_distill, "train": bench_train},
     **{"lora": bench_lora, "prune": bench_prune, "onnx": bench_onnx},
 }
 SMALL, LARGE = {"size": 64, "width": 32, "batch": 16}, {"size": 256, "width": 64, "batch": 4}

@@ -77,7 +77,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
     flags = f"{files(world)} {BASE} --save-every 10 --eval-every 100 --epochs 40 --out {out}"
     line = error_of("03", *flags.split())
     assert line.startswith("error: training collapsed shortly before step 30: a loss or a weight")
-    assert {path.stem for path in kept} == {"generator", "state"}
+    assert {path.stem for path in kept} == {"generator", "discriminator", "state"}
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not (out / "result.json").exists()
 

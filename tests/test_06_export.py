@@ -397,10 +397,8 @@ def test_film_is_the_norms_own_scale_and_shift(exported):
 
 
 def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
-    stage, flags = (
-        load_stage("06"),
-        "--merged --generator W/base/generator.safetensors --precision int8",
-    )
+    stage = load_stage("06")
+    flags = "--merged --generator W/base/generator.safetensors --precision int8"
     monkeypatch.setitem(stage.TOLERANCE, "int8", (9.0, 200.0))
     given = flags_of(world, f"{flags} --out W/missed")
     monkeypatch.setattr("sys.argv", [script("06"), *given])
@@ -466,18 +464,6 @@ def test_alpha_is_kept_and_hides_nothing(world, export, dynamic, tmp_path):
     made = np.asarray(Image.open(world / "dynamic-applied/oil/clear.png"))
     wanted = run_file(dynamic / "oil.onnx", torch.from_numpy(rgba[None, ..., :3].copy()))[0]
     assert (made[..., 3] == rgba[..., 3]).all() and (made[..., :3] == wanted).all()
-
-
-def test_demo_finds_its_generators_and_adapters(load_stage, tmp_path, monkeypatch):
-    parse = load_stage("06").parse
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/demo/lora").mkdir(parents=True)
-    monkeypatch.setattr("sys.argv", [script("06"), "--demo"])
-    args, runs = parse(), common.Path("runs/demo")
-    assert args.generator == [runs / f"{x}/generator.safetensors" for x in ("base", "coronet")]
-    assert (args.adapter, args.pairs, args.size) == ([runs / "lora"], runs / "pairs", 256)
-    monkeypatch.setattr("sys.argv", [script("06"), "--demo", "--generator", "x"])
-    assert parse().adapter is None  # which need not fit another generator
 
 
 def test_bad_input(world, error_of, tmp_path):
