@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import common
 import training
 
-DEMO = {"base": 6, "samples": 16, "edits": 24}
+DEMO = {"base": 4, "samples": 16, "edits": 24}
 
 
 def vectors_of(pairs: Path, name: str, files: list[str], features: dict) -> torch.Tensor:

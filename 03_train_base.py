@@ -27,8 +27,8 @@ import common
 import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
-DEMO = {"width": 16, "crop": 64, "batch": 2, "epochs": 20, "lr": 1e-3, "lr_d": 1e-3}
-DEMO |= {"fid": "off", "save_every": 480, "eval_every": 20}
+DEMO = {"width": 16, "crop": 128, "batch": 1, "epochs": 10, "lr": 1e-3}
+DEMO |= {"fid": "off", "save_every": 480, "eval_every": 10}
 
 
 def parse() -> argparse.Namespace:

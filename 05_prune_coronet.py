@@ -38,8 +38,8 @@ import common
 import training
 from common import UserError
 
-DEMO = {"width": 16, "batch": 2, "search_epochs": 2, "epochs": 4, "lr": 1e-3, "lr_search": 2e-4}
-DEMO |= {"crop": 64, "lr_d": 1e-3, "fid": "off", "save_every": 216}
+DEMO = {"width": 16, "batch": 1, "search_epochs": 1, "epochs": 3, "lr": 1e-3, "lr_search": 2e-4}
+DEMO |= {"crop": 128, "fid": "off", "save_every": 216}
 MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
 
