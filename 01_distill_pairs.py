@@ -474,15 +474,16 @@ def main() -> None:
     settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
     settings |= {"stage": STAGE, "photos": digest}
     known = known_concepts(args, concepts)
-    together = known | concepts  # another gate or tower makes no edit anew
-    features, hashes = fitting_features(args.out, together, args.clip)
-    fits = known == together and features.keys() == hashes.keys()
-    if fits and common.begin_run(args.out, settings, args.overwrite):
-        return
+    common.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
+    if known == known | concepts:  # another gate or tower makes no edit anew
+        features, hashes = fitting_features(args.out, known, args.clip)
+        if features.keys() == hashes.keys() and common.begin_run(args.out, settings, False):
+            return
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
     teacher = load_teacher(args, device)
     common.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:
+        together = known_concepts(args, concepts) | concepts
         common.write_json(args.out / "concepts.json", together)
         make_sources(args, files)
     common.barrier()

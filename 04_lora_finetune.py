@@ -376,7 +376,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
         ranks = {group: PAPER_RANKS.get(group, 1) for group in chosen}
     networks = prepare(args, train.concepts[0], ranks)
     more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
-    more["data"] = [train.data_hash, test.data_hash]
+    more |= {"data": [train.data_hash, test.data_hash], "discriminator": networks[1].sha256}
     if common.begin_run(out, common.settings_of(args, "04_lora_finetune", **more), args.overwrite):
         return
     if args.rank == "auto":
@@ -414,6 +414,8 @@ def main() -> None:
     concepts, base = training.chosen_concepts(args, "new"), common.load_generator(args.base)
     size = training.find_pairs(args.pairs, "test", concepts[:1]).size
     training.fill_in(args, size, whole=base.config["arch"] == "unet256")
+    if not args.new_discriminator:
+        common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":
         search_layers(args, concepts, base)
     chosen = chosen_groups(args, base) if args.mode == "lora" else []

@@ -765,9 +765,9 @@ def main() -> None:
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good
     test.cache(args.cache)
-    about = {"generator": trained.sha256 if trained else args.generator}
     clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
-    about |= {"data": [data.data_hash, test.data_hash], "clip": clip}
+    about = {"generator": trained.sha256 if trained else args.generator, "clip": clip}
+    about["data"] = [data.data_hash, test.data_hash, *(x.sha256 for x in task.networks.values())]
     settings = common.settings_of(args, "05_prune_coronet", **about)
     if common.begin_run(args.out, settings, args.overwrite):
         return

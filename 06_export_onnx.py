@@ -341,8 +341,8 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
     index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
     index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
     common.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
-    assets, skip = Path(__file__).parent / "assets", shutil.ignore_patterns("*.jpg", "__pycache__")
-    shutil.copytree(assets, folder, ignore=skip, dirs_exist_ok=True)
+    skip = shutil.ignore_patterns("*.jpg", "styles.json", "__pycache__")
+    shutil.copytree(Path(__file__).parent / "assets", folder, ignore=skip, dirs_exist_ok=True)
     return Editor(folder, args.threads)
 
 
@@ -486,7 +486,8 @@ def apply_files(args, paths: list[Path]) -> None:
         index = common.read_json(path / "index.json", "06_export_onnx.py")
         try:
             for name in args.concept or [concept["name"] for concept in index["concepts"]]:
-                models[name] = Editor(path).use(name, args.strength)
+                key = f"{path.name}-{name}" if name in models else name
+                models[key] = Editor(path).use(name, args.strength)
         except Exception as error:  # whatever a stranger's folder brings about
             raise UserError(f"{path} cannot be used: {error}") from error
     taken = Counter(path.with_suffix("") for path in pictures)

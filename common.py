@@ -235,6 +235,8 @@ class Network(nn.Module):
     ({group: channels} now and unpruned), text_dim if it sees prompts, and what its class reads.
     `kind`: what its file says it holds; `example(size, batch, device)`: inputs of its forward."""
 
+    sha256 = ""  # of the file that it comes from
+
     def __init__(self, config: dict):
         super().__init__()
         self.config = config
@@ -787,7 +789,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str, out: str):
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
         flag = self.add_argument
-        flag("--demo", action="store_true", help="small defaults, no download, in runs/demo/")
+        flag(
+            "--demo",
+            action="store_true",
+            help="small defaults, no models to download, in runs/demo/",
+        )
         flag("--out", type=Path, default=out, help="the folder that this stage writes")
         flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="equal seeds, equal files")
         flag("--device", default="auto", help="auto (CUDA, MPS, CPU) or a torch device: cuda:1")
@@ -937,21 +943,15 @@ def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
     """begin_run in the first process."""
-    path = out.with_name(f".{out.name}.lock")  # held by the operating system, until this ends
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"another process is at work in {out}: wait until it ends") from None
     settings = json.loads(json.dumps(settings, default=str))
-    names = {path.name for path in out.glob("*") if not path.match(".*.part")}
-    if out.is_file() or names and "settings.json" not in names:
-        raise UserError(f"{out} holds files that no stage made; give another --out")
-    saved = read_json(out / "settings.json") if names and not overwrite else settings
-    for key in sorted({*saved, *settings}):
-        if saved.get(key) != settings.get(key):
-            differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
-            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
+    path = out.with_name(f".{out.name}.lock")  # held by the operating system, until this ends
+    if overwrite or renew or not (out / "result.json").exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {out}: wait until it ends") from None
+    names = check_folder(out, settings, overwrite)
     if "result.json" in names and not overwrite and not renew:
         print(f"done already: {out / 'result.json'} (--overwrite does it again)")
         return True
@@ -963,6 +963,19 @@ def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> boo
     (out / "result.json").unlink(missing_ok=True)
     write_json(out / "settings.json", settings)
     return False
+
+
+def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
+    """The names of the files in a run's folder. UserError if it is not this run's."""
+    names = {path.name for path in out.glob("*") if not path.match(".*.part")}
+    if out.is_file() or names and "settings.json" not in names:
+        raise UserError(f"{out} holds files that no stage made; give another --out")
+    saved = read_json(out / "settings.json") if names and not overwrite else settings
+    for key in sorted({*saved, *settings}):
+        if saved.get(key) != settings.get(key):
+            differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
+            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
+    return names
 
 
 def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:

@@ -21,7 +21,7 @@ export class Editor {
     editor.adapters = {}; // those fetched, by file
     const side = index.multiple * Math.ceil(64 / index.multiple);
     const crashes = navigator.vendor.startsWith("Apple"); // Safari's WebGPU, with this runtime
-    const gpu = crashes ? null : await navigator.gpu?.requestAdapter();
+    const gpu = crashes ? null : await navigator.gpu?.requestAdapter().catch(() => null);
     const isSoftware = gpu?.info?.isFallbackAdapter ?? gpu?.isFallbackAdapter; // slower than the CPU
     const threads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
     const ways = [["wasm", threads], ["wasm", 1]];

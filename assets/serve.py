@@ -61,4 +61,9 @@ def serve(folder: Path, port: int) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(__file__).parent, int([*sys.argv, 8000][1]))
+    try:
+        serve(Path(__file__).parent, int([*sys.argv, 8000][1]))
+    except KeyboardInterrupt:
+        print()
+    except (OSError, ValueError, OverflowError) as error:
+        sys.exit(f"error: {error}")

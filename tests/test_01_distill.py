@@ -44,7 +44,7 @@ def test_layout(tmp_path):
     pairs = tmp_path / "pairs"
     run_main("01", *DEMO[:3], "--train", 3, "--test", 1, "--out", pairs)
     concepts, tensors = common.read_json(pairs / "concepts.json"), features(pairs)
-    assert len(concepts) == 8 and {c["teacher"] for c in concepts.values()} == {"styles"}
+    assert len(concepts) == 6 and {c["teacher"] for c in concepts.values()} == {"styles"}
     for split, count in ("train", 3), ("test", 1):
         names = [f"{i:05}.png" for i in range(count)]
         for folder in ("source", *concepts):
