@@ -130,8 +130,8 @@ common.run(main)
 
 STAGES = {
     "03": "--clusters W/clusters --width 8 --seed 1 --epochs 1 --batch 8",
-    "05": "--generator W/base/generator.safetensors --keep 0.5 --search-epochs 2 --epochs 1 "
-    "--batch 8 --lr-search 2e-5 --lr-d 2e-5",
+    "05": "--generator W/base/generator.safetensors --new-discriminator --keep 0.5 --batch 8 "
+    "--search-epochs 2 --epochs 1 --lr-search 2e-5 --lr-d 2e-5",
 }
 
 
