@@ -320,8 +320,10 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bf16 has units of its own there; without them it is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False  # also where ATEN_CPU_CAPABILITY=avx2 holds the machine back
     units = torch.cpu.get_capabilities()
-    return device.type == "cpu" and bool(units.get("amx_bf16") or units.get("avx512_bf16"))
+    return bool(units.get("amx_bf16") or units.get("avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str = "auto"):
