@@ -119,8 +119,7 @@ def add_wrong_prompts(rows: list[dict], generator, test) -> None:
         photos, edits = test.pictures(c, 32)
         wrong = generator.concept(test.concepts[c - 1]["name"])
         fakes = training.run_generator(generator, photos, wrong)
-        found = training.psnr(common.to_float(fakes), common.to_float(edits))
-        row["wrong prompt dB"] = found.mean().item()
+        row["wrong prompt dB"] = training.mean_psnr(fakes, edits)
 
 
 def main() -> None:

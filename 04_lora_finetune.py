@@ -385,9 +385,11 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
         tables["Rank search, held-out error relative to the base's"] = path
         tables["Rank search, found"] = [cost]
         networks = prepare(args, train.concepts[0], ranks)
-    generator, _ = networks
+    generator = networks[0].eval()
     row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None}
-    row["before dB"] = training.evaluate(generator, test)[0]["PSNR dB"]
+    photos, edits = test.pictures(0)
+    before = training.run_generator(generator, photos, generator.concept(name))
+    row["before dB"] = training.mean_psnr(before, edits)
     steps = args.steps or args.epochs * training.steps_per_epoch(train.counts, args.batch)
     pace = finetune(args, networks, train, steps, out, test)
     if common.rank() > 0:

@@ -401,10 +401,13 @@ class CycleGan(Task):
             there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
             fake, row = training.run_generator(there, x, 0), {"direction": way}
             if test.paired:
-                row |= {"PSNR dB": mean_psnr(fake, y), "picture unchanged dB": mean_psnr(x, y)}
+                row["PSNR dB"] = training.mean_psnr(fake, y)
+                row["picture unchanged dB"] = training.mean_psnr(x, y)
             if with_fid:
                 row["FID"] = training.fid(fake, y, next(there.parameters()).device)
-            row["PSNR dB there and back"] = mean_psnr(training.run_generator(home, fake, 0), x)
+            row["PSNR dB there and back"] = training.mean_psnr(
+                training.run_generator(home, fake, 0), x
+            )
             rows.append(row)
         return rows
 
@@ -415,11 +418,6 @@ class CycleGan(Task):
             rows += zip(x[:4], fake, strict=True)
             labels += [way] * len(fake)
         return common.picture_grid(rows, ["picture", "made of it"], labels)
-
-
-def mean_psnr(fake: torch.Tensor, truth: torch.Tensor) -> float:
-    """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
-    return training.psnr(common.to_float(fake), common.to_float(truth)).mean().item()
 
 
 def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:

@@ -789,11 +789,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str, out: str):
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
         flag = self.add_argument
-        flag(
-            "--demo",
-            action="store_true",
-            help="small defaults, no models to download, in runs/demo/",
-        )
+        flag("--demo", action="store_true", help="small defaults, no model hub, in runs/demo/")
         flag("--out", type=Path, default=out, help="the folder that this stage writes")
         flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="equal seeds, equal files")
         flag("--device", default="auto", help="auto (CUDA, MPS, CPU) or a torch device: cuda:1")

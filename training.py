@@ -523,6 +523,11 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
+def mean_psnr(fakes: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
+    return psnr(common.to_float(fakes), common.to_float(truth)).mean().item()
+
+
 @torch.no_grad()
 def run_generator(generator, photos: torch.Tensor, concept: int, batch: int = 32) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""

@@ -18,8 +18,7 @@ TITLE = "New concepts, held-out photos"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, write_pairs):
-    """Pairs of three concepts; clusters that make `warm` the new one and choose half of its
-    photos; a random base that knows the others."""
+    """Pairs of three concepts, `warm` the new one, half of its photos chosen; a random base."""
     root = tmp_path_factory.mktemp("world")
     write_pairs(root / "pairs", EDITS)
     clusters = {"base": ["dark", "inverted"], "new": ["warm"]}

@@ -408,8 +408,7 @@ def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
 
 
 def test_a_trace_serves_other_weights_and_prompts(load_stage):
-    """Equal constants, such as zero biases, are not taken for one. What differs is found out, also
-    where it differs by NaN."""
+    """Equal constants, such as zero biases, are not taken for one. What differs is found out."""
     stage, zero, other = load_stage("06"), new_generator(), new_generator(seed=2)
     for name, parameter in zero.named_parameters():
         if name.endswith("bias"):

@@ -17,8 +17,7 @@ SOURCE = {
 
 @pytest.fixture
 def refused(good, error_of, tmp_path):
-    """refused("03 --lr 0", change) -> the error line of a stage with such a flag, after
-    change(root) of a folder with good input."""
+    """refused("03 --lr 0", change) -> the error line, after change(root) of good input."""
     root, earlier = tmp_path / "w", []
     shutil.copytree(good, root)
     for folder in ("out", "out/dark", "out/inverted"):

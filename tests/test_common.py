@@ -212,8 +212,7 @@ def test_lora_trains_the_fp32_weights_that_merging_leaves():
 
 @pytest.fixture
 def adapters(tmp_path):
-    """A base and two adapters: `comic`, and one that replaces the base's own `night`; they share
-    the layer up1.conv."""
+    """A base; adapters `comic` and `night`, a name that the base has; they share up1.conv."""
     common.save_network(tmp_path / "base.safetensors", make())
     base = common.load_generator(tmp_path / "base.safetensors")
     comic, night = tmp_path / "comic.safetensors", tmp_path / "night.safetensors"

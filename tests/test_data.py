@@ -182,3 +182,10 @@ def test_tokens_are_the_towers_that_the_generator_knows(made):
         training.prompt_tokens(made, [{"name": "night"}], "ViT-B-32:openai")
     with pytest.raises(common.UserError, match="features.safetensors lacks .*comic"):
         training.prompt_tokens(made, [{"name": "comic"}])
+
+
+def test_bf16_only_where_pytorch_may_use_its_units(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for level, wanted in (("AVX512", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
+        assert training.has_bf16(CPU) == wanted

@@ -41,8 +41,7 @@ RUNS = {
 
 
 def make_pairs(folder):
-    """Stage 1's folder of three concepts: 6 photos of coarse squares to train on, 2 to test on,
-    and the prompts' features as its stand-in makes them."""
+    """Stage 1's folder: three concepts, 6 + 2 photos of coarse squares, prompts' features."""
     rng = np.random.RandomState(0)
     for split, count in (("train", 6), ("test", 2)):
         coarse = rng.randint(0, 256, (count, 4, 4, 3), np.uint8)
