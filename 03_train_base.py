@@ -60,8 +60,8 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     generator.train()
     rows = []
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, steps)
-        training.set_lr(opt_d, args.lr_d, loop.step, steps)
+        training.set_lr(opt_g, args.lr, loop.step, loop.total)
+        training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
         text = common.prompt_embedding(generator, concept)
 
         with training.autocast(photo.device, args.precision):
@@ -89,7 +89,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         discriminator.requires_grad_(True)
 
         losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
-        judge = loop.step + 1 == steps or (loop.step + 1) % (args.eval_every * per_epoch) == 0
+        judge = loop.step + 1 == loop.steps or (loop.step + 1) % (args.eval_every * per_epoch) == 0
         if loop.record(losses, fake, edit, real_score, save=judge):
             rows = judge_and_save(loop, generator, test, args.out) if judge else rows
             common.save_network(args.out / "generator.safetensors", generator)

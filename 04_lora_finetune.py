@@ -219,8 +219,8 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
     ddp_g, ddp_d = training.data_parallel(generator), training.data_parallel(discriminator)
     generator.train()
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, steps)
-        training.set_lr(opt_d, args.lr_d, loop.step, steps)
+        training.set_lr(opt_g, args.lr, loop.step, loop.total)
+        training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
 
         with training.autocast(photo.device, args.precision):
             fake = ddp_g(photo, concept + place)

@@ -230,7 +230,9 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
     if pruned:
         latents = [p for name, p in parameters if ".latents." in name]
         opt_z = parts["opt_z"] = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
-    loop = training.Loop(args, data, steps, parts, args.out, phase, phase)
+    epochs = {"search": args.search_epochs, "converge": args.epochs}
+    share = epochs[phase] / sum(epochs.values())
+    loop = training.Loop(args, data, steps, parts, args.out, phase, phase, share)
     discriminator_parameters = [p for name, p in parameters if name.startswith("networks.d")]
     # the discriminators' own step goes through DDP; the generators' passes their plain weights
     own = {name: training.data_parallel(network) for name, network in task.networks.items()}
@@ -238,8 +240,8 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
     task.train()
     for batch in loop:
         if phase == "converge":
-            training.set_lr(opt_g, lr, loop.step, steps)
-            training.set_lr(opt_d, args.lr_d, loop.step, steps)
+            training.set_lr(opt_g, lr, loop.step, loop.total)
+            training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
 
         for parameter in discriminator_parameters:
             parameter.requires_grad_(False)
@@ -266,10 +268,10 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
             opt_z.step()
             opt_z.zero_grad()
-            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * steps))
+            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.total))
             for name, target in targets.items():
                 shares[name] = soft_threshold(task.networks[name], target, line)
-            if done % max(1, steps // 50) == 0:
+            if done % max(1, loop.total // 50) == 0:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
             if max(shares.values()) <= args.keep:
                 loop.steps = done

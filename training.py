@@ -31,6 +31,7 @@ import common
 from common import UserError, average, barrier, rank, world
 
 LOG_EVERY = 50  # steps
+PACE = 25  # steps that tell how many fit into --minutes
 NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
 
@@ -268,6 +269,7 @@ def add_flags(parser: common.Parser) -> None:
     flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
     flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
+    flag("--minutes", type=common.positive, help="to train, in place of epochs: see training.Loop")
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=fid)
     flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
@@ -368,19 +370,23 @@ class Loop:
 
     SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
     several processes all stop after the same step. Without `out` nothing is read or written. A
-    stage may set loop.steps before `record`, to end sooner."""
+    stage may set loop.steps before `record`, to end sooner. loop.total is what schedules go by:
+    `steps`, or what fits into --minutes, known after PACE steps and from then on part of the state,
+    so that a run that was killed still ends in the same bytes."""
 
-    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc=""):
+    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc="", share=1.0):
         """parts: modules and optimizers by name, all that a run needs to continue. name: begins
-        the names of state, log and curve, where a stage has two loops."""
+        the names of state, log and curve, where a stage has two loops. share: of --minutes."""
         self.args, self.data, self.out, self.desc = args, data, out, desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
         self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
-        self.steps = self.total = steps
-        self.parts = {**parts, "losses": self.losses}
+        self.minutes, self.plan = share * args.minutes if out and args.minutes else 0, []
+        self.parts = {**parts, "losses": self.losses, "plan": self.plan}
         self.start, self.rows = load_state(self.path("state.safetensors"), self.parts)
-        self.step = self.rows[-1]["step"] if self.start == steps and self.rows else self.start
+        steps = 10**9 if self.minutes else steps  # until there is a plan
+        self.steps = self.total = int(self.plan[0]) if self.plan else steps
+        self.step = self.rows[-1]["step"] if self.start == self.total and self.rows else self.start
 
     def path(self, name: str) -> Path | None:
         return self.out and self.out / (self.prefix + name)
@@ -426,8 +432,22 @@ class Loop:
             self.rows.append({"step": self.step, **means})
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             self.losses.clear()
+        if self.minutes and not self.plan:
+            self.make_plan(score)
         self.seconds += time.time() - self.began  # what the stage does from here on is no training
         return save and rank() == 0
+
+    def make_plan(self, score) -> None:
+        """How many steps --minutes are, once PACE of them are done; the first few are slow ones."""
+        score.sum().item()  # a GPU may still be at work
+        seconds = self.seconds + time.time() - self.began
+        if self.step - self.start == PACE // 5:
+            self.slow = seconds
+        if self.step - self.start == PACE:
+            rate = (PACE - PACE // 5) / (seconds - self.slow)
+            left = average(torch.tensor((60 * self.minutes - seconds) * rate))  # one for all
+            self.plan.append(torch.tensor(self.step + max(1, int(left))))
+            self.steps = self.total = self.bar.total = int(self.plan[0])
 
     def health(self, fake, edit, score) -> list[float]:
         """The losses' means since the last row, over all processes. Collapse where a loss or a

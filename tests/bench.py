@@ -1,13 +1,10 @@
-"""What the stages cost, measured: each name prints one Markdown table, `all` prints them all.
-What is compared takes turns, and the best of the rounds counts.
+"""What the stages cost, measured: each name prints one Markdown table.
 
-    python tests/bench.py distill     stage 1's own time beside a diffusion pipeline's; its memory
-    python tests/bench.py train       stage 3's images/s beside a plain loop's
-    python tests/bench.py train --size 256 --width 64 --batch 4 --other ANOTHER_CHECKOUT
-    python tests/bench.py lora        a step of stage 4 with an adapter and with all weights
-    python tests/bench.py prune       time and memory of a search step of stage 5
-    python tests/bench.py onnx        stage 6's files beside resnet9's; untrained networks, unless
-    python tests/bench.py onnx --generator runs/base/generator.safetensors
+python tests/bench.py distill     stage 1's own time beside a diffusion pipeline's; its memory
+python tests/bench.py speedrun    seconds to a quality, of stages 3, 4, 5 and of plain pix2pix
+python tests/bench.py prune       time and memory of a search step of stage 5
+python tests/bench.py onnx        stage 6's files beside resnet9's; untrained networks, unless
+python tests/bench.py onnx --generator runs/base/generator.safetensors
 """
 
 import argparse
@@ -15,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import multiprocessing
+import os
 import random
 import resource
 import shutil
@@ -28,6 +26,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,6 +35,7 @@ import common  # noqa: E402  (found by the line above)
 import training  # noqa: E402
 
 CONCEPTS = ["starry", "woodcut"]
+L1 = "L1 (0-255)"
 
 
 def script(number: str, root: Path = ROOT) -> Path:
@@ -49,10 +49,11 @@ def load_stage(number: str):
     return module
 
 
-def run_stage(path: Path, folder: Path, *flags) -> None:
-    """A stage with the demo's defaults in a process of its own."""
-    command = [sys.executable, str(path), "--demo", *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
+def run_stage(path: Path, folder: Path, *flags, threads: int | None = None) -> None:
+    """A stage in a process of its own."""
+    command = [sys.executable, str(path), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
     if done.returncode:
         sys.exit(f"{path} failed:\n{done.stderr}")
 
@@ -60,7 +61,7 @@ def run_stage(path: Path, folder: Path, *flags) -> None:
 def make_pairs(folder: Path, size: int, train: int = 96) -> Path:
     concepts = [flag for name in CONCEPTS for flag in ("--concept", f"{name}=make it {name}")]
     flags = ["--size", size, "--train", train, "--test", 2, *concepts, "--out", folder / "pairs"]
-    run_stage(script("01"), folder, *flags)
+    run_stage(script("01"), folder, "--demo", *flags)
     return folder / "pairs"
 
 
@@ -139,140 +140,116 @@ def memory(folder: Path, count: int) -> dict:
         shutil.copyfile(photos / "000000.jpg", photos / f"{i:06}.jpg")
     flags = ["--images", photos, "--size", 64, "--train", 180, "--test", 20, "--concept", "wave"]
     start = time.perf_counter()
-    run_stage(script("01"), folder, *flags, "--out", folder / f"pairs {count}")
+    run_stage(script("01"), folder, "--demo", *flags, "--out", folder / f"pairs {count}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     row = {"what": f"200 of {count:,} photos", "in all s": time.perf_counter() - start}
     return {**row, "peak memory MiB": peak}
 
 
-# ---- Stage 3 -------------------------------------------------------------------------------------
+# ---- A target, not a rate ------------------------------------------------------------------------
+
+SHORT = "--crop 128 --batch 1 --lr-d 5e-4 --fid off --save-every 1000000"
+WAYS = {
+    "from scratch": ("03", "--no-text --width 16 --lr 1e-3"),
+    "adapter on ten styles": ("04", "--lr 3e-3"),
+    "pruned to a quarter": (
+        *("05", "--generator e2gan --width 16 --lr 1e-3 --lr-search 2e-4 --keep 0.25"),
+        *("--search-epochs 1", "--epochs 3"),
+    ),
+}
 
 
-def bench_train(args) -> tuple[str, list[dict]]:
-    """Wanted: 0.97 of another checkout or more. The last column is what gathering a batch takes
-    where nothing else runs; stage 3 does it beside the step before."""
-    checkouts, device = {"stage 3": ROOT}, training.pick_device(args.device)
-    if args.other:
-        checkouts[f"stage 3 of {args.other}"] = args.other
-    rates: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        pairs = make_pairs(Path(name), args.size)
-        data = training.find_pairs(pairs, "train", CONCEPTS).cache(Path(name, "cache"))
-        for _ in range(args.rounds):
-            for loop, root in checkouts.items():
-                rates.setdefault(loop, []).append(stage_3(root, pairs, args))
-            rates.setdefault("plain loop", []).append(plain_loop(data, pairs, args, device))
-        gather = least(lambda: list(data.batches(args.batch, range(20), 0, device)), 3) / 20
-    best, rows = max(rates["stage 3"]), []
-    for loop, found in rates.items():
-        row = {"loop": loop, "step ms": 1000 * args.batch / max(found), "images/s": max(found)}
-        rows.append({**row, "stage 3 / this": best / max(found)})
-    rows[0]["gathering ms"] = 1000 * gather
-    return f"Stage 3, {setting(args)}", rows
+def bench_speedrun(args) -> tuple[str, list[dict]]:
+    """Seconds of training until edits of held-out photos are as near the teacher's as those of
+    pix2pix after --steps: in finest SWD, and in L1 but for a tenth (a stroke beside its place costs
+    L1, blur does not). A stage is given half as many --minutes again until it gets there, and the
+    seconds of that run count. Medians of --rounds seeds; runs found in --out are not repeated."""
+    runs = {"pix2pix": [kept(args, "pix2pix", seed, pix2pix) for seed in range(args.rounds)]}
+    finest = next(key for key in runs["pix2pix"][0] if key.startswith("SWD"))
+    goal = {key: statistics.median(run[key] for run in runs["pix2pix"]) for key in (finest, L1)}
+    goal[L1] *= 1.1
+    for way in args.way or WAYS:
+        call = functools.partial(climb, goal, way)
+        runs[way] = [kept(args, way, seed, call) for seed in range(args.rounds)]
+    rows = []
+    for way, found in runs.items():
+        row = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        seconds = [run["training s"] for run in found]
+        row |= {"least s": min(seconds), "most s": max(seconds)}
+        rows.append({"training": way, **row})
+        rows[-1]["x as fast"] = rows[0]["training s"] / row["training s"]
+    return f"{args.concept}, {args.threads} threads", rows
 
 
-def stage_3(root: Path, pairs: Path, args) -> float:
-    """Images/s of its own loop, as its table says."""
-    epochs = -(-args.steps * args.batch // (96 * len(CONCEPTS)))
-    flags = {"pairs": pairs, "width": args.width, "batch": args.batch, "precision": args.precision}
-    flags |= {"device": args.device, "epochs": epochs, "eval-every": epochs, "save-every": 10**9}
-    flags |= {"fm": 0, "crop": 0}  # what the plain loop does
-    command = [part for name in CONCEPTS for part in ("--concept", name)]
-    for flag, value in flags.items():
-        command += [f"--{flag}", value]
-    out = pairs.parent / "run"
-    run_stage(script("03", root), pairs.parent, *command, "--overwrite", "--out", out)
-    [row] = common.read_json(out / "result.json")["tables"]["Base generator"]
-    shutil.rmtree(out)  # the checkouts' settings differ
-    return row["images/s"]
+def kept(args, way: str, seed: int, call) -> dict:
+    file = args.out / f"{way} {seed}.json"
+    if not file.exists():
+        torch.set_num_threads(args.threads)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        common.write_json(file, call(args, seed))
+    return common.read_json(file)
 
 
-def plain_loop(data, pairs: Path, args, device: torch.device) -> float:
-    """Images/s of what one would write first: PNGs decoded in the loop, fp32, a pass of the
-    discriminator each for real and fake, Adam as it comes, PyTorch's own layers."""
+def climb(goal: dict, way: str, args, seed: int) -> dict:
+    """The measures of a stage's first run that reaches the goal."""
+    (number, *flags), minutes, measured = WAYS[way], args.minutes, {}
+    flags = f"{SHORT} {' '.join(flags)}".split() + ["--concept", args.concept, "--seed", seed]
+    flags += ["--pairs", args.pairs, "--cache", args.out / "cache"]
+    flags += ["--base", args.base] if number == "04" else []
+    while not measured or any(measured[key] > most for key, most in goal.items()):
+        out = args.out / f"{way} {seed}, {60 * minutes:.0f} s"
+        more = ["--minutes", minutes, "--out", out]
+        run_stage(script(number), Path(), *flags, *more, threads=args.threads)
+        [file] = common.files_below(out, "result.json")
+        measured = summary(common.read_json(file)["tables"])
+        print(way, seed, measured, file=sys.stderr, flush=True)
+        minutes *= 1.5
+    return measured
+
+
+def summary(tables: dict[str, list[dict]]) -> dict:
+    found = {key: value for rows in tables.values() for row in rows for key, value in row.items()}
+    seconds = found.get("training s") or found["search s"] + found["converge s"]
+    steps = found.get("steps") or found["search steps"] + found["converge steps"]
+    measures = {key: x for key, x in found.items() if key in (L1, "PSNR dB") or key[:3] == "SWD"}
+    return {"training s": seconds, "steps": steps, **measures}
+
+
+def pix2pix(args, seed: int) -> dict:
+    """What one would write first: resnet9 on whole pictures, one at a time, PyTorch's own layers,
+    fp32, a pass of the discriminator each for real and fake, L1 * 100, Adam at 2e-4."""
     cpu_way, common.trains_on_cpu = common.trains_on_cpu, lambda x: False
-    torch.manual_seed(0)
-    tokens, clip = training.prompt_tokens(pairs, data.concepts)
-    new = "e2gan", args.width, data.size, data.concepts
-    generator = common.new_generator(*new, tokens, clip).to(device)
+    torch.manual_seed(seed)
+    train, test = (training.find_pairs(args.pairs, x, [args.concept]) for x in ("train", "test"))
+    train.cache(args.out / "cache")
+    test.cache(args.out / "cache")
+    generator = common.new_generator("resnet9", 64, train.size, train.concepts)
     discriminator = common.new_discriminator(generator)
     opt_g = torch.optim.Adam(generator.parameters(), 2e-4, (0.5, 0.999))
     opt_d = torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999))
     start = time.perf_counter()
-    for step in range(args.steps):
-        places, flips, concept = data.plan(step, args.batch, 0)
-        pictures = []
-        for place, flip in zip(places.T.flatten().tolist(), flips.T.flatten(), strict=True):
-            picture = common.to_float(data.load(place))
-            pictures.append(picture.flip(-1) if flip else picture)
-        photo, edit = torch.stack(pictures).to(device).chunk(2)
-        text = common.prompt_embedding(generator, concept.to(device))
-        fake = generator(photo, concept.to(device))
-        real_score = discriminator(photo, edit, text)
-        fake_score = discriminator(photo, fake.detach(), text)
+    batches = train.batches(1, range(args.steps), seed, torch.device("cpu"))
+    for step, (photo, edit, concept) in enumerate(tqdm(batches, total=args.steps)):
+        training.set_lr(opt_g, 2e-4, step, args.steps)
+        training.set_lr(opt_d, 2e-4, step, args.steps)
+        fake = generator(photo, concept)
+        real_score, fake_score = discriminator(photo, edit), discriminator(photo, fake.detach())
         loss_d = ((real_score - 1).square().mean() + fake_score.square().mean()) / 2
         opt_d.zero_grad()
         loss_d.backward()
         opt_d.step()
         discriminator.requires_grad_(False)
-        score = discriminator(photo, fake, text)
+        score = discriminator(photo, fake)
         loss_g = (score - 1).square().mean() + 100 * (fake - edit).abs().mean()
         opt_g.zero_grad()
         loss_g.backward()
         opt_g.step()
         discriminator.requires_grad_(True)
-    loss_g.item()  # a GPU may still be at work
+    seconds = time.perf_counter() - start
     common.trains_on_cpu = cpu_way
-    return args.steps * args.batch / (time.perf_counter() - start)
-
-
-# ---- Stage 4 -------------------------------------------------------------------------------------
-
-
-def bench_lora(args, steps: int = 2) -> tuple[str, list[dict]]:
-    """Wanted: no ratio above 1. One thread on a CPU."""
-    stage, device = load_stage("04"), training.pick_device(args.device)
-    torch.set_num_threads(1)
-    flags = {"lr": 1e-3, "lr_d": 2e-4, "l1": 10.0, "fm": 10.0, "crop": 0, "seed": 0}
-    flags["precision"] = args.precision
-    flags |= {"batch": args.batch, "device": args.device}
-    flags = argparse.Namespace(**flags, save_every=10**9)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pairs = training.find_pairs(make_pairs(folder, args.size, 16), "train", CONCEPTS[:1])
-        pairs.cache(folder / "cache")
-        base = untrained("e2gan", args.width, args.size)
-        base.config = {**base.config, "concepts": pairs.concepts}
-        common.save_network(folder / "base.safetensors", base)
-        load = functools.partial(common.load_generator, folder / "base.safetensors", device)
-        full, lora, plain, merged = (load() for _ in range(4))
-        stage.add_lora(lora, stage.layer_ranks(stage.layer_shapes(lora), stage.PAPER_RANKS), 16.0)
-        took: dict[str, list[float]] = {"full": [], "lora": []}
-        for _ in range(args.rounds):
-            for mode, generator in (("full", full), ("lora", lora)):
-                call = functools.partial(stage.finetune, flags, generator, pairs, steps)
-                took[mode].append(least(call, 1) / steps)
-        rows = [compared("training step", took)]
-        adapter = folder / "adapter.safetensors"
-        stage.save_adapter(adapter, lora, CONCEPTS[0], load().sha256, 16.0)
-        common.load_adapter(merged, adapter)
-        common.merge(merged)
-        photos, took = pairs.pictures(0, 32)[0], {"full": [], "lora": []}
-        for _ in range(2 * args.rounds):
-            for mode, generator in (("full", plain), ("lora", merged)):
-                edit = functools.partial(training.run_generator, generator.eval(), photos, 0)
-                took[mode].append(least(edit, 1))
-        rows.append(compared(f"{len(photos)} edits, base and merged", took))
-        swap = least(lambda: common.load_adapter(plain, adapter), 1)
-        swap += least(lambda: common.unload_adapters(plain), 1)
-        rows.append({"what": "load and unload an adapter", "lora ms": 1000 * swap})
-    return f"Stage 4, {setting(args)}", rows
-
-
-def compared(what: str, took: dict[str, list[float]]) -> dict:
-    full, lora = min(took["full"]), min(took["lora"])
-    row = {"what": what, "full ms": 1000 * full, "lora ms": 1000 * lora}
-    return {**row, "lora / full": lora / full}
+    common.save_network(args.out / f"pix2pix {seed}.safetensors", generator)
+    measures = training.evaluate(generator, test)[0]
+    return summary({"": [{"training s": seconds, "steps": args.steps, **measures}]})
 
 
 # ---- Stage 5 -------------------------------------------------------------------------------------
@@ -397,33 +374,34 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
 
 
 BENCHMARKS = {
-    **{"distill": bench_distill, "train": bench_train},
-    **{"lora": bench_lora, "prune": bench_prune, "onnx": bench_onnx},
+    **{"distill": bench_distill, "speedrun": bench_speedrun},
+    **{"prune": bench_prune, "onnx": bench_onnx},
 }
-SMALL, LARGE = {"size": 64, "width": 32, "batch": 16}, {"size": 256, "width": 64, "batch": 4}
 
 
 def main() -> None:
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     flag = parser.add_argument
-    flag("name", choices=[*BENCHMARKS, "all"], help="what to measure")
-    flag("--size", type=int, help="pixels (default: 64; prune, onnx: 256)")
-    flag("--width", type=int, help="channels of the first layer (default: 32; prune, onnx: 64)")
-    flag("--batch", type=int, help="pairs a step (default: 16; prune: 4)")
-    flag("--steps", type=int, default=36, help="train's, at least (default: 36)")
-    flag("--rounds", type=int, default=3, help="of which the best counts (default: 3)")
-    flag("--precision", default="auto", help="as stage 3's")
-    flag("--device", default="auto", help="as stage 3's")
-    flag("--other", type=Path, metavar="FOLDER", help="train: another checkout to compare with")
+    flag("name", choices=BENCHMARKS, help="what to measure")
+    flag("--size", type=int, default=256, help="prune, onnx: pixels")
+    flag("--width", type=int, default=64, help="prune, onnx: channels of the first layer")
+    flag("--batch", type=int, default=4, help="prune: pairs a step")
+    flag("--device", default="auto", help="prune: as stage 5's")
+    flag("--precision", default="auto", help="prune: as stage 5's")
+    flag(
+        "--rounds", type=int, default=3, help="prune: the best counts; speedrun: seeds, the median"
+    )
     flag("--generator", type=Path, action="append", help="onnx: a generator's file")
-    flag("--threads", type=int, default=2, help="onnx: the runtime's (default: 2)")
-    given, threads = vars(parser.parse_args()), torch.get_num_threads()
-    for name in BENCHMARKS if given["name"] == "all" else [given["name"]]:
-        defaults = LARGE if name in ("prune", "onnx") else SMALL
-        torch.set_num_threads(threads)
-        flags = {**given, **{key: given[key] or value for key, value in defaults.items()}}
-        print(common.markdown(*BENCHMARKS[name](argparse.Namespace(**flags))), flush=True)
+    flag("--threads", type=int, default=2, help="onnx, speedrun: of a process")
+    flag("--pairs", type=Path, default="runs/pairs", help="speedrun: stage 1's")
+    flag("--base", type=Path, default="runs/base/generator.safetensors", help="speedrun: stage 3's")
+    flag("--concept", default="starry", help="speedrun: the edit, new to --base")
+    flag("--steps", type=int, default=240, help="speedrun: pix2pix's")
+    flag("--minutes", type=float, default=0.1, help="speedrun: the first try's")
+    flag("--way", action="append", choices=WAYS, help="speedrun: only this of ours; repeatable")
+    flag("--out", type=Path, default="runs/speedrun", help="speedrun: keeps what was measured")
+    args = parser.parse_args()
+    print(common.markdown(*BENCHMARKS[args.name](args)), flush=True)
 
 
 if __name__ == "__main__":
