@@ -52,9 +52,8 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     opt_g = training.adam(generator.parameters(), args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     per_epoch = training.steps_per_epoch(train.counts, args.batch)
-    steps = args.epochs * per_epoch
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    loop = training.Loop(args, train, steps, parts, args.out)
+    loop = training.Loop(args, train, args.epochs * per_epoch, parts, args.out)
     # the discriminator's own step goes through DDP; the generator's passes its plain weights
     ddp_g, ddp_d = training.data_parallel(generator), training.data_parallel(discriminator)
     generator.train()

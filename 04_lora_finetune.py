@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     flag("--rank-threshold", type=common.weight, default=0.01, help="least fall of the error")
     flag("--probe-steps", type=common.count, default=500, help="steps of each of their probes")
     flag("--epochs", type=common.count, default=200, help="rates fall to 0 in the second half")
-    flag("--steps", type=common.number(int, 0), default=0, help="instead of --epochs, if not 0")
+    flag("--steps", type=common.number(int, 0), default=0, help="not --epochs, if not 0")
     flag("--lr", type=common.positive, help="the generator's learning rate; None: by --mode")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
@@ -316,7 +316,7 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     began, out, shapes = time.time(), args.out / "layer-search", layer_shapes(base)
     data = [training_pairs(args, name).data_hash for name in concepts]
     fixed = {"rank": 1, "steps": 0, "epochs": 0, "concept": concepts, "base": base.sha256}
-    settings = common.settings_of(args, "04_lora_finetune", data=data, **fixed)
+    settings = common.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
     if common.begin_run(out, settings, args.overwrite):
         return
     probes, rows = Probes(args, concepts, out / "probes.json"), []

@@ -268,7 +268,8 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
             opt_z.step()
             opt_z.zero_grad()
-            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.total))
+            part = max(0, done - loop.planned) / (0.9 * (loop.total - loop.planned))
+            line = 1 - (1 - args.keep) * min(1.0, part)
             for name, target in targets.items():
                 shares[name] = soft_threshold(task.networks[name], target, line)
             if done % max(1, loop.total // 50) == 0:
@@ -685,8 +686,7 @@ def parse() -> argparse.Namespace:
     flag("--keep", type=common.positive, default=0.25, help="share of the MACs to keep")
     flag("--prune-discriminator", action="store_true", help="prune these to the same share")
     flag("--search-epochs", type=common.count, default=20, help="passes while pruning")
-    rest = "passes after it, and what it did not need; rates fall to 0 in the second half"
-    flag("--epochs", type=common.count, default=180, help=rest)
+    flag("--epochs", type=common.count, default=180, help="passes after it, rates falling to 0")
     flag("--lr", type=common.positive, default=2e-4, help="the generator's while converging")
     flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
     flag("--lr-z", type=common.positive, default=1e-2, help="the latents' (SGD, momentum 0.9)")

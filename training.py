@@ -31,7 +31,7 @@ import common
 from common import UserError, average, barrier, rank, world
 
 LOG_EVERY = 50  # steps
-PACE = 25  # steps that tell how many fit into --minutes
+WARM_UP, PACE = 5, 20  # steps, slow ones and those that tell how many fit into --minutes
 NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
 
@@ -261,6 +261,7 @@ def add_flags(parser: common.Parser) -> None:
     flag, weight = parser.add_argument, common.weight
     shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
     crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
+    minutes = "train about so long, each concept, not for --epochs (in stage 5 these divide it)"
     fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
     flag("--cache", type=Path, default="runs/cache", help=shared)
@@ -269,7 +270,7 @@ def add_flags(parser: common.Parser) -> None:
     flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
     flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
-    flag("--minutes", type=common.positive, help="to train, in place of epochs: see training.Loop")
+    flag("--minutes", type=common.positive, help=minutes)
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=fid)
     flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
@@ -371,8 +372,8 @@ class Loop:
     SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
     several processes all stop after the same step. Without `out` nothing is read or written. A
     stage may set loop.steps before `record`, to end sooner. loop.total is what schedules go by:
-    `steps`, or what fits into --minutes, known after PACE steps and from then on part of the state,
-    so that a run that was killed still ends in the same bytes."""
+    `steps`, or what fits into --minutes, known after loop.planned steps and saved at once: a run
+    that is killed later ends in the same bytes as if it had not been."""
 
     def __init__(self, args, data, steps, parts: dict, out=None, name="", desc="", share=1.0):
         """parts: modules and optimizers by name, all that a run needs to continue. name: begins
@@ -381,11 +382,13 @@ class Loop:
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
         self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
-        self.minutes, self.plan = share * args.minutes if out and args.minutes else 0, []
+        self.minutes, self.clock = share * args.minutes if out and args.minutes else 0, []
+        self.plan = []  # the step when it was made, and that which --minutes end with
         self.parts = {**parts, "losses": self.losses, "plan": self.plan}
         self.start, self.rows = load_state(self.path("state.safetensors"), self.parts)
-        steps = 10**9 if self.minutes else steps  # until there is a plan
-        self.steps = self.total = int(self.plan[0]) if self.plan else steps
+        no_plan = 0, 10**9 if self.minutes else steps
+        self.planned, self.total = map(int, self.plan or no_plan)
+        self.steps = self.total
         self.step = self.rows[-1]["step"] if self.start == self.total and self.rows else self.start
 
     def path(self, name: str) -> Path | None:
@@ -401,7 +404,8 @@ class Loop:
 
         before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
         left, hide = range(self.start, self.total), rank() > 0
-        self.bar = tqdm(desc=self.desc, initial=self.start, total=self.total, disable=hide)
+        total = self.total if self.plan or not self.minutes else None
+        self.bar = tqdm(desc=self.desc, initial=self.start, total=total, disable=hide)
         self.began = time.time()
         try:
             for batch in self.data.batches(args.batch, left, args.seed, self.device, args.crop):
@@ -426,28 +430,31 @@ class Loop:
         Collapse is raised before anything is written. Whether this process should save now."""
         self.step += 1
         self.losses.append(torch.stack(list(losses.values())).detach())
+        if self.minutes and not self.plan:
+            save = self.make_plan(score) or save
         save = save or self.step == self.steps or self.step % self.args.save_every == 0
         if save or self.step % LOG_EVERY == 0:
             means = dict(zip(losses, self.health(fake, edit, score), strict=True))
             self.rows.append({"step": self.step, **means})
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
             self.losses.clear()
-        if self.minutes and not self.plan:
-            self.make_plan(score)
         self.seconds += time.time() - self.began  # what the stage does from here on is no training
         return save and rank() == 0
 
-    def make_plan(self, score) -> None:
-        """How many steps --minutes are, once PACE of them are done; the first few are slow ones."""
+    def make_plan(self, score) -> bool:
+        """How many steps --minutes are, by the pace of PACE of them (or of those in a tenth of the
+        time), the slow first ones left out. Whether that is known now."""
         score.sum().item()  # a GPU may still be at work
-        seconds = self.seconds + time.time() - self.began
-        if self.step - self.start == PACE // 5:
-            self.slow = seconds
-        if self.step - self.start == PACE:
-            rate = (PACE - PACE // 5) / (seconds - self.slow)
-            left = average(torch.tensor((60 * self.minutes - seconds) * rate))  # one for all
-            self.plan.append(torch.tensor(self.step + max(1, int(left))))
-            self.steps = self.total = self.bar.total = int(self.plan[0])
+        seconds = torch.tensor(self.seconds + time.time() - self.began)
+        self.clock.append(average(seconds).item())  # all processes come to the same plan
+        paced, passed = len(self.clock) - WARM_UP, self.clock[-1]
+        if paced < 1 or (paced < PACE and passed < 6 * self.minutes):
+            return False
+        pace = (passed - self.clock[WARM_UP - 1]) / paced
+        self.total = self.step + max(1, int((60 * self.minutes - passed) / pace))
+        self.steps, self.planned, self.bar.total = self.total, self.step, self.total
+        self.plan += [torch.tensor(self.planned), torch.tensor(self.total)]
+        return True
 
     def health(self, fake, edit, score) -> list[float]:
         """The losses' means since the last row, over all processes. Collapse where a loss or a

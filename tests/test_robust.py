@@ -138,7 +138,7 @@ def test_sigterm_saves_the_step_and_the_same_command_continues(
 ):
     clock = Namespace(time=itertools.count().__next__)  # one second between any two looks
     monkeypatch.setattr(training, "time", clock)
-    monkeypatch.setattr(training, "PACE", 5)
+    monkeypatch.setattr(training, "PACE", 2)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_stage(train(pairs, whole, f"{length} --eval-every 100"))[0] == 0
     set_lr, seen = training.set_lr, []
