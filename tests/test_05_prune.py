@@ -63,7 +63,7 @@ def prune(five, data, tmp_path):
 
 TASKS = {
     "A|B, unet256": "--task pix2pix --data D/sides --generator unet256 --size 32",
-    "pairs, resnet9": "--task pix2pix --pairs D/pairs --generator resnet9",
+    "pairs, minutes": "--task pix2pix --pairs D/pairs --generator resnet9 --minutes 0.1",
     "pairs, e2gan": "--task pix2pix --pairs D/pairs --generator e2gan --width 16",
     "trainA trainB, resnet9": "--task cyclegan --data D/unpaired --size 32 --width 4",
     "pairs taken apart, e2gan": "--task cyclegan --pairs D/pairs --concept dark --generator e2gan",
