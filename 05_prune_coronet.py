@@ -398,7 +398,7 @@ class CycleGan(Task):
         return loss, real
 
     def measure(self, test, with_fid: bool) -> list[dict]:
-        """A row per direction; PSNR to the truth only where the test pictures are pairs."""
+        """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
         rows, (a, b) = [], test.pixels.split(test.sets)
         for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
             there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
@@ -408,10 +408,9 @@ class CycleGan(Task):
                 row["picture unchanged dB"] = training.mean_psnr(x, y)
             if with_fid:
                 row["FID"] = training.fid(fake, y, next(there.parameters()).device)
-            row["PSNR dB there and back"] = training.mean_psnr(
-                training.run_generator(home, fake, 0), x
-            )
-            rows.append(row)
+            again, n = training.run_generator(home, fake, 0), min(len(x), len(y))
+            row["PSNR dB there and back"] = training.mean_psnr(again, x)
+            rows.append(row | training.swd(fake[:n], y[:n]))
         return rows
 
     def picture(self, test):
@@ -474,7 +473,7 @@ class Dcgan(Task):
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
         if with_fid:
             row["FID"] = training.fid(fake, test.pixels, next(self.parameters()).device)
-        return [row]
+        return [row | training.swd(fake, test.pixels)]
 
     def picture(self, test):
         rows = self.samples(64).split(8)
