@@ -150,7 +150,7 @@ def test_the_last_channel_that_fits_is_kept(five):
 
 
 STOPPED = {
-    "search": "--task cyclegan --data D/unpaired --search-epochs 4 --epochs 16 --lr 5e-4",
+    "search": "--task cyclegan --data D/unpaired --search-epochs 4 --epochs 1",
     "converge": "--task dcgan --data D/flat --search-epochs 2 --epochs 4",
 }
 
