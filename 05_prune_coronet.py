@@ -272,10 +272,10 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
             line = 1 - (1 - args.keep) * min(1.0, part)
             for name, target in targets.items():
                 shares[name] = soft_threshold(task.networks[name], target, line)
-            if done % max(1, loop.total // 50) == 0:
-                loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
             if max(shares.values()) <= args.keep:
                 loop.steps = done
+            if done == loop.steps or done % max(1, loop.total // 50) == 0:
+                loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
         real = batch[-2] if done > task.grace else None
         if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
             common.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))

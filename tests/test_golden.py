@@ -29,14 +29,15 @@ ALL = "--pairs pairs --device cpu --precision fp32 --fid off --save-every 1 --se
 BASE = "--concept dark --concept inverted --width 8"
 CYCLEGAN = "--task cyclegan --concept dark --width 4 --batch 28 --search-epochs 2"
 DCGAN = "--task dcgan --data pairs/train --size 32 --width 4 --prune-discriminator --start paper"
-SLOW = "--lr 2e-5 --lr-d 2e-5 --lr-search 1e-5 --lr-z 1e-3"  # a step of Adam magnifies rounding
+SLOW = "--lr 2e-5 --lr-d 2e-5"  # a step of Adam magnifies rounding
+SEARCH = f"{SLOW} --lr-search 1e-5 --lr-z 1e-3"
 FILE = "base/generator.safetensors --new-discriminator"
 RUNS = {
-    "base": f"03 {BASE} --batch 4 --epochs 1",
+    "base": f"03 {BASE} --batch 4 --epochs 1 {SLOW}",
     "dcgan": f"05 {DCGAN} --batch 7 --keep 0.5 --search-epochs 1 --epochs 2",
-    "cyclegan": f"05 {CYCLEGAN} --keep 0.5 --epochs 1 {SLOW}",
+    "cyclegan": f"05 {CYCLEGAN} --keep 0.5 --epochs 1 {SEARCH}",
     "lora": f"04 --base {FILE} --concept warm --samples all --batch 4 --steps 3",
-    "pruned": f"05 --generator {FILE} --batch 4 --keep 0.5 --search-epochs 1 --epochs 1 {SLOW}",
+    "pruned": f"05 --generator {FILE} --batch 4 --keep 0.5 --search-epochs 1 --epochs 1 {SEARCH}",
 }
 
 
