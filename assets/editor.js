@@ -24,7 +24,7 @@ export class Editor {
     const gpu = crashes ? null : await navigator.gpu?.requestAdapter().catch(() => null);
     const isSoftware = gpu?.info?.isFallbackAdapter ?? gpu?.isFallbackAdapter; // slower than the CPU
     const threads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, 8) : 1;
-    const ways = [["wasm", threads], ["wasm", 1]];
+    const ways = threads > 1 ? [["wasm", threads], ["wasm", 1]] : [["wasm", 1]];
     if (gpu && !isSoftware) ways.unshift(["webgpu", 1]);
     for (const [provider, count] of ways) {
       try {
@@ -64,6 +64,7 @@ export class Editor {
   async use(name, strength = 1) {
     const concept = this.index.concepts.find((concept) => concept.name === name);
     if (!concept) throw Error(`There is no concept ${name}.`);
+    if (!(strength >= 0 && strength <= 1.5)) throw Error(`${strength} is no strength from 0 to 1.5.`);
     const data = this.base.data.slice(0); // whatever is passed to a worker is gone
     let text = this.base.header.tokens && this.base.get("tokens");
     if (concept.adapter) {
@@ -72,7 +73,8 @@ export class Editor {
       const ours = this.index.files["base.safetensors"].sha256;
       if (adapter.about.base !== ours) throw Error(`${file} belongs to another base.`);
       this.merge(data, adapter, strength);
-      text &&= adapter.get("tokens");
+      text &&= adapter.get("tokens"); // (T, D)
+      if (text && text.shape[1] !== this.base.header.tokens.shape[2]) throw Error(`${file}: its prompt does not fit the base.`);
     } else if (text) {
       const [, tokens, width] = text.shape, start = concept.place * tokens;
       const mask = this.base.get("mask").data.subarray(start, start + tokens);
@@ -85,7 +87,7 @@ export class Editor {
     const session = await this.ort.InferenceSession.create(this.graph.slice(0), options);
     const old = this.session;
     Object.assign(this, { name, strength, session, text });
-    await old?.release();
+    await old?.release().catch(() => {}); // a broken one may not let go
   }
 
   // Adds strength * alpha / rank * B A to the weights in data, laid out as base.safetensors.
@@ -110,17 +112,36 @@ export class Editor {
     }
   }
 
+  // ImageData of a bitmap, a video or a canvas, scaled so that its longer side is about this long.
+  frame(source, size) {
+    const sides = [source.videoWidth ?? source.width, source.videoHeight ?? source.height];
+    const { multiple } = this.index, scale = size / Math.max(...sides) / multiple;
+    const least = Math.ceil(32 / multiple); // a norm needs more than one place
+    const [width, height] = sides.map((x) => multiple * Math.max(least, Math.round(x * scale)));
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "white"; // below what is transparent
+    context.fillRect(0, 0, width, height);
+    context.imageSmoothingQuality = "high";
+    context.drawImage(source, 0, 0, width, height);
+    return context.getImageData(0, 0, width, height);
+  }
+
   // ImageData, its sides multiples of index.multiple -> its edit, as large.
   async edit({ data, width, height }) {
     const { Tensor } = this.ort, rgb = new Uint8Array(3 * width * height);
-    for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) rgb.set(data.subarray(j, j + 3), i);
+    for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) copy(rgb, i, data, j);
     const feeds = { photo: new Tensor("uint8", rgb, [1, height, width, 3]) };
     if (this.text) feeds.text = new Tensor("float32", this.text.data.slice(), [1, ...this.text.shape]);
     const edit = (await this.session.run(feeds)).edit.data;
     const rgba = new Uint8ClampedArray(data.length).fill(255);
-    for (let i = 0, j = 0; i < edit.length; i += 3, j += 4) rgba.set(edit.subarray(i, i + 3), j);
+    for (let i = 0, j = 0; i < edit.length; i += 3, j += 4) copy(rgba, j, edit, i);
     return new ImageData(rgba, width, height);
   }
+}
+
+// Three numbers; a subarray for each pixel takes ten times as long.
+function copy(to, at, from, place) {
+  for (let c = 0; c < 3; c++) to[at + c] = from[place + c];
 }
 
 const swap = ([first, second, ...others]) => [second, first, ...others];

@@ -28,6 +28,8 @@ class Editor:
 
     def __init__(self, folder, threads=0):
         self.folder, self.threads = Path(folder), threads
+        if not (self.folder / "index.json").is_file():
+            raise ValueError(f"{folder} holds no index.json: 06_export_onnx.py writes one")
         self.index = json.loads((self.folder / "index.json").read_text("utf-8"))
         self.graph = self.read("base.onnx")
         self.base = safetensors.numpy.load(self.read("base.safetensors"))

@@ -38,7 +38,14 @@ def fetch_runtime(folder: Path, cdn: bool = False) -> str:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """With the two headers without which browsers give a page no threads."""
+    """With the two headers without which browsers give a page no threads, and types that Windows'
+    registry has wrong at times."""
+
+    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+    }
 
     def end_headers(self):
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")

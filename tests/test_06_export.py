@@ -21,6 +21,7 @@ from PIL import Image
 import common
 import training
 from assets.editor import Editor
+from assets.serve import fetch_runtime
 
 SIZE = 32
 RANKS = {"down1.conv": 2, "blocks.tb.feed1": 1, "up1.conv": 2}
@@ -512,12 +513,17 @@ def test_bad_input_of_apply(world, folder, exported, dynamic, error_of, tmp_path
     assert "cannot be used" in ends(tmp_path / "other", world / "photos")
 
 
-def test_bad_input_of_serve(folder, error_of, tmp_path):
+def test_bad_input_of_serve(folder, error_of, tmp_path, monkeypatch, capsys):
     assert "holds no index.json" in error_of("06", "--serve", "--out", tmp_path)
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         line = error_of("06", "--serve", port, "--out", folder)
     assert f"port {port} cannot be used" in line
+    with pytest.raises(ValueError, match="holds no index.json"):
+        Editor(tmp_path)
+    monkeypatch.setenv("PATH", "")  # no npm
+    assert fetch_runtime(tmp_path).startswith("https://")
+    assert "npm gives no" in capsys.readouterr().out
 
 
 def test_strength_scales_what_is_merged(world, load_stage):

@@ -123,13 +123,14 @@ def test_a_bad_adapter_is_a_sentence(folder, page, name, words):
     assert np.abs(shown(page) - made(folder, page, "inverted")).max() <= 1
 
 
-def test_styles_change_while_the_camera_runs(page):
+def test_styles_change_while_the_camera_runs(folder, page):
     def frames(count):
         for _ in range(count):
             old = page.locator("#speed").inner_text()
             page.wait_for_function("old => document.getElementById('speed').value !== old", arg=old)
 
     page.get_by_role("button", name="Camera").click()
+    assert page.evaluate("document.activeElement.id") == "camera"
     frames(3)
     for name in ("inverted", "cut"):
         page.get_by_role("radio", name=name).check(force=True)
@@ -138,12 +139,26 @@ def test_styles_change_while_the_camera_runs(page):
     assert page.get_by_role("radio", name="inverted").is_checked()
     page.get_by_role("button", name="Camera").click()
     wait(page)
+    page.get_by_role("radio", name="dark").check(force=True)  # of the camera's last picture
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "dark")).max() > 1
+
+
+def test_of_two_photos_the_later_counts(folder, page, tmp_path):
+    large = np.random.default_rng(1).integers(0, 256, (2400, 3200, 3), dtype=np.uint8)
+    Image.fromarray(large).save(tmp_path / "large.png")
+    for path in (tmp_path / "large.png", page.photo):
+        page.get_by_label("Photo", exact=True).set_input_files(path)
+    page.wait_for_timeout(1500)  # ms, in which the large one is decoded as well
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
 
 
 def test_keyboard_width_and_what_is_no_picture(page, tmp_path):
     page.get_by_label("Divider").press("ArrowRight")
     assert "--at: 51%" in page.locator("figure").get_attribute("style")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("crossOriginIsolated")  # or there are no threads
     (tmp_path / "words.png").write_text("no picture")
     page.get_by_label("Photo", exact=True).set_input_files(tmp_path / "words.png")
     page.wait_for_function("document.getElementById('error').textContent.includes('no picture')")
