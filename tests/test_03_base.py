@@ -58,6 +58,17 @@ def test_the_best_model_and_the_curve_are_kept(world):
 # ---- Collapse ------------------------------------------------------------------------------------
 
 
+def test_a_huge_gradient_is_one_step_and_no_more():
+    """Such as flat crops bring about: Adam remembers their squares."""
+    x, moves = torch.nn.Parameter(torch.zeros(())), []
+    optimizer = training.adam([x], 0.1)
+    for step in range(60):
+        x.grad, before = torch.tensor(1e8 if step == 30 else 1.0), x.item()
+        optimizer.step()
+        moves.append(before - x.item())
+    assert moves[30] < 0.3 and moves[29] == pytest.approx(0.1) and moves[59] > 0.07
+
+
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
     world, error_of, tmp_path, monkeypatch
 ):

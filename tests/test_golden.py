@@ -36,7 +36,7 @@ RUNS = {
     "base": f"03 {BASE} --batch 4 --epochs 1 {SLOW}",
     "dcgan": f"05 {DCGAN} --batch 7 --keep 0.5 --search-epochs 1 --epochs 2",
     "cyclegan": f"05 {CYCLEGAN} --keep 0.5 --epochs 1 {SEARCH}",
-    "lora": f"04 --base {FILE} --concept warm --samples all --batch 4 --steps 3",
+    "lora": f"04 --base {FILE} --concept warm --samples all --batch 4 --steps 3 {SLOW}",
     "pruned": f"05 --generator {FILE} --batch 4 --keep 0.5 --search-epochs 1 --epochs 1 {SEARCH}",
 }
 
