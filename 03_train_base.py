@@ -27,7 +27,7 @@ import common
 import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
-DEMO = {"width": 16, "crop": 128, "batch": 1, "epochs": 12, "lr": 1e-3}
+DEMO = {"width": 16, "batch": 1, "epochs": 12, "lr": 1e-3}
 DEMO |= {"fid": "off", "save_every": 480, "eval_every": 12}
 
 

@@ -36,8 +36,7 @@ import common
 import training
 from common import UserError
 
-DEMO = {"crop": 128, "batch": 1, "epochs": 8, "probe_steps": 60}
-DEMO |= {"fid": "off", "save_every": 160}
+DEMO = {"batch": 1, "epochs": 8, "probe_steps": 60, "fid": "off", "save_every": 160}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # by --mode, if there is no --lr
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
 # The paper's crucial layers are the down- and upsamplings and the transformer block. Ours are the

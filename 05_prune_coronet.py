@@ -39,7 +39,7 @@ import training
 from common import UserError
 
 DEMO = {"width": 16, "batch": 1, "search_epochs": 1, "epochs": 3, "lr": 1e-3, "lr_search": 2e-4}
-DEMO |= {"crop": 128, "fid": "off", "save_every": 216}
+DEMO |= {"fid": "off", "save_every": 216}
 MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
 

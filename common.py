@@ -12,7 +12,6 @@ import copy
 import gc
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -808,12 +807,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable:
     """A type for argparse: an int or a float from `low` on (or `above` it) up to `high`."""
 
     def parse_number(text: str):
         value = kind(text)
-        if not low <= value <= high or math.isinf(value) or (above and value == low):
+        if not low <= value <= high or (above and value == low):
             limits = f"{'above' if above else 'from'} {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: give a number {limits}")
         return value
@@ -931,10 +930,8 @@ def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -
     there is complete, and not to be renewed. settings: what the result depends on, flags and the
     hashes of what is read. A folder with other settings is an error; `overwrite` deletes it, but
     never a folder that is not a run."""
-    done = torch.zeros(())
-    if rank() == 0:  # for all
-        done += claim_folder(out.resolve(), settings, overwrite, renew)
-    return bool(average(done))
+    done = rank() == 0 and claim_folder(out.resolve(), settings, overwrite, renew)  # for all
+    return bool(average(torch.tensor(float(done))))
 
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
@@ -964,10 +961,10 @@ def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> boo
 def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     """The names of the files in a run's folder. UserError if it is not this run's."""
     names = {path.name for path in out.glob("*") if not path.match(".*.part")}
-    if out.is_file() or names and "settings.json" not in names:
+    saved = read_json(out / "settings.json") if "settings.json" in names else {}
+    if out.is_file() or names and "stage" not in saved:
         raise UserError(f"{out} holds files that no stage made; give another --out")
-    saved = read_json(out / "settings.json") if names and not overwrite else settings
-    for key in sorted({*saved, *settings}):
+    for key in sorted({*saved, *settings}) if names and not overwrite else ():
         if saved.get(key) != settings.get(key):
             differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
             raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
@@ -1129,10 +1126,12 @@ def files_below(folder: Path, name: str) -> list[Path]:
     return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
 
 
-def collect_tables(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]:
-    """{(stage, title): {what is equal: rows}} below a folder. Rows are equal whose runs differ in
-    their seed alone, and which stand at one place and hold the same words."""
-    tables = {}
+def main() -> None:
+    """Rows share a line whose runs differ in their seed alone, and which stand at one place and
+    hold the same words."""
+    parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
+    folder, tables = parser.parse_args().runs, {}  # {(stage, title): {what is equal: rows}}
     for path in files_below(folder, "result.json"):
         result, settings = read_json(path), read_json(path.with_name("settings.json"))
         run = {"run": path.parent.relative_to(folder).as_posix()}
@@ -1147,14 +1146,6 @@ def collect_tables(folder: Path) -> dict[tuple[str, str], dict[str, list[dict]]]
                     equal.append({**run, **row})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is no stage's result: {error!r}") from None
-    return tables
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
-    folder = parser.parse_args().runs
-    tables = collect_tables(folder)
     if not tables:
         raise UserError(f"no run below {folder} is complete")
     for (stage, title), table in sorted(tables.items(), key=lambda x: x[0][0]):

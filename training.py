@@ -96,7 +96,7 @@ class Pictures:
             raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
         side, share = crop or self.size, slice(rank(), None, world())
 
-        def gather(step: int) -> tuple[int, list[torch.Tensor]]:
+        def gather(step: int) -> list[torch.Tensor]:
             places, flips, concept = (x[share] for x in self.plan(step, batch, seed))
             rng, cuts = np.random.default_rng([seed, step]), []
             corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
@@ -105,14 +105,13 @@ class Pictures:
                 for place, (y, x) in zip(column, corners, strict=True):
                     cuts.append(source[place, :, y : y + side, x : x + side])
             parts = [torch.from_numpy(np.stack(cuts)), flips.T.flatten(), concept.clone()]
-            parts = [part.pin_memory() for part in parts] if device.type == "cuda" else parts
-            return places.shape[1], parts
+            return [part.pin_memory() for part in parts] if device.type == "cuda" else parts
 
         with ThreadPoolExecutor(1) as thread:
-            for k, parts in prefetch(thread, gather, steps, depth=2):
+            for parts in prefetch(thread, gather, steps, depth=2):
                 pixels, flips, concept = (part.to(device, non_blocking=True) for part in parts)
                 pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-                yield *common.to_float(pixels).chunk(k), concept
+                yield *common.to_float(pixels).split(len(concept)), concept
 
 
 class Pairs(Pictures):
@@ -120,11 +119,7 @@ class Pairs(Pictures):
 
     def __init__(self, files, size, concepts, places: list[torch.Tensor], about: object = ""):
         super().__init__(files, size, concepts, about)
-        self.places = places
-
-    @property
-    def counts(self) -> list[int]:
-        return [len(places) for places in self.places]
+        self.places, self.counts = places, [len(pairs) for pairs in places]
 
     def plan(self, step, batch, seed):
         picks, flips = draw_picks(self.counts, batch, step, seed)
@@ -189,7 +184,8 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
     concepts = common.read_json(path, maker="01_distill_pairs.py")
     for name, entry in concepts.items():
         common.check_name(name, path)
-        if not isinstance(entry, dict) or not str(entry.get("prompt") or "").strip():
+        prompt = entry.get("prompt") if isinstance(entry, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{path}: concept {name!r} has no prompt")
     if not concepts:
         raise UserError(f"{path} names no concept")
@@ -225,12 +221,13 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
         places.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
         files += [pairs / split / name / edit for edit in edits[name]]
     concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
-    found = Pairs(files, size, concepts, places)
     if samples is not None:
         samples = sorted(set(samples))
         if absent := sorted(set(samples) - set(edits[names[0]])):
             raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
-        found.places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
+        places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
+    found = Pairs(files, size, concepts, places)
+    if samples is not None:
         found.data_hash = hashlib.sha256(f"{found.data_hash} {samples}".encode()).hexdigest()[:16]
     return found
 
@@ -305,10 +302,10 @@ def start(args) -> torch.device:
 
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
-    if name == "auto":
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -631,12 +628,13 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     (N, 3, H, W). Ours: patches of both lie at the same places, and the truth's normalise both."""
     levels = 1 + sum(min(fakes.shape[-2:]) >> k >= 32 for k in (1, 2, 3))
     patches, rng = [[] for _ in range(levels)], torch.Generator().manual_seed(0)
+    blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1)  # (3, 1, 5, 5)
     for part in zip(fakes.split(32), truth.split(32), strict=True):
         x = common.to_float(torch.cat(part))  # (2n, 3, H, W): fakes, then truth
         for k in range(levels):
             band = x  # the last level is what is left
             if k < levels - 1:
-                x = halve(band)
+                x = F.conv2d(F.pad(band, (2,) * 4, "reflect"), blur, stride=2, groups=3)
                 band = band - F.interpolate(x, band.shape[-2:], mode="bilinear")
             patches[k].append(random_patches(band.unflatten(0, (2, -1)), rng))
     distances, rng = {}, torch.Generator().manual_seed(0)
@@ -648,12 +646,6 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
         fake, true = np.sort(projections.numpy())  # five times as fast as torch's
         distances[f"SWD {fakes.shape[-1] >> k}"] = 1000 * float(np.abs(fake - true).mean())
     return distances
-
-
-def halve(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> every other pixel of a blurred one, (N, C, H/2, W/2)."""
-    kernel = torch.outer(BLUR, BLUR).repeat(x.shape[1], 1, 1, 1)  # (C, 1, 5, 5)
-    return F.conv2d(F.pad(x, (2,) * 4, "reflect"), kernel, stride=2, groups=x.shape[1])
 
 
 def random_patches(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
@@ -676,7 +668,7 @@ def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float
         return None
     for pictures in (fakes, truth):
         maps = [network(part.to(device) / 255)[0] for part in pictures.split(50)]
-        features.append(torch.cat(maps).mean((2, 3)).double().cpu().numpy())  # (N, 2048)
+        features.append(torch.cat(maps).mean((2, 3)).cpu().double().numpy())  # (N, 2048)
     return frechet_distance(*features)
 
 
