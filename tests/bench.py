@@ -69,11 +69,6 @@ def least(call, rounds: int) -> float:
     return min(times)
 
 
-def setting(args) -> str:
-    pixels = f"{args.size} pixels, width {args.width}, batch {args.batch}"
-    return f"{pixels}, {args.precision}, {training.pick_device(args.device)}"
-
-
 def untrained(arch: str, width: int, size: int) -> common.Generator:
     """e2gan as for a prompt of 9 tokens of ViT-B/32 (512 numbers each)."""
     concepts = [{"name": "a", "prompt": "a"}]
@@ -266,7 +261,7 @@ def bench_prune(args) -> tuple[str, list[dict]]:
     for row in rows:
         row["x plain time"] = row["step ms"] / rows[0]["step ms"]
         row["x plain memory"] = row["peak MiB"] / rows[0]["peak MiB"]
-    return f"Stage 5, {setting(args)}", rows
+    return f"Stage 5, {args.size} pixels, width {args.width}, batch {args.batch}", rows
 
 
 def prune_steps(name: str, args, answer) -> None:

@@ -60,13 +60,13 @@ def test_the_best_model_and_the_curve_are_kept(world):
 
 def test_a_huge_gradient_is_one_step_and_no_more():
     """Such as flat crops bring about: Adam remembers their squares."""
-    x, moves = torch.nn.Parameter(torch.zeros(())), []
+    x, seen = torch.nn.Parameter(torch.zeros(())), [0.0]
     optimizer = training.adam([x], 0.1)
     for step in range(60):
-        x.grad, before = torch.tensor(1e8 if step == 30 else 1.0), x.item()
+        x.grad = torch.tensor(1e8 if step == 30 else 1.0)
         optimizer.step()
-        moves.append(before - x.item())
-    assert moves[30] < 0.3 and moves[29] == pytest.approx(0.1) and moves[59] > 0.07
+        seen.append(x.item())
+    assert seen[30] - seen[31] < 0.3 and seen[59] - seen[60] > 0.07
 
 
 def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
@@ -148,8 +148,7 @@ STAGES = {
 
 @pytest.mark.parametrize("number", STAGES)
 def test_two_processes_train_as_one(world, tmp_path, number):
-    """Few and short steps, whose losses are compared: Adam magnifies what is rounded otherwise, and
-    of two channels that are equally important another may be kept."""
+    """Few and short steps: Adam magnifies what is rounded otherwise; one of equal channels goes."""
     flags = f"{STAGES[number]} --pairs W/pairs --cache W/cache --fid off --precision fp32"
     flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
     run_main(number, *flags, "--out", tmp_path / "one")

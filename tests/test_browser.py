@@ -138,7 +138,6 @@ def test_styles_change_while_the_camera_runs(folder, page):
     page.wait_for_function("document.getElementById('error').textContent.includes('damaged')")
     assert page.get_by_role("radio", name="inverted").is_checked()
     page.get_by_role("button", name="Camera").click()
-    wait(page)
     page.get_by_role("radio", name="dark").check(force=True)  # of the camera's last picture
     wait(page)
     assert np.abs(shown(page) - made(folder, page, "dark")).max() > 1
@@ -150,7 +149,6 @@ def test_of_two_photos_the_later_counts(folder, page, tmp_path):
     for path in (tmp_path / "large.png", page.photo):
         page.get_by_label("Photo", exact=True).set_input_files(path)
     page.wait_for_timeout(1500)  # ms, in which the large one is decoded as well
-    wait(page)
     assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
 
 
