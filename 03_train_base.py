@@ -2,7 +2,7 @@
 
 E2GAN (arXiv 2401.06127), section 3. The generator sees a photo and the CLIP features of a prompt,
 the PatchGAN discriminator photo, edit and prompt. Random crops of stage 1's pairs, least-squares
-GAN + 10 * L1 + 10 * feature matching (pix2pixHD; ours: with --fm 0 and the papers' 100 * L1, colours
+GAN + 10 * L1 + 10 * feature matching (pix2pixHD; with --fm 0, the papers' 100 * L1, colours
 are learned and strokes are not), Adam and pix2pix's schedule. Whole pictures are judged.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
