@@ -363,7 +363,7 @@ def limit_gradients(optimizer: torch.optim.Adam, *_) -> None:
     squares = nn.utils.get_total_norm([found[p]["exp_avg_sq"] for p in known], 1.0)  # their sum
     usual = (squares / (1 - group["betas"][1] ** found[known[0]]["step"])).sqrt()
     norm = nn.utils.get_total_norm([p.grad for p in known])
-    scale = (OUTLIER * usual / (norm + 1e-12)).clamp(max=1)
+    scale = torch.where(usual > 0, OUTLIER * usual / norm, 1).clamp(max=1)  # 0 tells nothing
     for p in known:
         p.grad.mul_(scale)
 
