@@ -119,7 +119,11 @@ class Pairs(Pictures):
 
     def __init__(self, files, size, concepts, places: list[torch.Tensor], about: object = ""):
         super().__init__(files, size, concepts, about)
-        self.places, self.counts = places, [len(pairs) for pairs in places]
+        self.places = places
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(places) for places in self.places]
 
     def plan(self, step, batch, seed):
         picks, flips = draw_picks(self.counts, batch, step, seed)
@@ -221,13 +225,12 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
         places.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
         files += [pairs / split / name / edit for edit in edits[name]]
     concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
+    found = Pairs(files, size, concepts, places)
     if samples is not None:
         samples = sorted(set(samples))
         if absent := sorted(set(samples) - set(edits[names[0]])):
             raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
-        places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
-    found = Pairs(files, size, concepts, places)
-    if samples is not None:
+        found.places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
         found.data_hash = hashlib.sha256(f"{found.data_hash} {samples}".encode()).hexdigest()[:16]
     return found
 
@@ -354,8 +357,8 @@ def adam(parameters, lr: float) -> torch.optim.Adam:
 @torch.no_grad()
 def limit_gradients(optimizer: torch.optim.Adam, *_) -> None:
     """Scales all gradients down to OUTLIER times their usual norm, which Adam's second moments tell
-    (ours). On a flat crop one instance norm after the other divides by next to nothing: gradients
-    of 1e15 times the usual norm, after which Adam would hardly move for hundreds of steps."""
+    (ours). On a flat crop one instance norm after the other divides by next to nothing: a norm of
+    1e15 instead of 10, after which Adam would hardly move for hundreds of steps."""
     [group], found = optimizer.param_groups, optimizer.state
     known = [p for p in group["params"] if p.grad is not None and p in found]
     if not known:

@@ -87,7 +87,7 @@ export class Editor {
     const session = await this.ort.InferenceSession.create(this.graph.slice(0), options);
     const old = this.session;
     Object.assign(this, { name, strength, session, text });
-    await old?.release().catch(() => {}); // a broken one may not let go
+    await old?.release().catch((error) => console.warn(error)); // the new one works all the same
   }
 
   // Adds strength * alpha / rank * B A to the weights in data, laid out as base.safetensors.
