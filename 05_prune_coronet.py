@@ -688,7 +688,7 @@ def parse() -> argparse.Namespace:
     flag("--epochs", type=common.count, default=180, help="passes after it, rates falling to 0")
     flag("--lr", type=common.positive, default=2e-4, help="the generator's while converging")
     flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
-    flag("--lr-z", type=common.positive, default=1e-2, help="the latents' (SGD, momentum 0.9)")
+    flag("--lr-z", type=common.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
     flag("--cycle", type=common.weight, default=10.0, help="cyclegan: of the L1 of coming back")
     flag("--identity", type=common.weight, default=0.5, help="cyclegan: of no change, * --cycle")
     return parser.parse(DEMO)
