@@ -393,8 +393,7 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
-    marks = common.marks_of(args, clip=clip.name)
-    common.write_result(args.out, STAGE, time.time() - start, marks, {"Pairs": table})
+    common.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
 
 
 # ---- The command ---------------------------------------------------------------------------------

@@ -142,8 +142,7 @@ def main() -> None:
     paths = [[train / "source" / name for name in members] for members in shared]
     contact_sheet(out / "photos.png", paths, [], 3, strips=4 if len(paths) > 16 else 1, cell=56)
     tables = {"Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows}
-    marks = common.marks_of(args, args.pairs, clip=str(metadata.get("clip")))
-    common.write_result(out, "02_cluster", time.time() - start, marks, tables)
+    common.write_result(args, "02_cluster", start, tables, [args.pairs], str(metadata.get("clip")))
 
 
 if __name__ == "__main__":

@@ -149,9 +149,8 @@ def main() -> None:
         size["arch"] += f" {args.blocks}" if args.blocks else ""
         size["parameters M"] = common.count_parameters(generator) / 1e6
         size["GMACs"] = common.count_macs(generator) / 1e9
-        marks = common.marks_of(args, args.pairs, clip=clip)
         tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
-        common.write_result(args.out, "03_train_base", time.time() - began, marks, tables)
+        common.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
 
 
 if __name__ == "__main__":

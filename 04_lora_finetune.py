@@ -336,9 +336,9 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
     if common.rank() == 0:
         common.write_json(out / "crucial.json", {"groups": crucial})
-        marks = common.marks_of(args, args.pairs, args.base.parent)
         tables = {"Crucial layers, held-out error relative to the base's": rows}
-        common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
+        reads = [args.pairs, args.base.parent]
+        common.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
     common.barrier()  # the others read crucial.json next
 
 
@@ -404,9 +404,9 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     row["trained %"] = 100 * row["trained weights"] / common.count_parameters(base)
     row |= {"file KB": file.stat().st_size / 1000, "samples": args.samples}
     row |= {"photos": train.counts[0], **pace}
-    marks = common.marks_of(args, args.pairs, args.base.parent, clip=base.config.get("clip", ""))
     tables = {"New concepts, held-out photos": [row], **tables}
-    common.write_result(out, "04_lora_finetune", time.time() - began, marks, tables)
+    reads, clip = [args.pairs, args.base.parent], base.config.get("clip", "")
+    common.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
 
 
 def main() -> None:

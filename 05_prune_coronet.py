@@ -791,8 +791,7 @@ def main() -> None:
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
-    marks = common.marks_of(args, *reads, clip=clip)
-    common.write_result(args.out, "05_prune_coronet", time.time() - began, marks, tables)
+    common.write_result(args, "05_prune_coronet", began, tables, reads, clip)
 
 
 if __name__ == "__main__":

@@ -405,8 +405,7 @@ def export_all(args, began: float) -> list[Path]:
             common.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]
-    marks, seconds = common.marks_of(args, *folders), time.time() - began
-    common.write_result(args.out, "06_export_onnx", seconds, marks, {"ONNX files": rows})
+    common.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
     return written
 
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -979,22 +980,20 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
     return {"stage": stage, **{key: flags[key] for key in flags if key not in left_out}, **more}
 
 
-def write_result(out: Path, stage: str, seconds: float, marks, tables: dict) -> None:
-    """result.json, the last file of a run: the tables {title: rows} that `python common.py` prints,
-    and marks, what a reader of the numbers must know, such as "demo"."""
-    for title, rows in tables.items():
-        print("\n" + markdown(title, rows))
-    result = {"stage": stage, "marks": list(dict.fromkeys(marks)), "seconds": round(seconds, 1)}
-    write_json(out / "result.json", {**result, "tables": tables})
-
-
-def marks_of(args: argparse.Namespace, *folders: Path, clip: str = "") -> list[str]:
-    """This run's marks and those of the runs whose folders it reads. clip: a tower's name."""
+def write_result(args, stage: str, began: float, tables: dict, reads=(), clip="", out=None) -> None:
+    """result.json, the last file of a run in `out` (default: args.out) that began at time.time():
+    the tables {title: rows} that `python common.py` prints, and marks, what a reader of the numbers
+    must know: "demo", the CLIP tower's, those of the runs whose folders this one reads."""
     marks = ["demo"] if args.demo else []
-    for path in [folder / "result.json" for folder in folders]:
+    for path in [folder / "result.json" for folder in reads]:
         found = read_json(path).get("marks") if path.exists() else None
         marks += map(str, found) if isinstance(found, list) else []
-    return marks + (["stand-in CLIP (random weights)"] if clip.endswith(":random") else [])
+    marks += ["stand-in CLIP (random weights)"] if clip.endswith(":random") else []
+    for title, rows in tables.items():
+        print("\n" + markdown(title, rows))
+    result = {"stage": stage, "marks": list(dict.fromkeys(marks))}
+    result |= {"seconds": round(time.time() - began, 1), "tables": tables}
+    write_json((out or args.out) / "result.json", result)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
