@@ -449,22 +449,20 @@ def prompt_embedding(generator: Generator, concept: torch.Tensor) -> torch.Tenso
 
 
 class Discriminator(Network):
-    """pix2pix's PatchGAN on photo and edit (70x70 patches with 3 strided layers), scores without
-    sigmoid; on the picture alone where config["photo"] is False (CycleGAN). With prompts, score =
-    conv(h) + <P text, h>, text the mean token as a unit vector (a choice of ours, after the
-    projection discriminator; at CLIP's own length, about 18, the product drowned the rest)."""
+    """pix2pix's PatchGAN on photo and edit (70x70 patches), scores without sigmoid; on the picture
+    alone where config["photo"] is False (CycleGAN). With prompts, score = conv(h) + <P text, h>,
+    text the mean token as a unit vector (a choice of ours, after the projection discriminator; at
+    CLIP's own length, about 18, the product drowned the rest)."""
 
     kind = "discriminator"
 
     def __init__(self, config):
         super().__init__(config)
-        widths, strided = all_widths(config), config["strided"]
+        widths, self.convs = all_widths(config), nn.ModuleList()
         reads = ("photo", "edit") if config["photo"] else "edit"
-        self.convs = nn.ModuleList()
-        for i in range(strided + 1):
-            stride = 2 if i < strided else 1
-            self.convs.append(layer(nn.Conv2d, widths, reads, f"d{i}", 4, stride, padding=1))
-            reads = f"d{i}"
+        for group, stride in zip(config["widths"], (2, 2, 2, 1), strict=True):
+            self.convs.append(layer(nn.Conv2d, widths, reads, group, 4, stride, padding=1))
+            reads = group
         self.project = layer(nn.Linear, widths, "text", reads) if widths["text"] else None
         self.score = layer(nn.Conv2d, widths, reads, "score", 4, padding=1)
         self.score.reset_parameters()  # PyTorch's, a third as large: scores start near 0
@@ -494,14 +492,14 @@ class Discriminator(Network):
         return photo if self.config["photo"] else None, edit, text
 
 
-def new_discriminator(generator: Generator, text=True, photo=True, strided=3) -> Discriminator:
+def new_discriminator(generator: Generator, text=True, photo=True) -> Discriminator:
     """An untrained PatchGAN of a generator's unpruned width, on its device, which sees the prompt
     if the generator does and `text`, and the photo if `photo`."""
     config = {key: generator.config[key] for key in ("width", "size")}
-    config = {"arch": "patchgan", **config, "strided": strided, "photo": photo}
+    config |= {"arch": "patchgan", "photo": photo}
     if text and generator.takes_text:
         config["text_dim"] = generator.config["text_dim"]
-    widths = {f"d{i}": config["width"] * min(2**i, 8) for i in range(strided + 1)}
+    widths = {f"d{i}": config["width"] * 2**i for i in range(4)}
     network = build_network({**config, "widths": widths, "full": widths})
     return network.to(next(generator.parameters()).device)
 
