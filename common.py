@@ -104,11 +104,9 @@ class ToRGB(nn.Conv2d):
             return super().forward(torch.cat(features, 1))
         reach, height = self.padding[0], features[0].shape[2]
         weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]  # (21, C, 1, 7)
-        rows, start = 0, 0
-        for x in features:
-            part = weight[:, start : start + x.shape[1]]
+        rows, parts = 0, weight.split([x.shape[1] for x in features], 1)
+        for x, part in zip(features, parts, strict=True):
             rows = rows + F.conv2d(reflect(x.to(features[0].dtype), 3, reach), part)
-            start += x.shape[1]
         rows = reflect(rows, 2, reach).to(self.bias.dtype)  # bf16 would add another error
         rows = rows.chunk(2 * reach + 1, 1)
         edit = sum(row[:, :, i : i + height] for i, row in enumerate(rows))
