@@ -293,18 +293,9 @@ def fill_in(args, size: int, whole: bool = False) -> None:
 
 
 def start(args) -> torch.device:
-    """Picks the device, joins torchrun's processes where there are several, and seeds."""
-    device = pick_device(args.device)
-    if world() > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        hours = datetime.timedelta(hours=12)  # the others wait while the first measures
-        distributed.init_process_group(backend, timeout=hours)
-    torch.manual_seed(args.seed)
-    return device
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    """Joins torchrun's processes where there are several, and seeds. Returns the device: `auto` is
+    CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    name = args.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name == "auto":
@@ -317,6 +308,11 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes do not change
+    if world() > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        hours = datetime.timedelta(hours=12)  # the others wait while the first measures
+        distributed.init_process_group(backend, timeout=hours)
+    torch.manual_seed(args.seed)
     return device
 
 

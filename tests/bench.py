@@ -267,8 +267,7 @@ def bench_prune(args) -> tuple[str, list[dict]]:
 def prune_steps(name: str, args, answer) -> None:
     """What costs something in a step of stage 5: both networks' passes, losses, Adam."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    device = training.pick_device(args.device)
+    device = training.start(argparse.Namespace(device=args.device, seed=0))
     generator, latents = untrained("e2gan", args.width, args.size).to(device), {}
     discriminator = common.new_discriminator(generator)
     for group, n in common.all_widths(generator.config).items():
