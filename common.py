@@ -647,29 +647,24 @@ def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], train
 def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
     """The dense, smaller network with only the channels `kept` = {group: sorted indices}; other
     groups stay whole."""
-    widths = all_widths(network.config)
-    kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
-    small_widths = {g: len(kept[g]) for g in network.config["widths"]}
+    masks = {g: torch.ones(n, dtype=torch.bool) for g, n in all_widths(network.config).items()}
+    for g, indices in kept.items():
+        masks[g] = torch.isin(torch.arange(len(masks[g])), indices.cpu())
+    small_widths = {g: int(masks[g].sum()) for g in network.config["widths"]}
     small = type(network)({**network.config, "widths": small_widths})
     state = network.state_dict()
     for name, module in network.named_modules():
         if not hasattr(module, "writes"):
             continue
-        out = channel_indices(module.writes, kept, widths)
+        out = torch.cat([masks[g] for g in module.writes])
         for key, tensor in module.state_dict(prefix=f"{name}.").items():
             if tensor.dim() == 1:  # biases, batch norm's numbers
                 state[key] = tensor[out]
             elif tensor.dim() > 1:
-                into = channel_indices(module.reads, kept, widths)
+                into = torch.cat([masks[g] for g in module.reads])
                 state[key] = out_first(out_first(tensor, type(module))[out][:, into], type(module))
     small.load_state_dict(state)
     return small.to(next(network.parameters()).device)
-
-
-def channel_indices(groups: Sequence[str], kept: dict, widths: dict) -> torch.Tensor:
-    """Positions of the kept channels in a layer that reads or writes these groups in a row."""
-    offsets = np.cumsum([0] + [widths[g] for g in groups[:-1]]).tolist()
-    return torch.cat([kept[g].cpu() + at for g, at in zip(groups, offsets, strict=True)])
 
 
 # ---- Checkpoints: one safetensors file each ------------------------------------------------------

@@ -304,11 +304,11 @@ def mask(network, kept):
     """Makes channels 0 wherever they are written, as if they were gone: whatever reads them adds
     nothing, as norms, attention, ReLU, FiLM and sums map a channel (attention: a dimension) of
     zeros to zeros, and the RMS norm sums squares."""
-    widths = common.all_widths(network.config)
-    kept = {**{g: torch.arange(n) for g, n in widths.items()}, **kept}
+    widths, dropped = common.all_widths(network.config), {}
+    for group, n in widths.items():
+        dropped[group] = torch.tensor([group in kept and i not in kept[group] for i in range(n)])
     for module in writers(network):
-        dead = torch.ones(len(module.bias), dtype=torch.bool)
-        dead[common.channel_indices(module.writes, kept, widths)] = False
+        dead = torch.cat([dropped[group] for group in module.writes])
         outputs = 1 if isinstance(module, torch.nn.ConvTranspose2d) else 0
         module.weight.data.transpose(0, outputs)[dead] = 0
         module.bias.data[dead] = 0
