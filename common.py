@@ -175,12 +175,10 @@ class Attention(nn.Module):
         self.v = layer(nn.Linear, widths, source, (f"{prefix}_v",) * heads)
         self.out = layer(nn.Linear, widths, (f"{prefix}_v",) * heads, stream)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-
     def forward(self, x, source, mask=None):
         """x (B, N, C), source (B, M, D), mask (B, M) True where a token counts -> (B, N, C)"""
-        q, k, v = self.split(self.q(x)), self.split(self.k(source)), self.split(self.v(source))
+        rows = self.q(x), self.k(source), self.v(source)  # (B, N or M, heads * d)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in rows)
         mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
         if trains_on_cpu(x):
             scores = q @ k.mT * self.scale  # (B, heads, N, M)
