@@ -3,8 +3,7 @@
     python common.py [runs]      print the tables of every result.json below a folder
 
 Pictures in memory are float (B, 3, H, W) in [-1, 1], or uint8 (N, 3, H, W) while they wait. LoRA
-and the hypernetwork are parametrizations of a layer's weight, of which a network knows nothing. A
-checkpoint is one safetensors file whose metadata says how to rebuild its network.
+and the hypernetwork are parametrizations of a layer's weight, of which a network knows nothing.
 """
 
 import argparse
@@ -866,8 +865,7 @@ def barrier() -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a file beside `path`, then renames it: a reader sees the old file or the
-    whole new one."""
+    """Lets `write` fill a file beside `path`, then gives it that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -886,8 +884,8 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def write_png(path: Path, image: Image.Image, **options) -> None:
-    replace_file(path, lambda part: image.save(part, format="PNG", compress_level=4, **options))
+def write_png(path: Path, image: Image.Image) -> None:
+    replace_file(path, lambda part: image.save(part, format="PNG", compress_level=4))
 
 
 def read_json(path: Path, maker: str = "") -> dict:
@@ -1095,8 +1093,7 @@ def cell(value: object) -> str:
 
 
 def merge_seeds(rows: Sequence[dict]) -> dict:
-    """One row of those of runs that differ in their seed alone: numbers that vary as mean ± sample
-    standard deviation; blank what some run lacks."""
+    """Rows as one: numbers that vary as mean ± sample standard deviation, blank what one lacks."""
     merged = dict(rows[0])
     if len(rows) > 1:
         merged["run"] = ", ".join(row["run"] for row in rows) + " (mean ± sd)"
@@ -1115,8 +1112,7 @@ def files_below(folder: Path, name: str) -> list[Path]:
 
 
 def main() -> None:
-    """Rows share a line whose runs differ in their seed alone, and which stand at one place and
-    hold the same words."""
+    """Rows share a line if their runs, places and words differ in the seed alone."""
     parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
     folder, tables = parser.parse_args().runs, {}  # {(stage, title): {what is equal: rows}}

@@ -41,9 +41,8 @@ CROP = 128  # pixels of the crops to train on, where pictures are larger
 
 class Pictures:
     """Pictures of one size in numbered places. After `cache`, pixels (places, 3, S, S) uint8 are
-    there. A subclass has plan(step, batch, seed), the batch of a step, a function of these alone:
-    the places (B, k) of its rows of k pictures, whether each is mirrored (B, k) bool, and the rows'
-    concepts (B,) long."""
+    there. A subclass has plan(step, batch, seed): places (B, k) of a batch's rows of k pictures,
+    whether each is mirrored (B, k) bool, and the rows' concepts (B,) long."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
         self.files, self.size, self.concepts = list(files), size, concepts
@@ -148,8 +147,7 @@ def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iter
 
 
 def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple:
-    """The batch of a step: picks (B, 2) [concept, i] and flips (B,), a function of seed and step
-    alone, so that a resumed run needs no generator state."""
+    """The batch of a step: picks (B, 2) [concept, i] and flips (B,)."""
     epoch, place = divmod(step, steps_per_epoch(counts, batch))
     order = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
     return tuple(part[place * batch : (place + 1) * batch] for part in order)
@@ -389,8 +387,7 @@ class Loop:
     SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
     several processes all stop after the same step. Without `out` nothing is read or written. A
     stage may set loop.steps before `record`, to end sooner. loop.total is what schedules go by:
-    `steps`, or what fits into --minutes, known after loop.planned steps and saved at once: a run
-    that is killed later ends in the same bytes as if it had not been."""
+    `steps`, or what fits into --minutes, known after loop.planned steps and saved at once."""
 
     def __init__(self, args, data, steps, parts: dict, out=None, name="", desc="", share=1.0):
         """parts: modules and optimizers by name, all that a run needs to continue. name: begins
