@@ -927,7 +927,6 @@ def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> boo
     settings = json.loads(json.dumps(settings, default=str))
     path = out.with_name(f".{out.name}.lock")  # held by the operating system, until this ends
     if overwrite or renew or not (out / "result.json").exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
         except filelock.Timeout:

@@ -71,7 +71,6 @@ class Pictures:
         page cache decides what stays in memory. It is never written through the mapping, where a
         full disk would be SIGBUS and no error. Returns self."""
         path, count = folder / f"{self.cache_hash}.u8", len(self.files) * 3 * self.size**2
-        folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
             if not path.exists() or path.stat().st_size != count:
                 common.replace_file(path, self.write_pixels)
