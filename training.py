@@ -570,11 +570,10 @@ def mean_psnr(fakes: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def run_generator(generator, photos: torch.Tensor, concept: int, batch: int = 32) -> torch.Tensor:
-    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""
-    device = next(generator.parameters()).device
-    edits = []
-    for part in photos.split(batch):
+def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor:
+    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32, 32 at a time."""
+    device, edits = next(generator.parameters()).device, []
+    for part in photos.split(32):
         index = torch.full((len(part),), concept, device=device)
         edits.append(common.to_uint8(generator(common.to_float(part.to(device)), index)).cpu())
     return torch.cat(edits)
@@ -681,10 +680,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), (M, D). With
     S = R'R the last trace is the sum of R1 R2' 's singular values: pytorch-fid's number to six
     digits, in a second instead of 25, and never an exception, as its roots of S1 S2 at times."""
-    means = [x.mean(0) for x in (a, b)]
     r1, r2 = (np.linalg.qr(x - x.mean(0), "r") / (len(x) - 1) ** 0.5 for x in (a, b))
     traces = (r1**2).sum() + (r2**2).sum() - 2 * np.linalg.norm(r1 @ r2.T, "nuc")
-    return float(((means[0] - means[1]) ** 2).sum() + traces)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces)
 
 
 def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
