@@ -395,17 +395,15 @@ class Loop:
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
         self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
+        self.state = out and out / f"{self.prefix}state.safetensors"
         self.minutes, self.clock = share * args.minutes if out and args.minutes else 0, []
         self.plan = []  # the step when it was made, and that which --minutes end with
         self.parts = {**parts, "losses": self.losses, "plan": self.plan}
-        self.start, self.rows = load_state(self.path("state.safetensors"), self.parts)
+        self.start, self.rows = load_state(self.state, self.parts)
         no_plan = 0, 10**9 if self.minutes else steps
         self.planned, self.total = map(int, self.plan or no_plan)
         self.steps = self.total
         self.step = self.rows[-1]["step"] if self.start == self.total and self.rows else self.start
-
-    def path(self, name: str) -> Path | None:
-        return self.out and self.out / (self.prefix + name)
 
     def __iter__(self) -> Iterator[tuple]:
         args, caught = self.args, []
@@ -495,11 +493,11 @@ class Loop:
         """Log, curve and state, by the first process."""
         if self.out and rank() == 0:
             log = "".join(json.dumps(row) + "\n" for row in self.rows)
-            common.write_text(self.path("log.jsonl"), log)
+            common.write_text(self.out / f"{self.prefix}log.jsonl", log)
             if self.rows:
-                write_curve(self.path("curve.png"), self.rows)
+                write_curve(self.out / f"{self.prefix}curve.png", self.rows)
             done = self.total if self.step == self.steps else self.step
-            save_state(self.path("state.safetensors"), done, self.parts, self.rows)
+            save_state(self.state, done, self.parts, self.rows)
 
     def pace(self) -> dict:
         """Columns for a table. A resumed run knows only its part's seconds."""
