@@ -248,11 +248,9 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
 
 def open_file(model: bytes | Path, threads: int = 0) -> Merged:
     """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
-    try:
+    name = model if isinstance(model, Path) else "this graph"
+    with common.explain(f"ONNX Runtime cannot run {name}"):
         return Merged(model, threads)
-    except Exception as error:  # the runtime's exceptions have no common base class
-        name, reason = model if isinstance(model, Path) else "this graph", str(error)
-        raise UserError(f"ONNX Runtime cannot run {name}: {reason.splitlines()[0]}") from error
 
 
 def feed(model: Editor, photos: torch.Tensor) -> dict:
@@ -483,12 +481,10 @@ def apply_files(args, paths: list[Path]) -> None:
     models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
     for path in filter(Path.is_dir, paths):
         index = common.read_json(path / "index.json", "06_export_onnx.py")
-        try:
+        with common.explain(f"{path} cannot be used"):
             for name in args.concept or [concept["name"] for concept in index["concepts"]]:
                 key = f"{path.name}-{name}" if name in models else name
                 models[key] = Editor(path).use(name, args.strength)
-        except Exception as error:  # whatever a stranger's folder brings about
-            raise UserError(f"{path} cannot be used: {error}") from error
     taken = Counter(path.with_suffix("") for path in pictures)
     for path in tqdm(pictures, unit="picture"):
         name = path.relative_to(root).with_suffix(".png")

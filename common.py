@@ -7,6 +7,7 @@ and the hypernetwork are parametrizations of a layer's weight, of which a networ
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import hashlib
@@ -38,6 +39,17 @@ warnings.filterwarnings("ignore", module="PIL")
 
 class UserError(Exception):
     """Bad input. `run` prints it as one line that begins `error:` and exits with status 2."""
+
+
+@contextlib.contextmanager
+def explain(words: str) -> Iterator[None]:
+    """Turns whatever is raised inside into a UserError: these words, then the error's first line.
+    Damaged files, strangers' numbers and libraries that read them raise anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"{words}: {reason}") from error
 
 
 # ---- Layers whose channels have names ------------------------------------------------------------
@@ -560,7 +572,7 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
         theirs, ours = str(metadata.get("base"))[:12], generator.sha256[:12]
         raise UserError(f"{path} belongs to another base, of SHA-256 {theirs}..., not {ours}...")
     loras = []
-    try:
+    with explain(f"{path} does not fit the generator"):
         check_name(metadata["name"], path)
         for name, rank in metadata["ranks"].items():
             module, scale = generator.get_submodule(name), strength * metadata["alpha"] / rank
@@ -572,8 +584,6 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
             loras.append((module, lora))
         concept = {"name": metadata["name"], "prompt": str(metadata["prompt"]), "adapter": True}
         generator.set_known([*generator.known(), (concept, tensors.get("tokens"))])
-    except Exception as error:  # whatever a stranger's numbers bring about
-        raise UserError(f"{path} does not fit the generator: {error}") from error
     for module, lora in loras:
         parametrize.register_parametrization(module, "weight", lora)
     return len(generator.config["concepts"]) - 1
@@ -685,7 +695,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     if not path.is_file():
         maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
         raise UserError(f"{path} does not exist{maker}")
-    try:
+    with explain(f"{path} is no {kind} of ours, or truncated"):
         size = path.stat().st_size  # what it takes in memory; a state holds hypernetworks
         if size > 2**31 and kind != "state":
             raise ValueError(f"{size / 1e9:.1f} GB")
@@ -698,8 +708,6 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
         for name, tensor in tensors.items():
             if kind != "state" and not tensor.float().isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
-    except Exception as error:  # whatever a damaged file brings about
-        raise UserError(f"{path} is no {kind} of ours, or truncated: {error}") from None
     return tensors, metadata
 
 
@@ -711,7 +719,7 @@ def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generato
     """The generator in a file (or another kind of network), full or pruned, in eval mode; .sha256
     is the file's hash. UserError unless the file holds what its config describes."""
     tensors, metadata = read_tensors(path, kind)
-    try:
+    with explain(f"{path} does not hold what its config describes"):
         check_config(metadata["config"])
         with torch.device("meta"):  # no memory until the shapes are known to match the tensors
             network = build_network(metadata["config"])
@@ -722,9 +730,6 @@ def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generato
         if getattr(network, "takes_text", False) and not network.mask.any(1).all():
             raise ValueError("a prompt has no token")
         count_macs(network)  # raises where the layers do not fit each other
-    except Exception as error:  # whatever a stranger's config brings about
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{path} does not hold what its config describes: {reason}") from error
     network.sha256 = sha256(path)
     return network.to(device).eval()
 
@@ -1002,22 +1007,19 @@ def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.I
     """A picture file's first frame, turned as its EXIF says: RGB, white where it is transparent, or
     RGBA there, with `alpha` (colour profiles are ignored). A JPEG may come out smaller, its sides
     at least 2 * shrink_to: it decodes several times faster so. UserError if it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            if shrink_to:
-                picture.draft(None, (2 * shrink_to, 2 * shrink_to))
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
-                picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-            if not picture.has_transparency_data:
-                return picture.convert("RGB")
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            return picture if alpha else Image.alpha_composite(white, picture).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except Exception as error:  # a decoder may raise anything
-        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist")
+    with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
+        if shrink_to:
+            picture.draft(None, (2 * shrink_to, 2 * shrink_to))
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
+            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return picture if alpha else Image.alpha_composite(white, picture).convert("RGB")
 
 
 def read_square(path: Path, size: int) -> Image.Image:
@@ -1118,7 +1120,7 @@ def main() -> None:
     for path in files_below(folder, "result.json"):
         result, settings = read_json(path), read_json(path.with_name("settings.json"))
         run = {"run": path.parent.relative_to(folder).as_posix()}
-        try:
+        with explain(f"{path} is no stage's result"):
             run["marks"] = ", ".join(result["marks"])
             for title, rows in result["tables"].items():
                 table = tables.setdefault((str(result["stage"]), title), {})
@@ -1127,8 +1129,6 @@ def main() -> None:
                     same = [{**settings, "seed": None}, run["marks"], place, words]
                     equal = table.setdefault(json.dumps(same, sort_keys=True), [])
                     equal.append({**run, **row})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no stage's result: {error!r}") from None
     if not tables:
         raise UserError(f"no run below {folder} is complete")
     for (stage, title), table in sorted(tables.items(), key=lambda x: x[0][0]):

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import common
-from common import UserError, average, barrier, rank, world
+from common import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
 WARM_UP, PACE = 5, 20  # steps, slow ones and those that tell how many fit into --minutes
@@ -297,11 +297,9 @@ def start(args) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with explain(f"--device {name} cannot be used"):
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # shapes do not change
@@ -523,7 +521,7 @@ def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
     if not path or not path.exists():
         return 0, []
     tensors, metadata = common.read_tensors(path, "state")
-    try:
+    with explain(f"{path} is no state of this run (--overwrite starts again)"):
         for part, value in parts.items():
             keys = [key for key in tensors if key.startswith(f"{part}/")]
             state = {key.removeprefix(f"{part}/"): tensors[key] for key in keys}
@@ -539,9 +537,6 @@ def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
                 value.load_state_dict(state)
         rows = [{"step": int(row["step"]), **row} for row in metadata["rows"]]
         return int(metadata["step"]), rows
-    except Exception as error:  # whatever a damaged file brings about
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is no state of this run ({reason}): give --overwrite") from None
 
 
 def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> torch.Tensor:
