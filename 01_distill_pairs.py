@@ -178,14 +178,12 @@ def load_teacher(args, device: torch.device) -> Callable:
 
     half = torch.bfloat16 if training.has_bf16(device) else torch.float16
     dtype = torch.float32 if device.type == "cpu" else half
-    try:
+    hint = "a hub id needs the network once, a folder model_index.json and safetensors"
+    with common.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
         pipe.enable_model_cpu_offload(device=device) if args.offload else pipe.to(device)
-    except Exception as error:  # loaders raise anything, from missing keys to network errors
-        hint = "a hub id needs the network once, a folder model_index.json and safetensors"
-        raise UserError(f"--teacher {args.teacher} cannot be loaded ({hint}): {error}") from None
     pipe.set_progress_bar_config(disable=True)
     kind, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
     if refused := {"image", "prompt", *args.arguments} - takes.keys():
@@ -196,11 +194,9 @@ def load_teacher(args, device: torch.device) -> Callable:
 
     def teacher(images, names, prompts, seeds):
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
-        try:
+        what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
+        with common.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
             edits = pipe(image=images, prompt=prompts, generator=noise, **options).images
-        except (ValueError, TypeError, RuntimeError) as error:  # a GPU's memory, among others
-            what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
-            raise UserError(f"{kind} fails on {what}: {error}") from error
         if len(edits) != len(images):  # some take several as one edit's references
             raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
         return edits
@@ -267,14 +263,12 @@ class Clip:
 
         model, _, weights = name.partition(":")
         weights = None if weights == "random" else weights or "no WEIGHTS"
-        try:
+        hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
+        with common.explain(f"--clip {name} cannot be loaded: {hint}"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.model = open_clip.create_model(model, weights).to(device).eval()
             self.tokenizer = open_clip.get_tokenizer(model)
-        except Exception as error:  # whatever its downloader raises
-            hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
-            raise UserError(f"--clip {name} cannot be loaded: {hint} ({error!s:.200})") from None
         self.name, self.device = name, device
         self.config = open_clip.get_model_preprocess_cfg(self.model)
 
