@@ -31,11 +31,9 @@ DEMO = {"base": 4, "samples": 16, "edits": 24}
 
 def vectors_of(pairs: Path, name: str, files: list[str], features: dict) -> torch.Tensor:
     """CLIP's unit vectors (n, D) of these training pictures; a file's number is its row."""
-    try:
+    path = pairs / "features.safetensors"
+    with common.explain(f"{path} lacks pictures of {name!r}: run stage 1 again"):
         return features[f"train/{name}"][[int(Path(file).stem) for file in files]]
-    except (KeyError, IndexError, ValueError):
-        path = pairs / "features.safetensors"
-        raise common.UserError(f"{path} lacks pictures of {name!r}: run stage 1 again") from None
 
 
 def cluster(points: torch.Tensor, wanted: int, seed: int, what: str = "") -> list[list[int]]:

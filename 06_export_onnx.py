@@ -492,10 +492,8 @@ def apply_files(args, paths: list[Path]) -> None:
             name = name.with_name(path.name + ".png")
         picture = common.read_picture(path, alpha=True)
         for stem, model in models.items():
-            try:
+            with common.explain(f"{path}: make it smaller"):
                 edit = edit_picture(model, picture.convert("RGB"))
-            except Exception as error:  # the runtime's exceptions have no common base class
-                raise UserError(f"{path}: {str(error).splitlines()[0]}: make it smaller") from error
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
             common.write_png(out / stem / name, edit)

@@ -895,12 +895,10 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def read_json(path: Path, maker: str = "") -> dict:
     """The JSON object in a file. UserError if it is missing (`maker` makes it) or broken."""
-    try:
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist{maker and f'; {maker} makes it'}")
+    with explain(f"{path} is not JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist{maker and f'; {maker} makes it'}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON dict, not a {type(value).__name__}")
     return value

@@ -239,10 +239,8 @@ def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[li
     tower = str(metadata.get("clip"))
     if clip and tower != clip:
         raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
-    try:
+    with explain(f"{pairs / 'features.safetensors'} lacks a prompt: run stage 1"):
         return [tensors[f"tokens/{concept['name']}"] for concept in concepts], tower
-    except KeyError as error:
-        raise UserError(f"{pairs / 'features.safetensors'} lacks {error}: run stage 1") from None
 
 
 def chosen_concepts(args, role: str) -> list[str]:
