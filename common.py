@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
@@ -682,10 +682,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
     written in random order, and the same run would not give the same bytes.)"""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {"about": json.dumps(metadata, ensure_ascii=False)}
-    try:
+    with explain(f"{path} cannot be written"):  # a full disk, among others
         replace_file(path, lambda part: save_file(tensors, part, about))
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:

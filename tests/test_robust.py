@@ -83,7 +83,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(common.UserError, match="too large"):
             common.write_tensors(path, {"a": torch.zeros(100_000)}, {})
         with pytest.raises(OSError, match="too large"):
             common.write_text(path, "x" * 100_000)
