@@ -34,7 +34,7 @@ SEARCH = f"{SLOW} --lr-search 1e-5 --lr-z 1e-3"
 FILE = "base/generator.safetensors --new-discriminator"
 RUNS = {
     "base": f"03 {BASE} --batch 4 --epochs 1 {SLOW}",
-    "dcgan": f"05 {DCGAN} --batch 7 --keep 0.5 --search-epochs 1 --epochs 2",
+    "dcgan": f"05 {DCGAN} --batch 7 --keep 0.5 --search-epochs 1 --epochs 2 --lr-z 1e-2",
     "cyclegan": f"05 {CYCLEGAN} --keep 0.5 --epochs 1 {SEARCH}",
     "lora": f"04 --base {FILE} --concept warm --samples all --batch 4 --steps 3 {SLOW}",
     "pruned": f"05 --generator {FILE} --batch 4 --keep 0.5 --search-epochs 1 --epochs 1 {SEARCH}",
