@@ -95,8 +95,8 @@ export class Editor {
     for (const [layer, rank] of Object.entries(adapter.about.ranks)) {
       const [a, b] = ["A", "B"].map((letter) => adapter.get(`${layer}.lora_${letter}`));
       const weight = this.base.get(`${layer}.weight`), transposed = this.index.transposed.includes(layer);
-      const [out, into, ...kernel] = transposed ? swap(weight.shape) : weight.shape;
-      const k = kernel.reduce((x, y) => x * y, 1), columns = into * k;
+      const [out, into] = transposed ? [weight.shape[1], weight.shape[0]] : weight.shape;
+      const columns = weight.data.length / out, k = columns / into; // k: the kernel's places
       const fits = `${[a.shape, b.shape]}` === `${[rank, columns, out, rank]}`;
       if (!fits) throw Error(`The adapter's ${layer} does not fit the base.`);
       const sums = new Float32Array(data, weight.at, out * columns);
@@ -128,23 +128,18 @@ export class Editor {
 
   // ImageData, its sides multiples of index.multiple -> its edit, as large.
   async edit({ data, width, height }) {
-    const { Tensor } = this.ort, rgb = new Uint8Array(3 * width * height);
-    for (let i = 0, j = 0; i < rgb.length; i += 3, j += 4) copy(rgb, i, data, j);
+    const { Tensor } = this.ort, places = width * height, rgb = new Uint8Array(3 * places);
+    for (let p = 0; p < places; p++) // a subarray for each place takes ten times as long
+      for (let c = 0; c < 3; c++) rgb[3 * p + c] = data[4 * p + c];
     const feeds = { photo: new Tensor("uint8", rgb, [1, height, width, 3]) };
     if (this.text) feeds.text = new Tensor("float32", this.text.data.slice(), [1, ...this.text.shape]);
     const edit = (await this.session.run(feeds)).edit.data;
-    const rgba = new Uint8ClampedArray(data.length).fill(255);
-    for (let i = 0, j = 0; i < edit.length; i += 3, j += 4) copy(rgba, j, edit, i);
+    const rgba = new Uint8ClampedArray(4 * places).fill(255);
+    for (let p = 0; p < places; p++)
+      for (let c = 0; c < 3; c++) rgba[4 * p + c] = edit[3 * p + c];
     return new ImageData(rgba, width, height);
   }
 }
-
-// Three numbers; a subarray for each pixel takes ten times as long.
-function copy(to, at, from, place) {
-  for (let c = 0; c < 3; c++) to[at + c] = from[place + c];
-}
-
-const swap = ([first, second, ...others]) => [second, first, ...others];
 
 // A safetensors file: 8 bytes of length, a JSON header, numbers.
 class Tensors {
