@@ -41,11 +41,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     """With the two headers without which browsers give a page no threads, and types that Windows'
     registry has wrong at times."""
 
-    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
-        ".js": "text/javascript",
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
+    extensions_map = dict.fromkeys((".js", ".mjs"), "text/javascript")
+    extensions_map[".wasm"] = "application/wasm"
 
     def end_headers(self):
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
