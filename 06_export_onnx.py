@@ -144,8 +144,7 @@ class Exported(nn.Module):
         super().__init__()
         self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
         for name, module in list(self.generator.named_modules()):
-            transposed = isinstance(module, nn.ConvTranspose2d) and module.stride == (2, 2)
-            if transposed or isinstance(module, common.UpConv):
+            if isinstance(module, common.UpConv | nn.ConvTranspose2d):
                 self.generator.set_submodule(name, PhaseConv(module))
 
     def forward(self, photo, text=None):
