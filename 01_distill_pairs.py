@@ -264,7 +264,7 @@ class Clip:
         model, _, weights = name.partition(":")
         weights = None if weights == "random" else weights or "no WEIGHTS"
         hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
-        with common.explain(f"--clip {name} cannot be loaded: {hint}"):
+        with common.explain(f"--clip {name} cannot be loaded ({hint})"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.model = open_clip.create_model(model, weights).to(device).eval()

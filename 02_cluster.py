@@ -32,7 +32,7 @@ DEMO = {"base": 4, "samples": 16, "edits": 24}
 def vectors_of(pairs: Path, name: str, files: list[str], features: dict) -> torch.Tensor:
     """CLIP's unit vectors (n, D) of these training pictures; a file's number is its row."""
     path = pairs / "features.safetensors"
-    with common.explain(f"{path} lacks pictures of {name!r}: run stage 1 again"):
+    with common.explain(f"{path} lacks pictures of {name!r} (run stage 1 again)"):
         return features[f"train/{name}"][[int(Path(file).stem) for file in files]]
 
 

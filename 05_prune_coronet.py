@@ -153,8 +153,9 @@ class Target:
 
 def add_latents(network: common.Network, start: str) -> None:
     """A vector per channel group, what the search shrinks, and hypernetworks that make all weights
-    of them. start "paper": N(0, 1). "weights": spread evenly over two decades, 0.01 to 1, by the
-    channels' importance, so that half can fade while the others barely move (a choice of ours)."""
+    of them. start "paper": N(0, 1), which --lr-z 1e-4 hardly changes. "weights": spread evenly over
+    two decades, 0.01 to 1, by the channels' importance, so that half can fade while the others
+    barely move (a choice of ours)."""
     device, latents = next(network.parameters()).device, {}
     for group, importance in channel_importance(network).items():
         ranks = importance.argsort().argsort()

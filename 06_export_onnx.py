@@ -491,7 +491,7 @@ def apply_files(args, paths: list[Path]) -> None:
             name = name.with_name(path.name + ".png")
         picture = common.read_picture(path, alpha=True)
         for stem, model in models.items():
-            with common.explain(f"{path}: make it smaller"):
+            with common.explain(f"{path} cannot be edited (make it smaller)"):
                 edit = edit_picture(model, picture.convert("RGB"))
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))

@@ -43,13 +43,14 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explain(words: str) -> Iterator[None]:
-    """Turns whatever is raised inside into a UserError: these words, then the error's first line.
+    """Turns whatever is raised inside into a UserError: these words, then the error's own.
     Damaged files, strangers' numbers and libraries that read them raise anything."""
     try:
         yield
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"{words}: {reason}") from error
+        reason = " ".join(str(error).split())[:300]
+        bare = isinstance(error, KeyError) or not reason  # nothing but a key says nothing
+        raise UserError(f"{words}: {repr(error) if bare else reason}") from error
 
 
 # ---- Layers whose channels have names ------------------------------------------------------------
@@ -609,9 +610,10 @@ class Hypernetwork(nn.Module):
     b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. w1 and
     w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V that the
     layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then a latent that shrinks fades
-    its channel out, and its gradient is the channel's first-order importance; b0 stays 0, as a
-    step of it would be a leap of W. 8 embeddings, but no more than a layer has k (ours: linear
-    layers, which the paper's networks lack, have 1). In memory (K, E, O, I): faster sums."""
+    its channel out, and its gradient is the channel's first-order importance over what z started
+    at, so that z must move slowly (--lr-z); b0 stays 0, as a step of it would be a leap of W. 8
+    embeddings, but no more than a layer has k (ours: linear layers, which the paper's networks
+    lack, have 1). In memory (K, E, O, I): faster sums."""
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
@@ -895,7 +897,7 @@ def read_json(path: Path, maker: str = "") -> dict:
     """The JSON object in a file. UserError if it is missing (`maker` makes it) or broken."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist{maker and f'; {maker} makes it'}")
-    with explain(f"{path} is not JSON"):
+    with explain(f"{path} cannot be read as JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON dict, not a {type(value).__name__}")
@@ -1109,7 +1111,7 @@ def files_below(folder: Path, name: str) -> list[Path]:
 
 
 def main() -> None:
-    """Rows share a line if their runs, places and words differ in the seed alone."""
+    """Rows share a line if but for the seed their settings, marks, place and words are equal."""
     parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
     parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
     folder, tables = parser.parse_args().runs, {}  # {(stage, title): {what is equal: rows}}

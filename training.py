@@ -41,8 +41,8 @@ CROP = 128  # pixels of the crops to train on, where pictures are larger
 
 class Pictures:
     """Pictures of one size in numbered places. After `cache`, pixels (places, 3, S, S) uint8 are
-    there. A subclass has plan(step, batch, seed): places (B, k) of a batch's rows of k pictures,
-    whether each is mirrored (B, k) bool, and the rows' concepts (B,) long."""
+    there. A subclass has plan(step, batch, seed), a function of these alone: the places (B, k) of
+    a batch's rows of k pictures, whether each is mirrored (B, k) bool, and concepts (B,) long."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
         self.files, self.size, self.concepts = list(files), size, concepts
@@ -239,7 +239,7 @@ def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[li
     tower = str(metadata.get("clip"))
     if clip and tower != clip:
         raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
-    with explain(f"{pairs / 'features.safetensors'} lacks a prompt: run stage 1"):
+    with explain(f"{pairs / 'features.safetensors'} lacks a prompt (run stage 1)"):
         return [tensors[f"tokens/{concept['name']}"] for concept in concepts], tower
 
 
@@ -574,7 +574,9 @@ def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor) -> d
     """Of edits, the teacher's and the photos, uint8 (N, 3, H, W): mean PSNR in dB, also of the
     photo left as it is, mean absolute error (0..255), SWD."""
     row = {"PSNR dB": mean_psnr(fakes, edits), "photo unchanged dB": mean_psnr(photos, edits)}
-    row["L1 (0-255)"] = (fakes.short() - edits).abs().sum().item() / fakes.numel()
+    parts = zip(fakes.split(32), edits.split(32), strict=True)
+    sums = [(fake.short() - edit).abs().sum().item() for fake, edit in parts]
+    row["L1 (0-255)"] = sum(sums) / fakes.numel()
     return row | swd(fakes, edits)
 
 

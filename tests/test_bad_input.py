@@ -59,7 +59,7 @@ def resize(name, size):
 TRAIN, CONCEPTS = "pairs/train", "pairs/concepts.json"
 BAD_PAIRS = {
     "concepts.json does not exist; 01_distill_pairs.py makes it": rewrite(CONCEPTS, None),
-    "concepts.json is not JSON": rewrite(CONCEPTS, b"{'a': 1"),
+    "concepts.json cannot be read as JSON": rewrite(CONCEPTS, b"{'a': 1"),
     "should hold a JSON dict": rewrite(CONCEPTS, b"[]"),
     "names no concept": rewrite(CONCEPTS, b"{}"),
     "has no prompt": rewrite(CONCEPTS, b'{"dark": {"prompt": " "}, "inverted": {}}'),
