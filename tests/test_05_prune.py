@@ -63,7 +63,7 @@ def prune(five, data, tmp_path):
 
 TASKS = {
     "A|B, unet256": "--task pix2pix --data D/sides --generator unet256 --size 32",
-    "pairs, minutes": "--task pix2pix --pairs D/pairs --generator resnet9 --minutes 0.1",
+    "pairs, minutes": "--task pix2pix --pairs D/pairs --generator resnet9 --minutes 0.2",
     "pairs, e2gan": "--task pix2pix --pairs D/pairs --generator e2gan --width 16",
     "trainA trainB, resnet9": "--task cyclegan --data D/unpaired --size 32 --width 4",
     "pairs taken apart, e2gan": "--task cyclegan --pairs D/pairs --concept dark --generator e2gan",
@@ -113,15 +113,14 @@ def base(data):
 
 
 def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune):
-    source = f"--pairs D/pairs --generator {base} --batch 8"
-    out = prune(f"{source} --keep 0.4 --search-epochs 6 --epochs 10")
+    flags = "--pairs D/pairs --batch 8 --keep 0.4 --search-epochs 6 --epochs 10"
+    out = prune(f"{flags} --generator {base}")
     small, full = common.load_generator(out / "generator.safetensors"), common.load_generator(base)
     assert 0.39 < common.count_macs(small, 32) / common.count_macs(full, 32) <= 0.4
     assert small.config["full"] == full.config["widths"]
     assert small.config["concepts"] == full.config["concepts"]
     [row] = table(out, "Pruned pix2pix, held-out pictures")
-    assert row["PSNR dB"] > row["photo unchanged dB"] + 2
-    assert row["PSNR dB before"] > row["photo unchanged dB"] + 2 and row["PSNR dB sliced"] > 0
+    assert all(row[f"PSNR dB{when}"] > 20 for when in ("", " before", " sliced"))
 
 
 @pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start paper"])
