@@ -50,7 +50,7 @@ STAGE = "01_distill_pairs"
 STYLES = common.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
 DEMO |= {"size": 256, "train": 24, "test": 2}
-SHOWN = ("starry", "woodcut", "popart", "crayon", "wave", "mosaic")
+SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")
 SPLITS = ("test", "train")  # the first photos are held out
 MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
 GATE = ("image_similarity", "directional_similarity")
@@ -311,12 +311,12 @@ def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, 
     Pictures whose hash changed are embedded anew, whole folders: bytes depend on nothing else."""
     tensors, hashes = fitting_features(args.out, concepts, clip.name)
     tensors |= {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
-    read = functools.partial(common.read_image, size=args.size)
+    read, width = functools.partial(common.read_image, size=args.size), len(clip.text("")[0])
     with ThreadPoolExecutor(THREADS) as pool:
         for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
             split, name = key.split("/")
             paths = find_edits(args.out, split, name)
-            tensors[key] = torch.zeros(len(photos[split]), len(clip.text("")[0]))
+            tensors[key] = torch.zeros(len(photos[split]), width)
             pictures = training.prefetch(pool, read, paths, depth=2 * BATCH)
             for start in range(0, len(paths), BATCH):
                 rows = [int(path.stem) for path in paths[start : start + BATCH]]
@@ -342,13 +342,13 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
     """Moves each edit to or from rejected/ as the gate says, and writes metadata.jsonl beside them.
     Returns the table: how many are kept, why the others are not, and the kept ones' mean scores."""
     homes, table = (args.out, args.out / "rejected"), []
+    start = clip.text("a photo")[0]
     lines = {home / split: "" for home in homes for split in SPLITS}
     for name, concept in concepts.items():
-        texts = clip.text("a photo")[0], clip.text(concept["prompt"])[0]
-        counts, kept = Counter(), []
+        goal, counts, kept = clip.text(concept["prompt"])[0], Counter(), []
         for split in SPLITS:
             before, after = features[f"{split}/source"], features[f"{split}/{name}"]
-            scores = clip_scores(before, after, *texts)
+            scores = clip_scores(before, after, start, goal)
             for path in find_edits(args.out, split, name):
                 i, source = int(path.stem), f"source/{path.name}"
                 score, photo = dict(zip(GATE, scores[i], strict=True)), photos[split][i]

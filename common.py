@@ -132,8 +132,11 @@ class UpConv(nn.Conv2d):
     def kernel(self) -> torch.Tensor:
         """The transposed convolution's weight (in, out, 4, 4), for stride 2, a padding of 1 by the
         border's pixels, and twice 1 cut off."""
-        spread = F.pad(self.weight.flip(2, 3), (1, 1, 1, 1))
-        return 4 * F.avg_pool2d(spread, 2, 1).transpose(0, 1)
+        weight = self.weight
+        for side in (2, 3):  # the two copies of a pixel meet
+            a, b, c = weight.unbind(side)
+            weight = torch.stack([c, b + c, a + b, a], side)
+        return weight.transpose(0, 1)
 
     def forward(self, x):
         return F.conv_transpose2d(F.pad(x, (1,) * 4, "replicate"), self.kernel(), self.bias, 2, 3)
@@ -232,6 +235,7 @@ class TransformerBlock(nn.Module):
         if self.cross_attention is not None:
             t = t + self.cross_attention(self.norm(t), tokens, mask)
         t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
+        t = t - t.mean(1, keepdim=True)  # later norms would, but bf16 loses what is small beside it
         return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
 
 

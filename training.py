@@ -355,9 +355,8 @@ def limit_gradients(optimizer: torch.optim.Adam, *_) -> None:
     squares = nn.utils.get_total_norm([found[p]["exp_avg_sq"] for p in known], 1.0)  # their sum
     usual = (squares / (1 - group["betas"][1] ** found[known[0]]["step"])).sqrt()
     norm = nn.utils.get_total_norm([p.grad for p in known])
-    scale = torch.where(usual > 0, OUTLIER * usual / norm, 1).clamp(max=1)  # 0 tells nothing
-    for p in known:
-        p.grad.mul_(scale)
+    most = torch.where(usual > 0, OUTLIER * usual, torch.inf)  # 0 tells nothing
+    nn.utils.clip_grads_with_norm_(known, most, norm)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:

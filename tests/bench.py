@@ -11,7 +11,7 @@ All are for the machine at hand, and want nothing beside them.
 import argparse
 import contextlib
 import functools
-import importlib.util
+import importlib
 import math
 import multiprocessing
 import os
@@ -44,10 +44,7 @@ def script(number: str) -> Path:
 
 
 def load_stage(number: str):
-    spec = importlib.util.spec_from_file_location(f"stage_{number}", script(number))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(script(number).stem)
 
 
 def run_stage(path: Path, folder: Path, *flags, threads: int | None = None) -> None:

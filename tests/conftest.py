@@ -43,17 +43,11 @@ def script(number: str) -> str:
     return str(next(ROOT.glob(f"{number}_*.py")))
 
 
-@pytest.fixture(scope="session")
-def stage():
-    """stage("03", "--demo", ..., cwd=folder) -> CompletedProcess."""
-
-    def call(number, *flags, cwd=None):
-        command = [sys.executable, script(number), *map(str, flags)]
-        done = subprocess.run(command, text=True, capture_output=True, timeout=600, cwd=cwd)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    return call
+def run_python(*command, cwd=None) -> None:
+    """Runs Python, in a process of its own, with a script or -m and flags."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=600, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def import_stage(number):
@@ -88,10 +82,8 @@ def table(folder, title) -> list[dict]:
 
 def torchrun(file, *flags) -> None:
     """Runs a program in two processes that meet at a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += map(str, (file, *flags))
-    done = subprocess.run(command, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file)
+    run_python(*command, *flags)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_layout(tmp_path):
             vectors = tensors[f"{split}/source"], tensors[f"{split}/{row['concept']}"]
             a, b = (part[int(row["source"][-9:-4])] for part in vectors)
             assert row["image_similarity"] == pytest.approx(float(a @ b), abs=1e-4)
-    assert tensors["tokens/starry"].shape == (14, 384)  # start, 12 words, end
+    assert tensors["tokens/mosaic"].shape == (14, 384)  # start, 12 words, end
     result = common.read_json(pairs / "result.json")
     assert set(result["marks"]) == {"demo", "stand-in CLIP (random weights)"}
     assert [row["concept"] for row in result["tables"]["Pairs"]] == list(concepts)
@@ -341,7 +341,7 @@ def test_bad_input(here, error_of, tmp_path):
         (("--arguments", "[1]"), "a JSON object"),
         (("--steps", 4), "styles does not take num_inference_steps"),
         (("--size", 24), "a number from 32"),
-        (("--teacher", empty), "empty/starry lacks an edit of test 0 (7 such; a pipeline's folder"),
+        (("--teacher", empty), "empty/wave lacks an edit of test 0 (7 such; a pipeline's folder"),
         (("--concept", "vampire=make them vampires"), "knows pastel"),
         ((*TWO, "--concept", "Wave=do it"), "another folder has that name"),
     ):

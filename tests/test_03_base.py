@@ -3,10 +3,11 @@ collapses, and trains on two processes as on one, as does stage 5."""
 
 import statistics
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_log, run_main, script, table, torchrun
+from conftest import read_log, run_main, table, torchrun
 
 import common
 import training
@@ -121,12 +122,9 @@ def test_loop_names_what_collapsed():
 
 RANKS = """
 import sys, torch
-sys.path[:0] = [{root!r}]
-import common, importlib.util, training
-spec = importlib.util.spec_from_file_location("stage", {script!r})
-stage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stage)
-wrap, networks = training.data_parallel, []
+sys.path[:0] = [{tests!r}]
+import conftest, common, training
+stage, wrap, networks = conftest.import_stage({number!r}), training.data_parallel, []
 training.data_parallel = lambda network, *rest: networks.append(network) or wrap(network, *rest)
 
 def main():
@@ -153,14 +151,12 @@ def test_two_processes_train_as_one(world, tmp_path, number):
     flags = f"{flags} --device cpu".replace("W/", f"{world}/").split()
     run_main(number, *flags, "--out", tmp_path / "one")
     file = tmp_path / "ranks.py"
-    file.write_text(RANKS.format(root=str(ROOT), script=script(number)))
+    file.write_text(RANKS.format(tests=str(Path(__file__).parent), number=number))
     torchrun(file, *flags, "--out", tmp_path / "two")
-    logs = []
-    for name in ("one", "two"):
-        rows = []
+    logs = {"one": [], "two": []}
+    for name, rows in logs.items():
         for path in sorted((tmp_path / name).rglob("*log.jsonl")):
-            rows += [row for row in read_log(path) if "D" in row]
-        logs.append(rows)
-    assert len(logs[0]) == len(logs[1]) > 0
-    for one, two in zip(*logs, strict=True):
+            rows.extend(row for row in read_log(path) if "D" in row)
+    assert logs["one"]
+    for one, two in zip(*logs.values(), strict=True):
         assert one == pytest.approx(two, rel=1e-3)

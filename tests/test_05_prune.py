@@ -112,9 +112,21 @@ def base(data):
     return data / "trained/generator.safetensors"
 
 
-def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune):
+def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune, five, monkeypatch):
+    threshold, latents = five.soft_threshold, []
+
+    def watch(network, *rest):
+        latents.append(torch.cat([z.detach() for z in network.latents.values()]))
+        return threshold(network, *rest)
+
+    monkeypatch.setattr(five, "soft_threshold", watch)
     flags = "--pairs D/pairs --batch 8 --keep 0.4 --search-epochs 6 --epochs 10"
     out = prune(f"{flags} --generator {base}")
+    fresh = common.load_generator(base)
+    five.add_latents(fresh, "weights")
+    start = torch.cat(list(fresh.latents.values()))
+    moved = (latents[0] - start).abs() / start
+    assert moved.max() < 0.03  # at ten times the rate the network shakes
     small, full = common.load_generator(out / "generator.safetensors"), common.load_generator(base)
     assert 0.39 < common.count_macs(small, 32) / common.count_macs(full, 32) <= 0.4
     assert small.config["full"] == full.config["widths"]

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, random_rows, script, write_adapter
+from conftest import ROOT, random_rows, run_main, run_python, script, table, write_adapter
 from PIL import Image
 
 import common
@@ -24,6 +24,8 @@ from assets.editor import Editor
 from assets.serve import fetch_runtime
 
 SIZE = 32
+BASE = "--generator W/base/generator.safetensors"
+PRUNED = "--generator W/coronet/generator.safetensors"
 RANKS = {"down1.conv": 2, "blocks.tb.feed1": 1, "up1.conv": 2}
 
 
@@ -99,36 +101,29 @@ def export(world, load_stage):
     module.trace = trace_once
 
     def call(flags):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", [script("06"), *flags_of(world, flags)])
-            module.main()
+        run_main(module, *flags_of(world, flags))
         out = world / flags.split("--out W/")[1].split()[0]
-        rows = common.read_json(out / "result.json")["tables"]["ONNX files"]
-        return {row["concept"]: row for row in rows}
+        return {row["concept"]: row for row in table(out, "ONNX files")}
 
     return call
 
 
 @pytest.fixture(scope="module")
 def folder(world, export):
-    export("--generator W/base/generator.safetensors --adapter W/lora --out W/folder")
+    export(f"{BASE} --adapter W/lora --out W/folder")
     return world / "folder"
 
 
 @pytest.fixture(scope="module")
 def exported(world, export):
-    generators = (
-        "--generator W/base/generator.safetensors --generator W/coronet/generator.safetensors"
-    )
-    export(f"--merged {generators} --adapter W/lora/night --out W/onnx")
+    export(f"--merged {BASE} {PRUNED} --adapter W/lora/night --out W/onnx")
     return world / "onnx"
 
 
 @pytest.fixture(scope="module")
 def dynamic(world, export):
     """The base's concepts in the other form: bytes, and any height and width."""
-    flags = "--merged --io uint8 --dynamic --out W/dynamic"
-    export(f"--generator W/base/generator.safetensors {flags}")
+    export(f"--merged {BASE} --io uint8 --dynamic --out W/dynamic")
     return world / "dynamic"
 
 
@@ -311,10 +306,9 @@ def test_file_stands_alone(world, exported, tmp_path):
 
 
 def test_result(world, folder, exported):
-    tables = common.read_json(folder / "result.json")["tables"]["ONNX files"]
-    assert [row["KB"] for row in tables[:2]] == [0, 0] and 2 < tables[3]["KB"] < 4
-    result = common.read_json(exported / "result.json")
-    rows = {row["concept"]: row for row in result["tables"]["ONNX files"]}
+    rows = table(folder, "ONNX files")
+    assert [row["KB"] for row in rows[:2]] == [0, 0] and 2 < rows[3]["KB"] < 4
+    rows = {row["concept"]: row for row in table(exported, "ONNX files")}
     kinds = {"sketch": "base", "oil": "base", "night": "base + adapter"}
     assert {name: row.get("from") for name, row in rows.items()} == kinds
     assert all(rows[name]["max difference"] <= 1e-3 and rows[name]["ms"] > 0 for name in kinds)
@@ -331,7 +325,7 @@ def test_result(world, folder, exported):
 
 
 def test_done_already_and_one_concept(world, export, capsys):
-    flags = "--generator W/base/generator.safetensors --adapter W/lora --concept night --out W/one"
+    flags = f"{BASE} --adapter W/lora --concept night --out W/one"
     export(flags)
     assert [x["name"] for x in common.read_json(world / "one/index.json")["concepts"]] == ["night"]
     before = (world / "one/base.onnx").stat().st_mtime_ns
@@ -373,15 +367,13 @@ def test_bytes_of_any_size(world, dynamic):
 
 @pytest.mark.parametrize("precision, least", [("fp16", 45), ("int8", 30)])
 def test_precisions(world, export, exported, precision, least):
-    flags = "--merged --generator W/base/generator.safetensors --concept oil"
-    row = export(f"{flags} --precision {precision} --out W/{precision}")["oil"]
+    flags = f"--merged {BASE} --concept oil --precision {precision} --out W/{precision}"
+    row = export(flags)["oil"]
     path, photos = world / precision / "oil.onnx", []
     for file in (world / "pairs/test/source").glob("*.png"):
         photos.append(common.to_float(common.read_image(file)))
-    full, small = (
-        torch.from_numpy(run_file(file, torch.stack(photos)))
-        for file in (exported / "oil.onnx", path)
-    )
+    full = torch.from_numpy(run_file(exported / "oil.onnx", torch.stack(photos)))
+    small = torch.from_numpy(run_file(path, torch.stack(photos)))
     assert training.psnr(full, small).mean() >= least and row["dB to PyTorch"] >= least
     assert path.stat().st_size < 0.75 * (exported / "oil.onnx").stat().st_size
     model = onnx.load(path)
@@ -399,12 +391,10 @@ def test_film_is_the_norms_own_scale_and_shift(exported):
 
 def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
     stage = load_stage("06")
-    flags = "--merged --generator W/base/generator.safetensors --precision int8"
+    flags = flags_of(world, f"--merged {BASE} --precision int8 --out W/missed")
     monkeypatch.setitem(stage.TOLERANCE, "int8", (9.0, 200.0))
-    given = flags_of(world, f"{flags} --out W/missed")
-    monkeypatch.setattr("sys.argv", [script("06"), *given])
     with pytest.raises(common.UserError, match="differs from PyTorch .* 200 are needed"):
-        stage.main()
+        run_main(stage, *flags)
     assert [path.name for path in (world / "missed").iterdir()] == ["settings.json"]
 
 
@@ -427,7 +417,7 @@ def test_a_trace_serves_other_weights_and_prompts(load_stage):
             stage.prove(model, name, generator, photos, args)
 
 
-def test_apply_pictures_of_any_kind(stage, folder, dynamic, exported, tmp_path):
+def test_apply_pictures_of_any_kind(folder, dynamic, exported, tmp_path):
     """In a folder that holds the files alone, as an app has them."""
     turned = Image.Exif()
     turned[0x0112] = 6  # taken with the camera on its side
@@ -440,10 +430,9 @@ def test_apply_pictures_of_any_kind(stage, folder, dynamic, exported, tmp_path):
     shutil.copy(dynamic / "oil.onnx", tmp_path / "free.onnx")
     shutil.copy(exported / "oil.onnx", tmp_path / "fixed.onnx")
     shutil.copytree(folder, tmp_path / "all")
-    flags = (
-        "--model free.onnx --model fixed.onnx --model all --concept fog --apply photos --out out"
-    )
-    stage("06", *flags.split(), cwd=tmp_path)
+    models = "--model free.onnx --model fixed.onnx --model all --concept fog"
+    flags = f"{models} --apply photos --out out".split()
+    run_python(script("06"), *flags, cwd=tmp_path)
     sizes = {"side.png": (30, 50), "deep/clear.png": (45, 21), "tiny.png": (3, 2)}
     sizes |= {"deep/side.gif.png": (17, 40), "deep/side.png.png": (16, 41)}
     for name in ("free", "fixed", "fog"):
@@ -459,8 +448,7 @@ def test_alpha_is_kept_and_hides_nothing(world, export, dynamic, tmp_path):
     """The colours below are edited as they are, and the edit is as transparent as the picture."""
     rgba = np.random.default_rng(0).integers(0, 256, (16, 24, 4), dtype=np.uint8)
     common.write_png(tmp_path / "clear.png", Image.fromarray(rgba))
-    flags = "--merged --io uint8 --dynamic --generator W/base/generator.safetensors"
-    export(f"{flags} --apply {tmp_path} --out W/dynamic")
+    export(f"--merged {BASE} --io uint8 --dynamic --apply {tmp_path} --out W/dynamic")
     made = np.asarray(Image.open(world / "dynamic-applied/oil/clear.png"))
     wanted = run_file(dynamic / "oil.onnx", torch.from_numpy(rgba[None, ..., :3].copy()))[0]
     assert (made[..., 3] == rgba[..., 3]).all() and (made[..., :3] == wanted).all()
@@ -470,33 +458,30 @@ def test_bad_input(world, error_of, tmp_path):
     def ends(flags):
         return error_of("06", *flags_of(world, flags), "--out", tmp_path / "out")
 
-    base = "--generator W/base/generator.safetensors"
-    assert "multiple of 8" in ends(f"{base} --size 60")
-    assert "does not exist" in ends(f"{base} --adapter W/none")
-    assert "unknown concept 'haze'" in ends(f"{base} --adapter W/lora --concept haze")
-    other = "--generator W/coronet/generator.safetensors"
-    assert "another base" in ends(f"{other} --adapter W/lora")
-    assert "flags of --merged" in ends(f"{base} --precision int8")
-    assert "from 0 to 1.5" in ends(f"{base} --strength 2")
+    assert "multiple of 8" in ends(f"{BASE} --size 60")
+    assert "does not exist" in ends(f"{BASE} --adapter W/none")
+    assert "unknown concept 'haze'" in ends(f"{BASE} --adapter W/lora --concept haze")
+    assert "another base" in ends(f"{PRUNED} --adapter W/lora")
+    assert "flags of --merged" in ends(f"{BASE} --precision int8")
+    assert "from 0 to 1.5" in ends(f"{BASE} --strength 2")
     data = (world / "base/generator.safetensors").read_bytes()
     (world / "cut.safetensors").write_bytes(data[:5000])
     assert "truncated" in ends("--generator W/cut.safetensors")
     assert "is no generator of ours" in ends("--generator W/lora/night/adapter.safetensors")
-    assert "01_distill_pairs.py" in ends(f"{base} --pairs W/none")
+    assert "01_distill_pairs.py" in ends(f"{BASE} --pairs W/none")
     (world / "broken").mkdir()
-    assert "holds no pictures" in ends(f"{base} --photos W/broken")
+    assert "holds no pictures" in ends(f"{BASE} --photos W/broken")
     (world / "broken/photo.png").write_bytes(b"no picture")
-    assert "photo.png is not a picture" in ends(f"{base} --photos W/broken")
+    assert "photo.png is not a picture" in ends(f"{BASE} --photos W/broken")
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_of_apply(world, folder, exported, dynamic, error_of, tmp_path):
     def ends(model, pictures):
-        flags = ("--model", model, *(["--apply", pictures] if pictures else []))
-        return error_of("06", *flags, "--out", tmp_path / "out")
+        return error_of("06", "--model", model, "--apply", pictures, "--out", tmp_path / "out")
 
     file, broken = exported / "oil.onnx", tmp_path / "broken.png"
-    assert "needs --apply" in ends(file, None)
+    assert "needs --apply" in error_of("06", "--model", file, "--out", tmp_path / "out")
     assert "cannot run" in ends(tmp_path / "none.onnx", world / "photos")
     assert "does not exist" in ends(file, tmp_path / "none")
     assert "holds no pictures" in ends(file, tmp_path)
@@ -525,13 +510,9 @@ def test_bad_input_of_serve(folder, error_of, tmp_path, monkeypatch):
     assert fetch_runtime(tmp_path).startswith("https://")
 
 
-def test_strength_scales_what_is_merged(world, load_stage):
+@pytest.mark.parametrize("strength", [0, 0.5, 1])
+def test_strength_scales_what_is_merged(world, load_stage, adapted, strength):
     base, adapter = world / "base/generator.safetensors", world / "lora/night/adapter.safetensors"
-    weights = {}
-    for strength in (0, 0.5, 1):
-        source = load_stage("06").load_concepts(base, [adapter], strength)["night"]
-        weights[strength] = source.up1.conv.weight
-        assert json.dumps(source.config["concepts"]).count("name") == 1
-    assert torch.equal(weights[0], common.load_generator(base).up1.conv.weight)
-    assert torch.allclose(weights[0.5], (weights[0] + weights[1]) / 2, atol=1e-6)
-    assert not torch.equal(weights[0], weights[1])
+    source = load_stage("06").load_concepts(base, [adapter], strength)["night"]
+    assert torch.equal(source.up1.conv.weight, adapted(night=strength).up1.conv.weight)
+    assert json.dumps(source.config["concepts"]).count("name") == 1

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import script, write_adapter
+from conftest import run_python, script, write_adapter
 from PIL import Image
 
 import common
@@ -22,12 +22,13 @@ FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-fo
 
 
 @pytest.fixture(scope="module")
-def folder(good, stage, tmp_path_factory):
+def folder(good, tmp_path_factory):
     """An exported folder: `dark` of the base, `inverted` of an adapter; then two bad concepts, of
     an adapter cut short, and of another base's."""
     out = tmp_path_factory.mktemp("browser") / "onnx"
     flags = f"--pairs {good}/pairs --generator {good}/base.safetensors --size 32 --threads 1"
-    stage("06", *flags.split(), "--adapter", good / "adapter.safetensors", "--out", out)
+    adapter = good / "adapter.safetensors"
+    run_python(script("06"), *flags.split(), "--adapter", adapter, "--out", out)
     index = common.read_json(out / "index.json")
     if index["web"] != "ort/":
         pytest.skip("npm gives no onnxruntime-web")

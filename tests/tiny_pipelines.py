@@ -95,6 +95,7 @@ def unet(channels: int) -> diffusers.UNet2DConditionModel:
 
 
 def save_unet_pipeline(kind: type, channels: int, scheduler, folder: Path) -> Path:
+    torch.manual_seed(0)
     parts = {"vae": vae(), "unet": unet(channels), "scheduler": scheduler}
     without = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     texts = clip_text(folder / "words")
@@ -104,13 +105,11 @@ def save_unet_pipeline(kind: type, channels: int, scheduler, folder: Path) -> Pa
 
 
 def instruct_pix2pix(folder: Path) -> Path:
-    torch.manual_seed(0)
     scheduler = diffusers.EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear")
     kind = diffusers.StableDiffusionInstructPix2PixPipeline
     return save_unet_pipeline(kind, 8, scheduler, folder)
 
 
 def text_to_image(folder: Path) -> Path:
-    torch.manual_seed(0)
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     return save_unet_pipeline(diffusers.StableDiffusionPipeline, 4, scheduler, folder)
