@@ -337,7 +337,7 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
 def adam(parameters, lr: float) -> torch.optim.Adam:
     """pix2pix's optimizer, but for its second beta of 0.999, after which what learned nothing for a
-    while leaps by 16 learning rates when it does, and training breaks; by 1.6 at most with 0.9."""
+    while leaps by 16 learning rates when it does; by 1.6 with 0.9, which makes finer strokes."""
     optimizer = torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
     optimizer.register_step_pre_hook(limit_gradients)
     return optimizer
@@ -561,9 +561,10 @@ def mean_psnr(fakes: torch.Tensor, truth: torch.Tensor) -> float:
 
 @torch.no_grad()
 def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor:
-    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32, 32 at a time."""
+    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""
     device, edits = next(generator.parameters()).device, []
-    for part in photos.split(32):
+    few = max(1, 2**16 // photos[0, 0].numel())  # 256x256 pixels, as a CPU's cache is small
+    for part in photos.split(few if device.type == "cpu" else 32):
         index = torch.full((len(part),), concept, device=device)
         edits.append(common.to_uint8(generator(common.to_float(part.to(device)), index)).cpu())
     return torch.cat(edits)
