@@ -133,7 +133,7 @@ class UpConv(nn.Conv2d):
         """The transposed convolution's weight (in, out, 4, 4), for stride 2, a padding of 1 by the
         border's pixels, and twice 1 cut off."""
         weight = self.weight
-        for side in (2, 3):  # the two copies of a pixel meet
+        for side in (2, 3):  # taps that fall on copies of the same pixel add up
             a, b, c = weight.unbind(side)
             weight = torch.stack([c, b + c, a + b, a], side)
         return weight.transpose(0, 1)
@@ -211,9 +211,9 @@ class TransformerBlock(nn.Module):
     token's channels: an instance norm would erase what cross-attention adds to all tokens alike.
     It divides by the unpruned number of channels, so dropped ones equal channels that are 0."""
 
-    def __init__(self, widths, full, heads):
+    def __init__(self, widths, full, heads, centered):
         super().__init__()
-        self.channels = full["tb"]
+        self.channels, self.centered = full["tb"], centered
         self.down = ConvNorm(widths, "trunk", "tb", stride=2, pad="reflect")
         self.self_attention = Attention(widths, full, heads, "tb", "tb", "self")
         self.cross_attention = None
@@ -235,7 +235,8 @@ class TransformerBlock(nn.Module):
         if self.cross_attention is not None:
             t = t + self.cross_attention(self.norm(t), tokens, mask)
         t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
-        t = t - t.mean(1, keepdim=True)  # later norms would, but bf16 loses what is small beside it
+        if self.centered:  # e2gan's later norms would, but bf16 rounds what differs beside the mean
+            t = t - t.mean(1, keepdim=True)
         return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
 
 
@@ -330,7 +331,7 @@ class ResnetGenerator(Generator):
         self.blocks = nn.ModuleDict()
         for name in config["blocks"]:
             if name == "tb":
-                self.blocks[name] = TransformerBlock(widths, full, config["heads"])
+                self.blocks[name] = TransformerBlock(widths, full, config["heads"], self.is_e2gan)
             else:
                 self.blocks[name] = ResidualBlock(widths, "trunk", name)
         up = UpConv if self.is_e2gan else nn.ConvTranspose2d

@@ -126,7 +126,7 @@ def test_pruning_meets_its_target_and_keeps_what_was_learned(base, prune, five, 
     five.add_latents(fresh, "weights")
     start = torch.cat(list(fresh.latents.values()))
     moved = (latents[0] - start).abs() / start
-    assert moved.max() < 0.03  # at ten times the rate the network shakes
+    assert moved.max() < 0.03  # by one step: 0.005; at ten times --lr-z's default 0.05
     small, full = common.load_generator(out / "generator.safetensors"), common.load_generator(base)
     assert 0.39 < common.count_macs(small, 32) / common.count_macs(full, 32) <= 0.4
     assert small.config["full"] == full.config["widths"]

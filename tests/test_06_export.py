@@ -514,5 +514,7 @@ def test_bad_input_of_serve(folder, error_of, tmp_path, monkeypatch):
 def test_strength_scales_what_is_merged(world, load_stage, adapted, strength):
     base, adapter = world / "base/generator.safetensors", world / "lora/night/adapter.safetensors"
     source = load_stage("06").load_concepts(base, [adapter], strength)["night"]
-    assert torch.equal(source.up1.conv.weight, adapted(night=strength).up1.conv.weight)
+    weight = source.up1.conv.weight
+    assert torch.equal(weight, adapted(night=strength).up1.conv.weight)
+    assert torch.equal(weight, adapted().up1.conv.weight) == (strength == 0)
     assert json.dumps(source.config["concepts"]).count("name") == 1

@@ -147,13 +147,13 @@ def test_upsampling_is_nearest_neighbour_and_a_convolution_of_what_came_out(load
     assert torch.allclose(up(x), wanted, atol=1e-6) and torch.allclose(phases(x), wanted, atol=1e-6)
 
 
-def test_what_the_transformer_adds_to_all_places_alike_is_not_what_bf16_rounds_by():
+def test_bf16_loses_little_to_what_the_transformer_adds_everywhere():
     generator = make()
     wanted = edit(generator)
     torch.nn.init.constant_(generator.blocks["tb"].feed2.bias, 30.0)
     assert torch.allclose(edit(generator), wanted, atol=1e-4)  # norms take it off
     with torch.autocast("cpu", torch.bfloat16):
-        assert (edit(generator) - wanted).abs().mean() < 0.018
+        assert (edit(generator) - wanted).abs().mean() < 0.018  # 0.029 if it were not taken off
 
 
 def test_prompt_changes_the_edit_and_padding_does_not():
