@@ -235,7 +235,7 @@ class TransformerBlock(nn.Module):
         if self.cross_attention is not None:
             t = t + self.cross_attention(self.norm(t), tokens, mask)
         t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
-        if self.centered:  # e2gan's later norms would, but bf16 rounds what differs beside the mean
+        if self.centered:  # as e2gan's later norms do; bf16 would round the rest beside the mean
             t = t - t.mean(1, keepdim=True)
         return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
 
