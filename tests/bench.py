@@ -33,7 +33,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import cli  # noqa: E402
 import common  # noqa: E402  (found by the line above)
+import dataset  # noqa: E402
 import training  # noqa: E402
 
 L1 = "L1 (0-255)"
@@ -171,8 +173,8 @@ def bench_speedrun(args) -> tuple[str, list[dict]]:
     return f"{args.concept}, {args.threads} threads", rows
 
 
-def find(args, split: str) -> training.Pairs:
-    return training.find_pairs(args.pairs, split, [args.concept]).cache(args.out / "cache")
+def find(args, split: str) -> dataset.Pairs:
+    return dataset.find_pairs(args.pairs, split, [args.concept]).cache(args.out / "cache")
 
 
 def climb(args, goal: dict, way: str, seed: int) -> dict:
@@ -182,11 +184,11 @@ def climb(args, goal: dict, way: str, seed: int) -> dict:
     flags += ["--cache", args.out / "cache", *(["--base", args.base] if number == "04" else [])]
     while minutes < 60 and any(measured.get(key, math.inf) > most for key, most in goal.items()):
         out = args.out / f"{way} {seed} {60 * minutes:.0f}s".replace(" ", "-")
-        if not common.files_below(out, "result.json"):
+        if not cli.files_below(out, "result.json"):
             more = ["--minutes", minutes, "--out", out, "--overwrite"]
             run_stage(script(number), Path(), *flags, *more, threads=args.threads)
-        [file] = common.files_below(out, "result.json")
-        measured = summary(common.read_json(file)["tables"])
+        [file] = cli.files_below(out, "result.json")
+        measured = summary(cli.read_json(file)["tables"])
         print(way, seed, measured, file=sys.stderr, flush=True)
         minutes *= 1.5
     return measured
@@ -205,7 +207,7 @@ def pix2pix(args, seed: int) -> dict:
     fp32, a pass of the discriminator each for real and fake, L1 * 100, Adam at 2e-4."""
     file = args.out / f"pix2pix-{seed}.json"
     if file.exists():
-        return common.read_json(file)
+        return cli.read_json(file)
     torch.set_num_threads(args.threads)
     cpu_way, common.trains_on_cpu = common.trains_on_cpu, lambda x: False
     torch.manual_seed(seed)
@@ -237,7 +239,7 @@ def pix2pix(args, seed: int) -> dict:
     common.save_network(file.with_suffix(".safetensors"), generator)
     row = {"training s": seconds, "steps": args.steps, **training.evaluate(generator, test)[0]}
     measured = summary({"": [row]})
-    common.write_json(file, measured)
+    cli.write_json(file, measured)
     return measured
 
 
@@ -366,7 +368,7 @@ BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
     flag = parser.add_argument
     flag("name", choices=BENCHMARKS, help="what to measure")
     flag("--size", type=int, default=256, help="prune, onnx: pixels")
@@ -384,8 +386,8 @@ def main() -> None:
     flag("--minutes", type=float, default=0.1, help="speedrun: the first try's")
     flag("--out", type=Path, default="runs/speedrun", help="speedrun: keeps what was measured")
     args = parser.parse_args()
-    print(common.markdown(*BENCHMARKS[args.name](args)), flush=True)
+    print(cli.markdown(*BENCHMARKS[args.name](args)), flush=True)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import read_log, run_main, table, torchrun
 
+import cli
 import common
+import dataset
 import training
 
 EDITS = {"inverted": lambda x: 1 - x, "dark": lambda x: 0.25 * x}
@@ -22,7 +24,7 @@ def world(tmp_path_factory, write_pairs):
     """Pairs of two concepts, clusters, and a base that learned both."""
     root = tmp_path_factory.mktemp("world")
     write_pairs(root / "pairs", EDITS)
-    common.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
+    cli.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
     run_main("03", *f"{files(root)} {TRAIN} --out {root}/base".split())
     return root
 
@@ -46,14 +48,14 @@ def test_the_best_model_and_the_curve_are_kept(world):
     log = read_log(world / "base/log.jsonl")
     means = [statistics.mean(row["error"].values()) for row in log if "error" in row]
     assert len(means) == 4  # 24 epochs, every 6
-    test = training.find_pairs(world / "pairs", "test", ["inverted", "dark"])
+    test = dataset.find_pairs(world / "pairs", "test", ["inverted", "dark"])
     test.cache(world / "cache")
     for file, wanted in (("best", min(means)), ("generator", means[-1])):
         generator = common.load_generator(world / f"base/{file}.safetensors")
         rows = training.evaluate(generator, test)
         found = statistics.mean(training.error(row) for row in rows)
         assert found == pytest.approx(wanted, rel=1e-4)
-    assert common.read_image(world / "base/curve.png").shape[1] > 100
+    assert dataset.read_image(world / "base/curve.png").shape[1] > 100
 
 
 # ---- Collapse ------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def main():
     torch.distributed.all_gather(both, mine)
     assert len(networks) > 1 and torch.equal(*both), "the ranks' weights differ"
 
-common.run(main)
+cli.run(main)
 """
 
 STAGES = {

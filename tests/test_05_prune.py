@@ -10,7 +10,9 @@ import torch
 from conftest import read_log, run_main, table
 from PIL import Image
 
+import cli
 import common
+import dataset
 import training
 
 CPU = torch.device("cpu")
@@ -30,8 +32,8 @@ def data(tmp_path_factory, write_pairs):
     write_pairs(root / "pairs", {"dark": lambda x: 0.25 * x}, train=24, test=6)
     for path in (root / "pairs").glob("*/source/*"):
         split, edit = path.parts[-3], path.parents[1] / "dark" / path.name
-        both = torch.cat([common.read_image(path), common.read_image(edit)], 2)
-        common.write_png(root / "sides" / split / path.name, common.to_pil(both))
+        both = torch.cat([dataset.read_image(path), dataset.read_image(edit)], 2)
+        cli.write_png(root / "sides" / split / path.name, dataset.to_pil(both))
         kinds = {f"unpaired/{split}A": path, f"flat/{split}": path}
         if path.stem < "00020":  # the sets need not be equally large
             kinds[f"unpaired/{split}B"] = edit
@@ -87,11 +89,11 @@ def test_every_task_meets_its_target_from_below_for_all_networks(prune, flags):
     shares = [row["MACs %"] for row in read_log(out / "search-log.jsonl") if "MACs %" in row]
     for name in shares[0]:
         assert shares[0][name] > 80 and shares[-1][name] <= 30
-    state, _ = common.read_tensors(out / "search-state.safetensors", "state")
+    state, _ = cli.read_tensors(out / "search-state.safetensors", "state")
     hidden = [tensor for name, tensor in state.items() if name.endswith(".b0")]
     assert hidden and not any(tensor.any() for tensor in hidden)  # starting from weights, b0 stays
     for name in ("pruning.png", "search-curve.png", "converge-curve.png"):
-        assert common.read_image(out / name).shape[1] > 100
+        assert dataset.read_image(out / name).shape[1] > 100
     measured = table(out, f"Pruned {flags.split()[1]}, held-out pictures")[-1]
     assert all(np.isfinite(value) for value in measured.values() if isinstance(value, float))
 
@@ -169,7 +171,7 @@ STOPPED = {
 @pytest.mark.parametrize("phase", STOPPED)
 def test_runs_stopped_and_continued_end_in_the_same_bytes(prune, tmp_path, monkeypatch, phase):
     """Stopped when they have saved for the second time in a phase."""
-    monkeypatch.setattr(training, "write_curve", common.write_json)  # pictures take the most time
+    monkeypatch.setattr(training, "write_curve", cli.write_json)  # pictures take the most time
     flags = f"{STOPPED[phase]} --size 32 --width 4 --keep 0.5 --prune-discriminator --save-every 7"
     prune(flags).rename(tmp_path / "whole")
     save, saved = training.Loop.save, []
@@ -258,7 +260,7 @@ def rows_of(data, batch=4, steps=range(6)) -> list[tuple]:
     for *parts, concept in data.batches(batch, steps, 3, CPU):
         assert not concept.any()
         for row in zip(*parts, strict=True):
-            rows.append(tuple(common.to_uint8(picture).numpy().tobytes() for picture in row))
+            rows.append(tuple(dataset.to_uint8(picture).numpy().tobytes() for picture in row))
     return rows
 
 
@@ -275,13 +277,13 @@ def test_side_by_side_is_cut_into_photo_and_edit(find, tmp_path, direction, held
     train, test = find("pix2pix", folder, 32, direction)
     known = {}
     for i in range(5):
-        a, b = common.read_image(folder / f"train/{i}.jpg").split(32, 2)
+        a, b = dataset.read_image(folder / f"train/{i}.jpg").split(32, 2)
         known |= dict.fromkeys(either_way(*((a, b) if direction == "AtoB" else (b, a))), i)
     rows = rows_of(train)
     assert {known[row] for row in rows} == set(range(5)) and len(set(rows)) > 5
     photos, edits = test.pictures(0)
     both = [photos[1], edits[1]] if direction == "AtoB" else [edits[1], photos[1]]
-    assert torch.equal(torch.cat(both, 2), common.read_image(folder / held_out / "1.jpg"))
+    assert torch.equal(torch.cat(both, 2), dataset.read_image(folder / held_out / "1.jpg"))
     assert test.concepts == train.concepts == [{"name": "data", "prompt": ""}]
     generator = common.new_generator("unet256", 4, 32, test.concepts)
     assert [row["concept"] for row in training.evaluate(generator, test)] == ["data"]
@@ -294,18 +296,18 @@ def test_unpaired_rows_are_drawn_and_mirrored_apart(find, tmp_path):
     train, test = find("cyclegan", folder, 32)
     known = {}
     for path in sorted(folder.glob("train*/*")):
-        for key, mirrored in either_way(common.read_image(path)).items():
+        for key, mirrored in either_way(dataset.read_image(path)).items():
             known[key[0]] = path.relative_to(folder), mirrored
     rows = [(known[a], known[b]) for a, b in rows_of(train, 2, range(30))]
     assert {str(a[0].parent) + str(b[0].parent) for a, b in rows} == {"trainAtrainB"}
     assert len({a[0] for a, _ in rows}) == 5 and len({b[0] for _, b in rows}) == 7
     assert len({(a[1], b[1]) for a, b in rows}) == 4
     assert len({(a[0], b[0]) for a, b in rows}) > 20  # of 35 couples, not the same again and again
-    assert training.steps_per_epoch(train.counts, 7) == 1  # an epoch passes over the larger set
+    assert dataset.steps_per_epoch(train.counts, 7) == 1  # an epoch passes over the larger set
     assert len({known[b] for _, b in rows_of(train, 7, range(1))}) == 7
     a, b = test.pixels.split(test.sets)
-    assert torch.equal(a[2], common.read_image(folder / "testA/2.jpg"))
-    assert torch.equal(b[0], common.read_image(folder / "testB/0.jpg"))
+    assert torch.equal(a[2], dataset.read_image(folder / "testA/2.jpg"))
+    assert torch.equal(b[0], dataset.read_image(folder / "testB/0.jpg"))
 
 
 def test_pairs_taken_apart_share_no_photo(five, data):
@@ -316,7 +318,7 @@ def test_pairs_taken_apart_share_no_photo(five, data):
     test.cache(data / "cache")
     assert test.paired and test.sets == [6, 6]
     for kind, pixels in zip(("source", "dark"), test.pixels.split(6), strict=True):
-        wanted = common.read_image(data / f"pairs/test/{kind}/00004.png")
+        wanted = dataset.read_image(data / f"pairs/test/{kind}/00004.png")
         assert torch.equal(pixels[4], wanted)
 
 
@@ -332,7 +334,7 @@ def test_a_flat_folder_holds_a_tenth_out(find, tmp_path):
     assert not set(train.files) & set(test.files)
     seen, mirrored = rows_of(train, 1, range(38)), set()
     for path in train.files:
-        middle = either_way(common.read_image(path)[:, :, 8:40])
+        middle = either_way(dataset.read_image(path)[:, :, 8:40])
         assert sum(row in middle for row in seen) == 2
         mirrored |= {middle[row] for row in seen if row in middle}
     assert mirrored == {False, True}
@@ -369,7 +371,7 @@ def test_bad_folders(find, tmp_path, task, names, words):
         save_random(tmp_path / "data" / name, 60 if "odd" in name else 64, 32)
         if "bad" in name:
             (tmp_path / "data" / name).write_bytes(b"GIF89a")
-    with pytest.raises(common.UserError, match=words):
+    with pytest.raises(cli.UserError, match=words):
         find(task, tmp_path / "data", 32)
 
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-import common
+import cli
+import dataset
 
 SOURCE = {
     "03": "--clusters W/clusters --width 8",
@@ -23,7 +24,7 @@ def refused(good, error_of, tmp_path):
     for folder in ("out", "out/dark", "out/inverted"):
         earlier += [root / folder / "result.json", root / folder / "settings.json"]
     for path in earlier:
-        common.write_json(path, {})
+        cli.write_json(path, {})
 
     def call(text, change=None):
         if change:
@@ -51,7 +52,7 @@ def rewrite(name, text):
 def resize(name, size):
     def change(root):
         for path in root.glob(name):
-            common.write_png(path, common.to_pil(common.read_image(path)).resize((size, size)))
+            cli.write_png(path, dataset.to_pil(dataset.read_image(path)).resize((size, size)))
 
     return change
 
@@ -81,7 +82,7 @@ def test_bad_pairs(refused, number, words):
 def test_bad_features(refused, number):
     def empty(root):
         path = root / "pairs/features.safetensors"
-        common.write_tensors(path, {}, common.read_tensors(path, "features")[1])
+        cli.write_tensors(path, {}, cli.read_tensors(path, "features")[1])
 
     gone = "features.safetensors does not exist; 01_distill_pairs.py makes it"
     assert "features.safetensors lacks" in refused(number, empty)
@@ -122,9 +123,9 @@ def test_bad_flags(refused, flags, words):
 def rewrite_base(tensors=None, **config):
     def change(root):
         path = root / "base.safetensors"
-        found, metadata = common.read_tensors(path, "generator")
+        found, metadata = cli.read_tensors(path, "generator")
         metadata["config"] |= config
-        common.write_tensors(path, tensors or found, metadata if tensors is None else {})
+        cli.write_tensors(path, tensors or found, metadata if tensors is None else {})
 
     return change
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import run_python, script, write_adapter
 from PIL import Image
 
+import cli
 import common
 from assets.editor import Editor
 
@@ -29,7 +30,7 @@ def folder(good, tmp_path_factory):
     flags = f"--pairs {good}/pairs --generator {good}/base.safetensors --size 32 --threads 1"
     adapter = good / "adapter.safetensors"
     run_python(script("06"), *flags.split(), "--adapter", adapter, "--out", out)
-    index = common.read_json(out / "index.json")
+    index = cli.read_json(out / "index.json")
     if index["web"] != "ort/":
         pytest.skip("npm gives no onnxruntime-web")
     whole = (out / "adapters/inverted.safetensors").read_bytes()
@@ -40,10 +41,10 @@ def folder(good, tmp_path_factory):
     for name in ("cut", "foreign"):
         path = out / f"adapters/{name}.safetensors"
         index["concepts"].append({"name": name, "prompt": name, "adapter": f"adapters/{path.name}"})
-        about = {"bytes": path.stat().st_size, "sha256": common.sha256(path)}
+        about = {"bytes": path.stat().st_size, "sha256": cli.sha256(path)}
         index["files"][f"adapters/{path.name}"] = about
     (out / "adapters/cut.safetensors").write_bytes(whole[:-100])
-    common.write_json(out / "index.json", index)
+    cli.write_json(out / "index.json", index)
     return out
 
 

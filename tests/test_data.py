@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import common
+import cli
+import dataset
 import training
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ def folder(made, tmp_path):
 
 
 def find(folder):
-    return training.find_pairs(folder, "train", list(EDITS))
+    return dataset.find_pairs(folder, "train", list(EDITS))
 
 
 def draw(pairs, steps=range(9), batch=4):
@@ -52,27 +53,27 @@ def files_in(folder):
 def test_a_batch_is_the_pngs_that_the_picks_name(made, tmp_path):
     pairs = find(made).cache(tmp_path)
     for step, (photos, edits, concepts) in enumerate(draw(pairs)):
-        picks, flips = training.draw_picks([7, 6], 4, step, 3)
+        picks, flips = dataset.draw_picks([7, 6], 4, step, 3)
         assert torch.equal(concepts, picks[:, 0])
         for photo, edit, (c, i), flip in zip(photos, edits, picks.tolist(), flips, strict=True):
             name = list(EDITS)[c]
-            file = training.edit_names(made, "train", name)[i]
+            file = dataset.edit_names(made, "train", name)[i]
             for found, kind in ((photo, "source"), (edit, name)):
-                pixels = common.read_image(made / "train" / kind / file)
-                assert torch.equal(found, common.to_float(pixels.flip(-1) if flip else pixels))
+                pixels = dataset.read_image(made / "train" / kind / file)
+                assert torch.equal(found, dataset.to_float(pixels.flip(-1) if flip else pixels))
 
 
 def test_picks_are_even_complete_and_repeatable():
     counts, batch = [10, 10, 5], 6
-    steps = training.steps_per_epoch(counts, batch)
+    steps = dataset.steps_per_epoch(counts, batch)
     epoch = []
     for step in range(steps):
-        picks, flips = training.draw_picks(counts, batch, step, seed=3)
+        picks, flips = dataset.draw_picks(counts, batch, step, seed=3)
         assert torch.bincount(picks[:, 0], minlength=3).tolist() == [2, 2, 2]
         epoch.append(picks)
-    assert torch.equal(epoch[1], training.draw_picks(counts, batch, 1, seed=3)[0])
-    assert not torch.equal(epoch[0], training.draw_picks(counts, batch, steps, seed=3)[0])
-    assert not torch.equal(epoch[0], training.draw_picks(counts, batch, 0, seed=4)[0])
+    assert torch.equal(epoch[1], dataset.draw_picks(counts, batch, 1, seed=3)[0])
+    assert not torch.equal(epoch[0], dataset.draw_picks(counts, batch, steps, seed=3)[0])
+    assert not torch.equal(epoch[0], dataset.draw_picks(counts, batch, 0, seed=4)[0])
     epoch = torch.cat(epoch)
     for concept, n in enumerate(counts):
         seen = epoch[epoch[:, 0] == concept, 1]
@@ -80,8 +81,8 @@ def test_picks_are_even_complete_and_repeatable():
 
 
 def test_a_batch_is_full_even_if_there_are_fewer_pairs():
-    assert training.steps_per_epoch([3, 2], 8) == 1
-    picks, flips = training.draw_picks([3, 2], 8, 5, seed=0)
+    assert dataset.steps_per_epoch([3, 2], 8) == 1
+    picks, flips = dataset.draw_picks([3, 2], 8, 5, seed=0)
     assert len(picks) == len(flips) == 8 and torch.bincount(picks[:, 0]).tolist() == [4, 4]
     assert len({tuple(pick) for pick in picks.tolist()}) == 5
 
@@ -96,17 +97,17 @@ def test_two_processes_share_every_batch_evenly(made, tmp_path, monkeypatch):
     for step, batches in enumerate(zip(*shares, strict=True)):
         for parts in zip(whole[step], *batches, strict=True):
             assert torch.equal(parts[0], torch.stack(parts[1:], 1).flatten(0, 1))
-    with pytest.raises(common.UserError, match="--batch 3 cannot be shared evenly by 2 processes"):
+    with pytest.raises(cli.UserError, match="--batch 3 cannot be shared evenly by 2 processes"):
         draw(pairs, batch=3)
 
 
 def test_a_chosen_part_is_all_that_is_drawn(made, tmp_path):
-    pairs = training.find_pairs(made, "train", ["night"], {"00000.png", "00003.png"})
+    pairs = dataset.find_pairs(made, "train", ["night"], {"00000.png", "00003.png"})
     edits = torch.cat([edits for _, edits, _ in draw(pairs.cache(tmp_path))])
-    files = [common.read_image(made / f"train/night/{i:05}.png") for i in (0, 3)]
-    wanted = torch.stack([common.to_float(x) for file in files for x in (file, file.flip(-1))])
+    files = [dataset.read_image(made / f"train/night/{i:05}.png") for i in (0, 3)]
+    wanted = torch.stack([dataset.to_float(x) for file in files for x in (file, file.flip(-1))])
     assert pairs.counts == [2] and torch.equal(edits.unique(dim=0), wanted.unique(dim=0))
-    whole = training.find_pairs(made, "train", ["night"])
+    whole = dataset.find_pairs(made, "train", ["night"])
     assert whole.data_hash != pairs.data_hash and whole.cache_hash == pairs.cache_hash
 
 
@@ -131,9 +132,9 @@ def test_crops_show_photo_and_edit_at_one_place_and_all_places(made, tmp_path):
 @pytest.mark.parametrize("crop", [20, 12, 40])
 def test_a_crop_that_does_not_fit_is_refused(crop):
     words = f"--crop {crop}: give a multiple of 8 from 24 to .* 32"
-    with pytest.raises(common.UserError, match=words):
+    with pytest.raises(cli.UserError, match=words):
         training.fill_in(SimpleNamespace(crop=crop, l1=None, fm=10.0), 32)
-    with pytest.raises(common.UserError, match="--crop 24: give 0"):
+    with pytest.raises(cli.UserError, match="--crop 24: give 0"):
         training.fill_in(SimpleNamespace(crop=24, l1=None, fm=0.0), 32, whole=True)
 
 
@@ -143,7 +144,7 @@ def test_a_crop_that_does_not_fit_is_refused(crop):
 def test_the_cache_is_shared_and_used_again(made, folder, tmp_path, monkeypatch):
     pairs = find(made).cache(tmp_path / "cache")
     assert files_in(tmp_path / "cache") == [f"{pairs.cache_hash}.u8"]
-    monkeypatch.setattr(training.Pairs, "load", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(dataset.Pairs, "load", lambda *_: pytest.fail("decoded again"))
     again = find(folder).cache(tmp_path / "cache")  # the same pictures in another place
     assert equal(draw(again), draw(pairs))
 
@@ -159,29 +160,29 @@ def test_a_cache_file_of_another_size_is_made_anew(made, tmp_path, change):
 def test_another_picture_is_another_cache_file_and_other_data(made, folder, tmp_path):
     before = find(made).cache(tmp_path / "cache")
     path = folder / "train/night/00003.png"
-    pixels = common.read_image(path)
+    pixels = dataset.read_image(path)
     pixels[0, 5, 5] += 1
-    common.write_png(path, common.to_pil(pixels))
+    cli.write_png(path, dataset.to_pil(pixels))
     after = find(folder).cache(tmp_path / "cache")
     assert len(files_in(tmp_path / "cache")) == 2 and before.data_hash != after.data_hash
     assert not equal(draw(after), draw(before))
 
 
 def test_who_asks_at_the_same_time_waits_and_decodes_nothing(made, tmp_path, monkeypatch):
-    plain, loaded, data = training.Pairs.load, [], [find(made) for _ in range(3)]
-    monkeypatch.setattr(training.Pairs, "load", lambda self, i: loaded.append(i) or plain(self, i))
+    plain, loaded, data = dataset.Pairs.load, [], [find(made) for _ in range(3)]
+    monkeypatch.setattr(dataset.Pairs, "load", lambda self, i: loaded.append(i) or plain(self, i))
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pairs: pairs.cache(tmp_path), data))
     assert sorted(loaded) == list(range(len(data[0].files)))
 
 
 def test_tokens_are_the_towers_that_the_generator_knows(made):
-    tokens, tower = training.prompt_tokens(made, [{"name": "night"}])
+    tokens, tower = dataset.prompt_tokens(made, [{"name": "night"}])
     assert tokens[0].shape == (4, 16) and tower == "ViT-S-32:random"
-    with pytest.raises(common.UserError, match="ViT-S-32:random, and .* ViT-B-32:openai"):
-        training.prompt_tokens(made, [{"name": "night"}], "ViT-B-32:openai")
-    with pytest.raises(common.UserError, match="features.safetensors lacks .*comic"):
-        training.prompt_tokens(made, [{"name": "comic"}])
+    with pytest.raises(cli.UserError, match="ViT-S-32:random, and .* ViT-B-32:openai"):
+        dataset.prompt_tokens(made, [{"name": "night"}], "ViT-B-32:openai")
+    with pytest.raises(cli.UserError, match="features.safetensors lacks .*comic"):
+        dataset.prompt_tokens(made, [{"name": "comic"}])
 
 
 def test_bf16_only_where_pytorch_may_use_its_units(monkeypatch):

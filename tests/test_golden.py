@@ -19,6 +19,7 @@ from conftest import import_stage, read_log, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli
 import common
 import training as shared
 
@@ -54,11 +55,11 @@ def make_pairs(folder):
             for i, photo in enumerate(photos):
                 Image.fromarray(edit(photo)).save(folder / split / name / f"{i}.png")
     prompts = {name: {"prompt": f"make it {name}"} for name in EDITS}
-    common.write_json(folder / "concepts.json", prompts)
+    cli.write_json(folder / "concepts.json", prompts)
     clip = import_stage("01").Clip("ViT-S-32:random", torch.device("cpu"))
     tokens = {f"tokens/{name}": clip.text(prompts[name]["prompt"])[1] for name in EDITS}
     about = {"kind": "features", "clip": clip.name}
-    common.write_tensors(folder / "features.safetensors", tokens, about)
+    cli.write_tensors(folder / "features.safetensors", tokens, about)
     return folder
 
 

@@ -12,7 +12,10 @@ import torchvision
 from pytorch_fid import fid_score
 from pytorch_fid import inception as library
 
+import cli
 import common
+import dataset
+import tables as printer
 import training
 
 CPU = torch.device("cpu")
@@ -74,7 +77,7 @@ def test_psnr_of_known_errors():
 
 def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
     edits = {"dark": lambda x: 0.3 * x, "inverted": lambda x: 1 - x}
-    pairs = training.find_pairs(write_pairs(tmp_path, edits, 1, 5), "test", list(edits))
+    pairs = dataset.find_pairs(write_pairs(tmp_path, edits, 1, 5), "test", list(edits))
     pairs.cache(tmp_path / "cache")
     tokens = 9 * torch.randn(2, 3, 8)
     generator = common.new_generator("e2gan", 8, 32, pairs.concepts, list(tokens))
@@ -84,14 +87,16 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
     assert not generator.training
     for row, name in zip(rows, edits, strict=True):
         files = [sorted((tmp_path / "test" / kind).iterdir()) for kind in ("source", name)]
-        photos, truth = (common.to_float(torch.stack([*map(common.read_image, x)])) for x in files)
+        photos, truth = (
+            dataset.to_float(torch.stack([*map(dataset.read_image, x)])) for x in files
+        )
         with torch.no_grad():
             fake = generator(photos, torch.full((5,), generator.concept(name)))
-        fake = common.to_float(common.to_uint8(fake))
+        fake = dataset.to_float(dataset.to_uint8(fake))
         wanted = {"PSNR dB": training.psnr(fake, truth).mean().item()}
         wanted["photo unchanged dB"] = training.psnr(photos, truth).mean().item()
         wanted["L1 (0-255)"] = 127.5 * (fake - truth).abs().mean().item()
-        wanted |= training.swd(common.to_uint8(fake), common.to_uint8(truth))
+        wanted |= training.swd(dataset.to_uint8(fake), dataset.to_uint8(truth))
         assert row.pop("concept") == name and row == pytest.approx(wanted, rel=1e-4)
 
 
@@ -102,7 +107,7 @@ def test_swd_sees_texture_where_it_changes_and_nothing_in_equal_sets():
     truth = coarse.clamp(0, 1) + noise
     sets = {"equal": truth, "blurred": F.avg_pool2d(truth, 3, 1, 1)}
     sets |= {"some": truth + more, "much": truth + 2 * more}
-    sets = {name: common.to_uint8(2 * x - 1) for name, x in sets.items()}
+    sets = {name: dataset.to_uint8(2 * x - 1) for name, x in sets.items()}
     found = {name: training.swd(x, sets["equal"]) for name, x in sets.items()}
     assert list(found["equal"].items()) == [("SWD 128", 0.0), ("SWD 64", 0.0), ("SWD 32", 0.0)]
     assert 50 < found["some"]["SWD 128"] < found["much"]["SWD 128"] - 50
@@ -128,7 +133,7 @@ def test_fid_is_what_the_librarys_command_prints(
     assert torch.equal(torch.get_rng_state(), state)  # measuring changes no training
     for name, found in (("fakes", fakes), ("truth", truth)):
         for i, picture in enumerate(found):
-            common.write_png(tmp_path / name / f"{i:05}.png", common.to_pil(picture))
+            cli.write_png(tmp_path / name / f"{i:05}.png", dataset.to_pil(picture))
     flags = ["--dims", "192", "--device", "cpu", "--num-workers", "0"]
     folders = [str(tmp_path / "fakes"), str(tmp_path / "truth")]
     monkeypatch.setattr(sys, "argv", ["pytorch_fid", *folders, *flags])
@@ -164,11 +169,11 @@ def test_without_weights_fid_is_blank_and_one_line_says_why(torch_home, tmp_path
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch, capsys):
-    """tables() -> the lines that `python common.py <tmp_path>` prints, without rules."""
+    """tables() -> the lines that `python tables.py <tmp_path>` prints, without rules."""
 
     def call():
-        monkeypatch.setattr(sys, "argv", ["common.py", str(tmp_path)])
-        common.main()
+        monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path)])
+        printer.main()
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line and not line.startswith("| ---")]
 
@@ -176,9 +181,9 @@ def tables(tmp_path, monkeypatch, capsys):
 
 
 def write_run(folder, rows, seed=0, stage="04_lora", marks=(), data="photos", title="T"):
-    common.write_json(folder / "settings.json", {"stage": stage, "seed": seed, "data": data})
+    cli.write_json(folder / "settings.json", {"stage": stage, "seed": seed, "data": data})
     result = {"stage": stage, "marks": list(marks), "tables": {title: rows}}
-    common.write_json(folder / "result.json", result)
+    cli.write_json(folder / "result.json", result)
 
 
 def test_tables_are_in_the_stages_order_with_blanks_and_marks(tmp_path, tables):

@@ -22,7 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+import cli
 import common
+import dataset
+import tables
 import training
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -55,13 +58,13 @@ def ends_well(call, *args):
     """What a call returns, or its UserError, whose message is not empty."""
     try:
         return call(*args)
-    except common.UserError as error:
+    except cli.UserError as error:
         assert str(error).strip()
         return error
 
 
 def refused(call, *args) -> str:
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(cli.UserError) as error:
         call(*args)
     return str(error.value)
 
@@ -101,8 +104,8 @@ def test_damaged_pictures(tmp_path, form, seed):
     Image.fromarray(pixels).save(file, form)
     path = tmp_path / "picture.png"  # its suffix lies, too
     path.write_bytes(damaged(file.getvalue(), seed))
-    found = ends_well(lambda: common.to_pixels(common.read_square(path, 16)))
-    assert isinstance(found, common.UserError) or found.shape == (3, 16, 16)
+    found = ends_well(lambda: dataset.to_pixels(dataset.read_square(path, 16)))
+    assert isinstance(found, cli.UserError) or found.shape == (3, 16, 16)
 
 
 def test_pictures_that_are_huge_or_say_so(tmp_path):
@@ -110,12 +113,12 @@ def test_pictures_that_are_huge_or_say_so(tmp_path):
     path = tmp_path / "huge.png"
     for size in ((30_000, 30_000), (12_000, 9_000), (2**31 - 1, 1), (1, 2**31 - 1), (9_000, 9_000)):
         path.write_bytes(png_of(*size))
-        assert "huge.png" in refused(common.read_square, path, 32), size
+        assert "huge.png" in refused(dataset.read_square, path, 32), size
     for side in (30_000, 9_000):
         packer = zlib.compressobj(1)
         rows = b"".join(packer.compress(bytes(1 + side // 8)) for _ in range(side))
         path.write_bytes(png_of(side, side, rows + packer.flush(), bits=1, kind=0))
-        found = ends_well(common.read_image, path)
+        found = ends_well(dataset.read_image, path)
     assert found.shape == (3, 9_000, 9_000)
 
 
@@ -159,13 +162,13 @@ def test_absurd_metadata(good, adapt, tmp_path, key):
     of_base, path = key in CONFIG, f"config/{key}" if key in CONFIG else key
     file, call = good / ("base" if of_base else "adapter"), use if of_base else adapt
     kind = "generator" if of_base else "adapter"
-    tensors, metadata = common.read_tensors(file.with_suffix(".safetensors"), kind)
+    tensors, metadata = cli.read_tensors(file.with_suffix(".safetensors"), kind)
     for value in ABSURD:
         about = changed(metadata, path, value)
-        common.write_tensors(tmp_path / "f", tensors, about)
+        cli.write_tensors(tmp_path / "f", tensors, about)
         found = ends_well(call, tmp_path / "f")
         harmless = value in HARMLESS.get(key, [])
-        assert isinstance(found, common.UserError) or harmless, (key, value)
+        assert isinstance(found, cli.UserError) or harmless, (key, value)
 
 
 def wrong_tensors(tensors: dict, draw: random.Random) -> dict:
@@ -189,10 +192,10 @@ def test_damaged_checkpoints(good, adapt, tmp_path, kind, file, seed):
     source, call = good / f"{file}.safetensors", use if kind == "generator" else adapt
     (tmp_path / "d").write_bytes(damaged(source.read_bytes(), seed))
     ends_well(call, tmp_path / "d")
-    tensors, metadata = common.read_tensors(source, kind)
+    tensors, metadata = cli.read_tensors(source, kind)
     wrong = wrong_tensors(tensors, random.Random(seed))
-    common.write_tensors(tmp_path / "w", wrong, metadata)
-    if not isinstance(ends_well(call, tmp_path / "w"), common.UserError):
+    cli.write_tensors(tmp_path / "w", wrong, metadata)
+    if not isinstance(ends_well(call, tmp_path / "w"), cli.UserError):
         same = [wrong[key].shape == x.shape for key, x in tensors.items() if key != "tokens"]
         assert kind == "adapter" and all(same)  # its prompt may have any length
 
@@ -243,17 +246,17 @@ json_values = st.recursive(
 @settings(quick, max_examples=20)
 @given(value=json_values, text=st.text(max_size=30))
 def test_json_of_the_wrong_form(tmp_path, monkeypatch, value, text):
-    monkeypatch.setattr("sys.argv", ["common.py", str(tmp_path)])
-    common.write_json(tmp_path / "settings.json", {})
+    monkeypatch.setattr("sys.argv", ["tables.py", str(tmp_path)])
+    cli.write_json(tmp_path / "settings.json", {})
     args = Namespace(concept=[], clusters=tmp_path)
     contents = [value, {"dark": value, "base": value}, {"marks": value, "tables": value}]
     for content in (*map(json.dumps, contents), text, "[" * 100_000):
         for name in ("concepts.json", "result.json"):
             (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
-        ends_well(training.read_concepts, tmp_path)
-        ends_well(training.chosen_concepts, args, "base")
-        ends_well(common.main)
-        ends_well(common.claim_folder, tmp_path, {"stage": 5}, False, False)
+        ends_well(dataset.read_concepts, tmp_path)
+        ends_well(dataset.chosen_concepts, args, "base")
+        ends_well(tables.main)
+        ends_well(cli.claim_folder, tmp_path, {"stage": 5}, False, False)
 
 
 NAMES = ["../up", "/etc/x", "a\\b", "a\nb", "a\x00b", "x" * 300, "", ".hidden", "-rf", "\u202egnp"]
@@ -264,16 +267,16 @@ def test_names_that_lead_elsewhere(good, adapt, error_of, tmp_path, name):
     """As a concept's name in the pairs, in a generator and in an adapter."""
     shutil.copytree(good / "pairs", tmp_path / "pairs")
     concepts = {"dark": {"prompt": "x"}, name: {"prompt": "x"}}
-    common.write_json(tmp_path / "pairs/concepts.json", concepts)
+    cli.write_json(tmp_path / "pairs/concepts.json", concepts)
     before = sorted(tmp_path.rglob("*"))
     flags = f"--pairs {tmp_path}/pairs --out {tmp_path}/out".split()
     assert "no name for a file" in error_of("02", *flags)
     assert "no name for a file" in error_of("03", *flags, "--concept", "dark")
     assert sorted(tmp_path.rglob("*")) == before
-    tensors, metadata = common.read_tensors(good / "base.safetensors", "generator")
+    tensors, metadata = cli.read_tensors(good / "base.safetensors", "generator")
     metadata = changed(metadata, "config/concepts/0/name", name)
-    common.write_tensors(tmp_path / "g", tensors, metadata)
+    cli.write_tensors(tmp_path / "g", tensors, metadata)
     refused(common.load_generator, tmp_path / "g")
-    tensors, metadata = common.read_tensors(good / "adapter.safetensors", "adapter")
-    common.write_tensors(tmp_path / "a", tensors, {**metadata, "name": name})
+    tensors, metadata = cli.read_tensors(good / "adapter.safetensors", "adapter")
+    cli.write_tensors(tmp_path / "a", tensors, {**metadata, "name": name})
     refused(adapt, tmp_path / "a")

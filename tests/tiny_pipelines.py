@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
-import common
+import cli
 
 
 def scene(width=300, height=200, seed=0):
@@ -59,7 +59,7 @@ def rows(folder, *splits):
 
 
 def features(folder):
-    return common.read_tensors(folder / "features.safetensors", "features")[0]
+    return cli.read_tensors(folder / "features.safetensors", "features")[0]
 
 
 def clip_text(folder: Path) -> dict:
