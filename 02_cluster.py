@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import cli
 import dataset
+import runs
 
 DEMO = {"base": 4, "samples": 16, "edits": 24}
 
@@ -32,7 +32,7 @@ DEMO = {"base": 4, "samples": 16, "edits": 24}
 def vectors_of(pairs: Path, name: str, files: list[str], features: dict) -> torch.Tensor:
     """CLIP's unit vectors (n, D) of these training pictures; a file's number is its row."""
     path = pairs / "features.safetensors"
-    with cli.explain(f"{path} lacks pictures of {name!r} (run stage 1 again)"):
+    with runs.explain(f"{path} lacks pictures of {name!r} (run stage 1 again)"):
         return features[f"train/{name}"][[int(Path(file).stem) for file in files]]
 
 
@@ -64,7 +64,7 @@ def contact_sheet(path: Path, clusters, labels: list[str], shown: int, strips: i
             row += pictures + [None] * (shown + 2 - len(pictures))
         rows.append(row[:-1])
     columns = (["pick", "members", *[""] * shown] * strips)[:-1]
-    cli.write_png(path, dataset.picture_grid(rows, columns, labels or [""] * len(rows), cell))
+    runs.write_png(path, dataset.picture_grid(rows, columns, labels or [""] * len(rows), cell))
 
 
 def cluster_concepts(points: dict[str, torch.Tensor], args) -> tuple[list[list[str]], list[dict]]:
@@ -106,32 +106,32 @@ def cluster_photos(files: dict[str, list[str]], features: dict, args) -> tuple[d
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__, out="runs/clusters")
+    parser = runs.Parser(__doc__, out="runs/clusters")
     flag = parser.add_argument
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
-    flag("--base", type=cli.count, default=10, help="concepts that train the base")
-    flag("--samples", type=cli.count, default=400, help="photos to choose for each concept")
-    flag("--edits", type=cli.count, default=200, help="edits whose mean stands for a concept")
+    flag("--base", type=runs.count, default=10, help="concepts that train the base")
+    flag("--samples", type=runs.count, default=400, help="photos to choose for each concept")
+    flag("--edits", type=runs.count, default=200, help="edits whose mean stands for a concept")
     args, start = parser.parse(DEMO), time.time()
     out, train, files, points = args.out, args.pairs / "train", {}, {}
     names = dataset.read_concepts(args.pairs)
-    features, metadata = cli.read_tensors(args.pairs / "features.safetensors", "features")
+    features, metadata = runs.read_tensors(args.pairs / "features.safetensors", "features")
     for name in names:
         files[name] = own = dataset.edit_names(args.pairs, "train", name)
         even = np.linspace(0, len(own) - 1, min(args.edits, len(own))).round().astype(int)
         points[name] = vectors_of(args.pairs, name, [own[i] for i in even], features)
     listed = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
-    data = [cli.sha256(args.pairs / "features.safetensors")[:16], listed]
-    if cli.begin_run(out, cli.settings_of(args, "02_cluster", data=data), args.overwrite):
+    data = [runs.sha256(args.pairs / "features.safetensors")[:16], listed]
+    if runs.begin_run(out, runs.settings_of(args, "02_cluster", data=data), args.overwrite):
         return
     concepts, concept_rows = cluster_concepts(points, args)
     photos, photo_rows = cluster_photos(files, features, args)
     for name, group in files.items():
         picks = sorted(members[0] for members in photos[tuple(group)])
-        cli.write_text(out / "samples" / f"{name}.txt", "\n".join(picks) + "\n")
+        runs.write_text(out / "samples" / f"{name}.txt", "\n".join(picks) + "\n")
     new = [name for members in concepts for name in members[1:]]
     base = [members[0] for members in concepts]
-    cli.write_json(out / "concepts.json", {"base": base, "new": new})
+    runs.write_json(out / "concepts.json", {"base": base, "new": new})
     firsts = [[train / name / files[name][0] for name in members] for members in concepts]
     labels = [", ".join(members[:3]) + " ..." * (len(members) > 3) for members in concepts]
     shown = min(8, max(map(len, concepts))) - 1
@@ -140,8 +140,8 @@ def main() -> None:
     paths = [[train / "source" / name for name in members] for members in shared]
     contact_sheet(out / "photos.png", paths, [], 3, strips=4 if len(paths) > 16 else 1, cell=56)
     tables = {"Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows}
-    cli.write_result(args, "02_cluster", start, tables, [args.pairs], str(metadata.get("clip")))
+    runs.write_result(args, "02_cluster", start, tables, [args.pairs], str(metadata.get("clip")))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-import cli
 import common
 import dataset
+import runs
 import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
@@ -34,7 +34,7 @@ DEMO |= {"fid": "off", "save_every": 480, "eval_every": 12}
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "runs/base")
+    parser = runs.Parser(__doc__, "runs/base")
     flag = parser.add_argument
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: the base concepts")
@@ -42,10 +42,10 @@ def parse() -> argparse.Namespace:
     flag("--arch", choices=[*common.ARCHITECTURES], default="e2gan", help="e2gan takes prompts")
     flag("--no-text", action="store_true", help="an e2gan without prompts, for one concept")
     flag("--blocks", help="the trunk's: rb,rb,tb,rb (e2gan's own), nine rb (resnet9's), ...")
-    flag("--width", type=cli.count, default=64, help="channels of the first layer")
-    flag("--epochs", type=cli.count, default=200, help="rates fall to 0 in the second half")
-    flag("--lr", type=cli.positive, default=2e-4, help="the generator's learning rate")
-    flag("--eval-every", type=cli.count, default=5, help="epochs between evaluations")
+    flag("--width", type=runs.count, default=64, help="channels of the first layer")
+    flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
+    flag("--lr", type=runs.positive, default=2e-4, help="the generator's learning rate")
+    flag("--eval-every", type=runs.count, default=5, help="epochs between evaluations")
     return parser.parse(DEMO)
 
 
@@ -110,7 +110,7 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
     if statistics.mean(errors.values()) <= min(means, default=math.inf):
         common.save_network(out / "best.safetensors", generator)
     picture = training.progress_picture(generator, test)
-    cli.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
+    runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
     return rows
 
 
@@ -137,12 +137,12 @@ def main() -> None:
     blocks = args.blocks.split(",") if args.blocks else None
     new = args.arch, args.width, train.size, train.concepts
     generator = common.new_generator(*new, tokens, clip, blocks).to(device)
-    settings = cli.settings_of(args, "03_train_base", data=[train.data_hash, test.data_hash])
-    if cli.begin_run(args.out, {**settings, "clip": clip}, args.overwrite):
+    settings = runs.settings_of(args, "03_train_base", data=[train.data_hash, test.data_hash])
+    if runs.begin_run(args.out, {**settings, "clip": clip}, args.overwrite):
         return
     discriminator = common.new_discriminator(generator)
     pace, rows = train_base(generator, discriminator, train, test, args)
-    if cli.rank() == 0:
+    if runs.rank() == 0:
         if args.fid == "auto" or not rows:
             rows = training.evaluate(generator, test, args.fid == "auto")
         if tokens and len(rows) > 1:
@@ -152,8 +152,8 @@ def main() -> None:
         size["parameters M"] = common.count_parameters(generator) / 1e6
         size["GMACs"] = common.count_macs(generator) / 1e9
         tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
-        cli.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
+        runs.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

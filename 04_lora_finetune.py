@@ -32,11 +32,11 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
-import cli
 import common
 import dataset
+import runs
 import training
-from cli import UserError
+from runs import UserError
 
 DEMO = {"batch": 1, "epochs": 8, "probe_steps": 60, "fid": "off", "save_every": 160}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # by --mode, if there is no --lr
@@ -51,11 +51,11 @@ VALIDATION = 100  # photos that probes are judged on, at most
 
 
 def adapter_rank(text: str) -> int | str:
-    return text if text in ("paper", "auto") else cli.count(text)
+    return text if text in ("paper", "auto") else runs.count(text)
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "runs/lora")
+    parser = runs.Parser(__doc__, "runs/lora")
     flag = parser.add_argument
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
@@ -66,12 +66,12 @@ def parse() -> argparse.Namespace:
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
     flag("--layers", default="crucial", help="crucial, search (finds them), all, or down1,tb,...")
     flag("--rank", type=adapter_rank, default="paper", help="paper, auto (searches), or a number")
-    flag("--alpha", type=cli.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
-    flag("--rank-threshold", type=cli.weight, default=0.01, help="least fall of the error")
-    flag("--probe-steps", type=cli.count, default=500, help="steps of each of their probes")
-    flag("--epochs", type=cli.count, default=200, help="rates fall to 0 in the second half")
-    flag("--steps", type=cli.number(int, 0), default=0, help="not --epochs, if not 0")
-    flag("--lr", type=cli.positive, help="the generator's learning rate; None: by --mode")
+    flag("--alpha", type=runs.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
+    flag("--rank-threshold", type=runs.weight, default=0.01, help="least fall of the error")
+    flag("--probe-steps", type=runs.count, default=500, help="steps of each of their probes")
+    flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
+    flag("--steps", type=runs.number(int, 0), default=0, help="not --epochs, if not 0")
+    flag("--lr", type=runs.positive, help="the generator's learning rate; None: by --mode")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
     args.new_discriminator |= args.mode == "scratch"
@@ -133,7 +133,7 @@ def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: f
         tensors["tokens"] = generator.known()[place][1].half()
     about = {"kind": "adapter", "base": base_sha256, "alpha": alpha}
     about |= {**generator.config["concepts"][place], "ranks": ranks}
-    cli.write_tensors(path, tensors, about)
+    runs.write_tensors(path, tensors, about)
 
 
 # ---- Which photos --------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
         losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
         if loop.record(losses, fake, edit, real_score) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
-            cli.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
+            runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
             generator.train()
     return loop.pace()
@@ -266,7 +266,7 @@ def chosen_groups(args, base: common.Generator) -> list[str]:
     elif args.layers in ("crucial", "search"):
         wanted = [group for group in groups if group in PAPER_RANKS] or groups
         if path.exists():
-            wanted = cli.read_json(path).get("groups") or [None]
+            wanted = runs.read_json(path).get("groups") or [None]
             print(f"crucial layers from {path}: {wanted}")
     unknown = [x for x in wanted if x not in groups] if isinstance(wanted, list) else [wanted]
     if unknown:
@@ -280,7 +280,7 @@ class Probes:
 
     def __init__(self, args, concepts: list[str], file: Path):
         self.args, self.file = args, file
-        self.saved = cli.read_json(file) if file.exists() else {}
+        self.saved = runs.read_json(file) if file.exists() else {}
         self.data = {}
         for name in concepts:
             split = validation_split(args, name)
@@ -301,14 +301,14 @@ class Probes:
             try:
                 if ranks:
                     finetune(self.args, networks, train, self.args.probe_steps)
-                if cli.rank() == 0:
+                if runs.rank() == 0:
                     error = training.error(training.evaluate(networks[0], held_out)[0])
             except training.Collapse:
                 error = math.inf
             # of several processes the first judges, and all must go the same way
-            self.saved[key] = cli.average(torch.tensor(error * cli.world())).item()
-            if cli.rank() == 0:
-                cli.write_json(self.file, self.saved)
+            self.saved[key] = runs.average(torch.tensor(error * runs.world())).item()
+            if runs.rank() == 0:
+                runs.write_json(self.file, self.saved)
         return self.saved[key]
 
 
@@ -317,8 +317,8 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     began, out, shapes = time.time(), args.out / "layer-search", layer_shapes(base)
     data = [training_pairs(args, name).data_hash for name in concepts]
     fixed = {"rank": 1, "steps": 0, "epochs": 0, "concept": concepts, "base": base.sha256}
-    settings = cli.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
-    if cli.begin_run(out, settings, args.overwrite):
+    settings = runs.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
+    if runs.begin_run(out, settings, args.overwrite):
         return
     probes, rows = Probes(args, concepts, out / "probes.json"), []
     for group in dict.fromkeys(map(layer_group, shapes)):
@@ -336,12 +336,12 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
             crucial.append(row["layers"])
     if not crucial:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
-    if cli.rank() == 0:
-        cli.write_json(out / "crucial.json", {"groups": crucial})
+    if runs.rank() == 0:
+        runs.write_json(out / "crucial.json", {"groups": crucial})
         tables = {"Crucial layers, held-out error relative to the base's": rows}
         reads = [args.pairs, args.base.parent]
-        cli.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
-    cli.barrier()  # the others read crucial.json next
+        runs.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
+    runs.barrier()  # the others read crucial.json next
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
@@ -378,7 +378,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     networks = prepare(args, train.concepts[0], ranks)
     more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
     more |= {"data": [train.data_hash, test.data_hash], "discriminator": networks[1].sha256}
-    if cli.begin_run(out, cli.settings_of(args, "04_lora_finetune", **more), args.overwrite):
+    if runs.begin_run(out, runs.settings_of(args, "04_lora_finetune", **more), args.overwrite):
         return
     if args.rank == "auto":
         probes = Probes(args, [name], out / "probes.json")
@@ -393,7 +393,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     row["before dB"] = training.mean_psnr(before, edits)
     steps = args.steps or args.epochs * dataset.steps_per_epoch(train.counts, args.batch)
     pace = finetune(args, networks, train, steps, out, test)
-    if cli.rank() > 0:
+    if runs.rank() > 0:
         return
     file = out / ("adapter.safetensors" if args.mode == "lora" else "generator.safetensors")
     if args.mode == "lora":
@@ -408,7 +408,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     row |= {"photos": train.counts[0], **pace}
     tables = {"New concepts, held-out photos": [row], **tables}
     reads, clip = [args.pairs, args.base.parent], base.config.get("clip", "")
-    cli.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
+    runs.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
 
 
 def main() -> None:
@@ -427,4 +427,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

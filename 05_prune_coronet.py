@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.utils import parametrize
 
-import cli
 import common
 import dataset
+import runs
 import training
-from cli import UserError
+from runs import UserError
 
 DEMO = {"width": 16, "batch": 1, "search_epochs": 1, "epochs": 3, "lr": 1e-3, "lr_search": 2e-4}
 DEMO |= {"fid": "off", "save_every": 216}
@@ -281,7 +281,7 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
         real = batch[-2] if done > task.grace else None
         if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
-            cli.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
+            runs.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
             loop.save()
             task.train()
     return {f"{phase} steps": loop.step, f"{phase} s": loop.pace()["training s"]}
@@ -551,7 +551,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
     if task != "dcgan" and (size % 8 or size < 24):
         raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
     concepts = [{"name": folder.resolve().name, "prompt": ""}]
-    cli.check_name(concepts[0]["name"], folder)
+    runs.check_name(concepts[0]["name"], folder)
     names = ("train", "test", "val", "trainA", "trainB", "testA", "testB")
     found = {name: dataset.list_pictures(folder / name) for name in names}
     held_out = found["test"] or found["val"]
@@ -668,32 +668,32 @@ def dcgan_networks(width: int, size: int) -> dict[str, common.Network]:
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "runs/coronet")
+    parser = runs.Parser(__doc__, "runs/coronet")
     flag = parser.add_argument
     flag("--task", choices=list(TASKS), default="pix2pix", help="what kind of GAN")
     flag("--data", type=Path, help="a folder in the layout of pix2pix, CycleGAN, or of pictures")
     flag("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="of A|B: photo to edit")
-    flag("--size", type=cli.count, help="pixels to scale --data to: 256, or 64 for dcgan")
+    flag("--size", type=runs.count, help="pixels to scale --data to: 256, or 64 for dcgan")
     training.add_flags(parser)
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
     known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
     flag("--generator", default="auto", help=known)
     flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
     flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
-    flag("--width", type=cli.count, default=64, help="a new generator's first layer's channels")
+    flag("--width", type=runs.count, default=64, help="a new generator's first layer's channels")
     methods = ["coronet", "uniform", "random", "magnitude"]
     flag("--method", choices=methods, default="coronet", help="the others are to compare with")
     made = "what hypernetworks make at first: the network's weights, or the paper's random ones"
     flag("--start", choices=["weights", "paper"], default="weights", help=made)
-    flag("--keep", type=cli.positive, default=0.25, help="share of the MACs to keep")
+    flag("--keep", type=runs.positive, default=0.25, help="share of the MACs to keep")
     flag("--prune-discriminator", action="store_true", help="prune these to the same share")
-    flag("--search-epochs", type=cli.count, default=20, help="passes while pruning")
-    flag("--epochs", type=cli.count, default=180, help="passes after it, rates falling to 0")
-    flag("--lr", type=cli.positive, default=2e-4, help="the generator's while converging")
-    flag("--lr-search", type=cli.positive, default=1e-4, help="its rate in the search")
-    flag("--lr-z", type=cli.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
-    flag("--cycle", type=cli.weight, default=10.0, help="cyclegan: of the L1 of coming back")
-    flag("--identity", type=cli.weight, default=0.5, help="cyclegan: of no change, * --cycle")
+    flag("--search-epochs", type=runs.count, default=20, help="passes while pruning")
+    flag("--epochs", type=runs.count, default=180, help="passes after it, rates falling to 0")
+    flag("--lr", type=runs.positive, default=2e-4, help="the generator's while converging")
+    flag("--lr-search", type=runs.positive, default=1e-4, help="its rate in the search")
+    flag("--lr-z", type=runs.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
+    flag("--cycle", type=runs.weight, default=10.0, help="cyclegan: of the L1 of coming back")
+    flag("--identity", type=runs.weight, default=0.5, help="cyclegan: of no change, * --cycle")
     return parser.parse(DEMO)
 
 
@@ -729,7 +729,7 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="channels")
         axes.legend()
-    cli.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
 def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
@@ -770,11 +770,11 @@ def main() -> None:
     clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
     about = {"generator": trained.sha256 if trained else args.generator, "clip": clip}
     about["data"] = [data.data_hash, test.data_hash, *(x.sha256 for x in task.networks.values())]
-    settings = cli.settings_of(args, "05_prune_coronet", **about)
-    if cli.begin_run(args.out, settings, args.overwrite):
+    settings = runs.settings_of(args, "05_prune_coronet", **about)
+    if runs.begin_run(args.out, settings, args.overwrite):
         return
 
-    first, with_fid = cli.rank() == 0, args.fid == "auto"  # the first process measures
+    first, with_fid = runs.rank() == 0, args.fid == "auto"  # the first process measures
     before = task.measure(test, with_fid) if trained and first else []
     pace = search(task, targets, data, test, args)
     if first:
@@ -794,8 +794,8 @@ def main() -> None:
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
-    cli.write_result(args, "05_prune_coronet", began, tables, reads, clip)
+    runs.write_result(args, "05_prune_coronet", began, tables, reads, clip)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

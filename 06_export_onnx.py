@@ -42,13 +42,13 @@ from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 from PIL import Image
 from tqdm import tqdm
 
-import cli
 import common
 import dataset
+import runs
 import training
 from assets.editor import Editor, Merged
 from assets.serve import fetch_runtime, serve
-from cli import UserError
+from runs import UserError
 
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.16 (2023) and later, its web and mobile builds included
 # Most difference from PyTorch, of a range of 2, and least dB.
@@ -58,16 +58,16 @@ COMPARED = 4  # test photos on which PyTorch runs too
 
 
 def parse() -> argparse.Namespace:
-    parser = cli.Parser(__doc__, "runs/onnx")
+    parser = runs.Parser(__doc__, "runs/onnx")
     flag, paths = parser.add_argument, {"type": Path, "action": "append"}
     flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
     flag("--adapter", **paths, help="a file or a folder of them, repeatable (default: stage 4's)")
-    flag("--strength", type=cli.number(float, 0, 1.5), default=1.0, help="of the adapters")
+    flag("--strength", type=runs.number(float, 0, 1.5), default=1.0, help="of the adapters")
     flag("--concept", action="append", help="export this one only; can be repeated")
     flag("--pairs", type=Path, default="runs/pairs", help="photos to prove, time, calibrate on")
     flag("--photos", type=Path, help="a folder of photos of any size for that, instead of pairs")
-    flag("--size", type=cli.count, default=256, help="height and width of the photos")
-    flag("--threads", type=cli.count, default=2, help="ONNX Runtime's threads while timed")
+    flag("--size", type=runs.count, default=256, help="height and width of the photos")
+    flag("--threads", type=runs.count, default=2, help="ONNX Runtime's threads while timed")
     flag("--cdn", action="store_true", help="leave onnxruntime-web on its CDN, not in the folder")
     flag("--merged", action="store_true", help="a file per concept; the next three are for these")
     flag("--dynamic", action="store_true", help="the file takes any size; --size is timed")
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     flag("--io", choices=["float32", "uint8"], default="float32", help="uint8: bytes (N, H, W, 3)")
     flag("--apply", type=Path, help="a picture, or a folder of pictures of any size, to edit")
     flag("--model", **paths, help="apply this exported folder or file; can be repeated")
-    port = {"type": cli.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
+    port = {"type": runs.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
     flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
     args = parser.parse({})
     if args.model and not args.apply:
@@ -85,11 +85,11 @@ def parse() -> argparse.Namespace:
             raise UserError("--dynamic, --io and --precision are flags of --merged")
         args.dynamic, args.io = True, "uint8"
     if not args.generator:  # other generators get no adapters unasked: those need not fit
-        runs = Path("runs/demo" if args.demo else "runs")
+        folder = Path("runs/demo" if args.demo else "runs")
         made_by = ("base", "coronet") if args.demo else ("base",)
-        args.generator = [runs / stage / "generator.safetensors" for stage in made_by]
-        if not args.adapter and (runs / "lora").is_dir():
-            args.adapter = [runs / "lora"]
+        args.generator = [folder / stage / "generator.safetensors" for stage in made_by]
+        if not args.adapter and (folder / "lora").is_dir():
+            args.adapter = [folder / "lora"]
     return args
 
 
@@ -250,7 +250,7 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
 def open_file(model: bytes | Path, threads: int = 0) -> Merged:
     """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
     name = model if isinstance(model, Path) else "this graph"
-    with cli.explain(f"ONNX Runtime cannot run {name}"):
+    with runs.explain(f"ONNX Runtime cannot run {name}"):
         return Merged(model, threads)
 
 
@@ -334,12 +334,12 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
             about["place"] = source.concept(name)
         concepts.append(about)
     for path in sorted(folder.rglob("*.*")):
-        about = {"bytes": path.stat().st_size, "sha256": cli.sha256(path)}
+        about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
     layers = [x for x, kind in common.named_layers(source) if isinstance(kind, nn.ConvTranspose2d)]
     index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
     index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
-    cli.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
+    runs.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
     skip = shutil.ignore_patterns("*.jpg", "styles.json", "__pycache__")
     shutil.copytree(Path(__file__).parent / "assets", folder, ignore=skip, dirs_exist_ok=True)
     return Editor(folder, args.threads)
@@ -377,7 +377,7 @@ def export_all(args, began: float) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns what to apply."""
     adapters = []
     for path in args.adapter or []:
-        adapters += cli.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
+        adapters += runs.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
     known = load_concepts(args.generator[0], adapters, args.strength)
     others = [common.load_generator(path) for path in args.generator[1:]]
     if unknown := set(args.concept or []) - known.keys():
@@ -388,23 +388,23 @@ def export_all(args, began: float) -> list[Path]:
         raise UserError(f"--size {args.size}: give a multiple of {multiple} from 16 on")
     test, train = find_photos(args)
     photos, calibrate = (read_squares(files, args.size) for files in (test, train))
-    reads = [cli.sha256(path)[:16] for path in [*args.generator, *adapters]]
+    reads = [runs.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
-    settings = cli.settings_of(args, "06_export_onnx", reads=reads)
+    settings = runs.settings_of(args, "06_export_onnx", reads=reads)
     for key in {"generator", "adapter", "apply", "model", "serve"} & settings.keys():
         del settings[key]  # paths, and what changes nothing of the export
     written = [args.out / f"{name}.onnx" for name in known] if args.merged else [args.out]
-    if cli.begin_run(args.out, settings, args.overwrite):
+    if runs.begin_run(args.out, settings, args.overwrite):
         return written
     logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
     with tempfile.TemporaryDirectory() as scratch:
         rows = export_to(Path(scratch), known, others, test, photos, calibrate, args)
         for path in sorted(Path(scratch).rglob("*.*")):
             copy_file = functools.partial(shutil.copyfile, path)
-            cli.replace_file(args.out / path.relative_to(scratch), copy_file)
+            runs.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]
-    cli.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
+    runs.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
     return written
 
 
@@ -447,7 +447,7 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
         if not args.merged:
             dataset.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
     sheet = dataset.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
-    cli.write_png(folder / "comparison.png", sheet)
+    runs.write_png(folder / "comparison.png", sheet)
     ms = median_ms(model, photos[:1])  # of all: they are one graph
     for row in rows:
         row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
@@ -481,8 +481,8 @@ def apply_files(args, paths: list[Path]) -> None:
     root = args.apply if args.apply.is_dir() else args.apply.parent
     models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
     for path in filter(Path.is_dir, paths):
-        index = cli.read_json(path / "index.json", "06_export_onnx.py")
-        with cli.explain(f"{path} cannot be used"):
+        index = runs.read_json(path / "index.json", "06_export_onnx.py")
+        with runs.explain(f"{path} cannot be used"):
             for name in args.concept or [concept["name"] for concept in index["concepts"]]:
                 key = f"{path.name}-{name}" if name in models else name
                 models[key] = Editor(path).use(name, args.strength)
@@ -493,11 +493,11 @@ def apply_files(args, paths: list[Path]) -> None:
             name = name.with_name(path.name + ".png")
         picture = dataset.read_picture(path, alpha=True)
         for stem, model in models.items():
-            with cli.explain(f"{path} cannot be edited (make it smaller)"):
+            with runs.explain(f"{path} cannot be edited (make it smaller)"):
                 edit = edit_picture(model, picture.convert("RGB"))
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
-            cli.write_png(out / stem / name, edit)
+            runs.write_png(out / stem / name, edit)
     print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
 
 
@@ -511,4 +511,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

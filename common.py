@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from cli import UserError, check_name, explain, read_tensors, sha256, write_tensors
+from runs import UserError, check_name, explain, read_tensors, sha256, write_tensors
 
 # ---- Layers whose channels have names ------------------------------------------------------------
 #

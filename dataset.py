@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-import cli
-from cli import UserError, explain, rank, world
+import runs
+from runs import UserError, explain, rank, world
 
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many, 1.4 GB once decoded
 warnings.filterwarnings("ignore", module="PIL")
@@ -152,7 +152,7 @@ class Pictures:
         path, count = folder / f"{self.cache_hash}.u8", len(self.files) * 3 * self.size**2
         with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
             if not path.exists() or path.stat().st_size != count:
-                cli.replace_file(path, self.write_pixels)
+                runs.replace_file(path, self.write_pixels)
         pixels = torch.from_file(str(path), size=count, dtype=torch.uint8)
         self.pixels = pixels.view(-1, 3, self.size, self.size)
         return self
@@ -261,9 +261,9 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
     """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a
     concept has no prompt."""
     path = pairs / "concepts.json"
-    concepts = cli.read_json(path, maker="01_distill_pairs.py")
+    concepts = runs.read_json(path, maker="01_distill_pairs.py")
     for name, entry in concepts.items():
-        cli.check_name(name, path)
+        runs.check_name(name, path)
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"{path}: concept {name!r} has no prompt")
@@ -314,7 +314,7 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
 def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[list, str]:
     """The token features (T, D) of these concepts' prompts, and the tower that made them, which
     must be `clip` where that is given."""
-    tensors, metadata = cli.read_tensors(pairs / "features.safetensors", "features")
+    tensors, metadata = runs.read_tensors(pairs / "features.safetensors", "features")
     tower = str(metadata.get("clip"))
     if clip and tower != clip:
         raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
@@ -325,7 +325,7 @@ def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[li
 def chosen_concepts(args, role: str) -> list[str]:
     """--concept, or the "base" or "new" concepts that stage 2 found."""
     path = args.clusters / "concepts.json"
-    names = args.concept or cli.read_json(path, maker="02_cluster.py").get(role)
+    names = args.concept or runs.read_json(path, maker="02_cluster.py").get(role)
     if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
         raise UserError(f"{path} lists no {role} concepts: name some with --concept")
     return list(dict.fromkeys(names))

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-import cli
 import common
 import dataset
-from cli import UserError, average, barrier, explain, rank, world
+import runs
 from dataset import Pairs
+from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
 WARM_UP, PACE = 5, 20  # steps, slow ones and those that tell how many fit into --minutes
@@ -36,24 +36,24 @@ NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained gene
 CROP = 128  # pixels of the crops to train on, where pictures are larger
 
 
-def add_flags(parser: cli.Parser) -> None:
+def add_flags(parser: runs.Parser) -> None:
     """The flags that stages 3, 4 and 5 share."""
-    flag, weight = parser.add_argument, cli.weight
+    flag, weight = parser.add_argument, runs.weight
     shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
     crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
     minutes = "train about so long, each concept, not for --epochs (in stage 5 these divide it)"
     fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
     flag("--cache", type=Path, default="runs/cache", help=shared)
-    flag("--crop", type=cli.number(int, 0), help=crop)
-    flag("--batch", type=cli.count, default=16, help="pairs a step, all processes together")
-    flag("--lr-d", type=cli.positive, default=2e-4, help="the discriminator's learning rate")
+    flag("--crop", type=runs.number(int, 0), help=crop)
+    flag("--batch", type=runs.count, default=16, help="pairs a step, all processes together")
+    flag("--lr-d", type=runs.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
     flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
-    flag("--minutes", type=cli.positive, help=minutes)
+    flag("--minutes", type=runs.positive, help=minutes)
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=fid)
-    flag("--save-every", type=cli.count, default=1000, help="steps between checkpoints")
+    flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
 
 
 def fill_in(args, size: int, whole: bool = False) -> None:
@@ -272,7 +272,7 @@ class Loop:
         """Log, curve and state, by the first process."""
         if self.out and rank() == 0:
             log = "".join(json.dumps(row) + "\n" for row in self.rows)
-            cli.write_text(self.out / f"{self.prefix}log.jsonl", log)
+            runs.write_text(self.out / f"{self.prefix}log.jsonl", log)
             if self.rows:
                 write_curve(self.out / f"{self.prefix}curve.png", self.rows)
             done = self.total if self.step == self.steps else self.step
@@ -294,14 +294,14 @@ def save_state(path: Path, step: int, parts: dict, rows: list[dict]) -> None:
         if isinstance(value, torch.optim.Optimizer):
             state = {f"{i}.{key}": x for i, e in state["state"].items() for key, x in e.items()}
         tensors |= {f"{part}/{key}": torch.as_tensor(x) for key, x in state.items()}
-    cli.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
+    runs.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
 
 
 def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
     """Puts a saved state back into the same parts; returns steps and rows, none without a file."""
     if not path or not path.exists():
         return 0, []
-    tensors, metadata = cli.read_tensors(path, "state")
+    tensors, metadata = runs.read_tensors(path, "state")
     with explain(f"{path} is no state of this run (--overwrite starts again)"):
         for part, value in parts.items():
             keys = [key for key in tensors if key.startswith(f"{part}/")]
@@ -492,4 +492,4 @@ def write_curve(path: Path, rows: Sequence[dict]) -> None:
             axes.plot(steps, [lines[line] for lines in values], label=line)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
         axes.legend()
-    cli.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
+    runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))

@@ -33,9 +33,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402
 import common  # noqa: E402  (found by the line above)
 import dataset  # noqa: E402
+import runs  # noqa: E402
 import training  # noqa: E402
 
 L1 = "L1 (0-255)"
@@ -153,17 +153,17 @@ def bench_speedrun(args) -> tuple[str, list[dict]]:
     last run count, not those of the tries before. Medians of --rounds seeds, on the CPU. Runs found
     in --out are not repeated: other --pairs and --base want another."""
     args.out /= f"{args.concept}-{args.steps}-steps-{args.threads}-threads"
-    runs = {"pix2pix, resnet9": [pix2pix(args, seed) for seed in range(args.rounds)]}
-    [before] = runs.values()
+    climbs = {"pix2pix, resnet9": [pix2pix(args, seed) for seed in range(args.rounds)]}
+    [before] = climbs.values()
     [finest, *_] = (key for key in before[0] if key.startswith("SWD"))
     goal = {key: statistics.median(run[key] for run in before) for key in (finest, L1)}
     edits = find(args, "test").pictures(0)[1].float()
     goal[L1] = max(goal[L1], (edits[..., 6:] - edits[..., :-6]).abs().mean().item())
     print(f"goal: {goal}", file=sys.stderr)
     for way in WAYS:
-        runs[way] = [climb(args, goal, way, seed) for seed in range(args.rounds)]
+        climbs[way] = [climb(args, goal, way, seed) for seed in range(args.rounds)]
     rows = []
-    for way, found in runs.items():
+    for way, found in climbs.items():
         seconds = [run["training s"] for run in found]
         row = {"training": way, "least s": min(seconds), "most s": max(seconds)}
         row |= {key: statistics.median(run[key] for run in found) for key in found[0]}
@@ -184,11 +184,11 @@ def climb(args, goal: dict, way: str, seed: int) -> dict:
     flags += ["--cache", args.out / "cache", *(["--base", args.base] if number == "04" else [])]
     while minutes < 60 and any(measured.get(key, math.inf) > most for key, most in goal.items()):
         out = args.out / f"{way} {seed} {60 * minutes:.0f}s".replace(" ", "-")
-        if not cli.files_below(out, "result.json"):
+        if not runs.files_below(out, "result.json"):
             more = ["--minutes", minutes, "--out", out, "--overwrite"]
             run_stage(script(number), Path(), *flags, *more, threads=args.threads)
-        [file] = cli.files_below(out, "result.json")
-        measured = summary(cli.read_json(file)["tables"])
+        [file] = runs.files_below(out, "result.json")
+        measured = summary(runs.read_json(file)["tables"])
         print(way, seed, measured, file=sys.stderr, flush=True)
         minutes *= 1.5
     return measured
@@ -207,7 +207,7 @@ def pix2pix(args, seed: int) -> dict:
     fp32, a pass of the discriminator each for real and fake, L1 * 100, Adam at 2e-4."""
     file = args.out / f"pix2pix-{seed}.json"
     if file.exists():
-        return cli.read_json(file)
+        return runs.read_json(file)
     torch.set_num_threads(args.threads)
     cpu_way, common.trains_on_cpu = common.trains_on_cpu, lambda x: False
     torch.manual_seed(seed)
@@ -239,7 +239,7 @@ def pix2pix(args, seed: int) -> dict:
     common.save_network(file.with_suffix(".safetensors"), generator)
     row = {"training s": seconds, "steps": args.steps, **training.evaluate(generator, test)[0]}
     measured = summary({"": [row]})
-    cli.write_json(file, measured)
+    runs.write_json(file, measured)
     return measured
 
 
@@ -331,13 +331,13 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
         for share in (0.25, 0.08):
             kept = pruning.Target(e2gan, share).kept(alike, share)
             networks[f"e2gan, {share:.0%} of the MACs"] = common.slice_network(e2gan, kept)
-    runs, rows = {}, []
+    sessions, rows = {}, []
     photo = torch.randint(256, (1, 3, args.size, args.size), dtype=torch.uint8)
     for name, network in networks.items():
         graph = stage.trace(network.eval(), args.size, "uint8", True)
         data = stage.specialize(graph, network, 0).SerializeToString()
         merged = stage.open_file(data, args.threads)
-        runs[name, "file"] = merged.session, stage.feed(merged, photo)
+        sessions[name, "file"] = merged.session, stage.feed(merged, photo)
         if network.takes_text:
             with tempfile.TemporaryDirectory() as folder:
                 common.save_network(Path(folder, "generator.safetensors"), network)
@@ -348,14 +348,14 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
                 flags = argparse.Namespace(**flags)
                 editor = stage.build_folder(Path(folder, "onnx"), graph, known, flags)
                 editor.use(next(iter(known)))
-            runs[name, "folder"] = editor.session, stage.feed(editor, photo)
-    times, began = {key: [] for key in runs}, time.perf_counter()
+            sessions[name, "folder"] = editor.session, stage.feed(editor, photo)
+    times, began = {key: [] for key in sessions}, time.perf_counter()
     while len(times["resnet9", "file"]) < 13 or time.perf_counter() - began < 10:
-        for key in random.sample(list(runs), len(runs)):  # whoever runs before hits all alike
-            session, inputs = runs[key]
+        for key in random.sample(list(sessions), len(runs)):  # whoever runs before hits all alike
+            session, inputs = sessions[key]
             times[key].append(1000 * least(lambda: session.run(None, inputs), 1))  # noqa: B023
     ms = {key: statistics.median(found[3:]) for key, found in times.items()}
-    for name, form in runs:
+    for name, form in sessions:
         row = {"generator": name, "form": form, "ms": ms[name, form], "FPS": 1000 / ms[name, form]}
         row |= {"GMACs": common.count_macs(networks[name], args.size) / 1e9}
         row["/ resnet9"] = ms[name, form] / ms["resnet9", "file"]
@@ -368,7 +368,7 @@ BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     flag = parser.add_argument
     flag("name", choices=BENCHMARKS, help="what to measure")
     flag("--size", type=int, default=256, help="prune, onnx: pixels")
@@ -386,8 +386,8 @@ def main() -> None:
     flag("--minutes", type=float, default=0.1, help="speedrun: the first try's")
     flag("--out", type=Path, default="runs/speedrun", help="speedrun: keeps what was measured")
     args = parser.parse_args()
-    print(cli.markdown(*BENCHMARKS[args.name](args)), flush=True)
+    print(runs.markdown(*BENCHMARKS[args.name](args)), flush=True)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    runs.run(main)

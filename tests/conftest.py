@@ -19,8 +19,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402
 import common  # noqa: E402  (found through the path above)
+import runs  # noqa: E402
 
 
 def pytest_configure(config):
@@ -78,7 +78,7 @@ def read_log(path) -> list[dict]:
 
 def table(folder, title) -> list[dict]:
     """Of a run's result."""
-    return cli.read_json(folder / "result.json")["tables"][title]
+    return runs.read_json(folder / "result.json")["tables"][title]
 
 
 def torchrun(file, *flags) -> None:
@@ -95,7 +95,7 @@ def error_of(capsys):
     def call(number, *flags):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.run(lambda: run_main(number, *flags))
+            runs.run(lambda: run_main(number, *flags))
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
         assert stop.value.code == 2 and lines[-1].startswith("error: "), lines
         assert not any("Traceback" in line for line in lines), lines
@@ -140,14 +140,14 @@ def write_pairs():
                 photo = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
                 for name, edit in {"source": lambda x: x, **edits}.items():
                     pixels = (np.clip(edit(photo), 0, 1) * 255).round().astype(np.uint8)
-                    cli.write_png(folder / split / name / f"{i:05}.png", Image.fromarray(pixels))
+                    runs.write_png(folder / split / name / f"{i:05}.png", Image.fromarray(pixels))
             for name in ("source", *edits):
                 features[f"{split}/{name}"] = random_rows(f"{split}/{name}", n)
         features |= {f"tokens/{name}": random_rows(f"tokens/{name}", 4) for name in edits}
         path, metadata = folder / "features.safetensors", {"clip": "ViT-S-32:random"}
-        cli.write_tensors(path, features, {"kind": "features", **metadata})
+        runs.write_tensors(path, features, {"kind": "features", **metadata})
         prompts = {name: {"prompt": f"make it {name}"} for name in edits}
-        cli.write_json(folder / "concepts.json", prompts)
+        runs.write_json(folder / "concepts.json", prompts)
         return folder
 
     return write
@@ -163,7 +163,7 @@ def write_adapter(path, base, name, ranks) -> None:
         b = 0.1 * torch.randn(out, rank, generator=rng)
         tensors |= {f"{layer}.lora_A": a.half(), f"{layer}.lora_B": b.half()}
     about = {"kind": "adapter", "base": base.sha256, "alpha": 16.0, "ranks": ranks}
-    cli.write_tensors(path, tensors, {**about, "name": name, "prompt": f"make it {name}"})
+    runs.write_tensors(path, tensors, {**about, "name": name, "prompt": f"make it {name}"})
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +172,7 @@ def good(tmp_path_factory, write_pairs):
     root = tmp_path_factory.mktemp("good")
     edits = {"dark": lambda x: 0.3 * x, "inverted": lambda x: 1 - x}
     write_pairs(root / "pairs", edits, train=4, test=2)
-    cli.write_json(root / "clusters/concepts.json", {"base": ["dark"], "new": ["inverted"]})
+    runs.write_json(root / "clusters/concepts.json", {"base": ["dark"], "new": ["inverted"]})
     torch.manual_seed(0)
     dark, tokens = [{"name": "dark", "prompt": "make it dark"}], [random_rows("tokens/dark", 4)]
     base = common.new_generator("e2gan", 8, 32, dark, tokens, "ViT-S-32:random")

@@ -18,7 +18,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from tiny_pipelines import contents, features, pixels, psnr, rows, scene, write_made
 
-import cli
+import runs
 
 DEMO = ("--demo", "--size", 64, "--train", 5, "--test", 2)
 TWO = ("--concept", "wave=make it a wave", "--concept", "starry=make it night")
@@ -43,7 +43,7 @@ def here(load_stage, monkeypatch):
 def test_layout(tmp_path):
     pairs = tmp_path / "pairs"
     run_main("01", *DEMO[:3], "--train", 3, "--test", 1, "--out", pairs)
-    concepts, tensors = cli.read_json(pairs / "concepts.json"), features(pairs)
+    concepts, tensors = runs.read_json(pairs / "concepts.json"), features(pairs)
     assert len(concepts) == 6 and {c["teacher"] for c in concepts.values()} == {"styles"}
     for split, count in ("train", 3), ("test", 1):
         names = [f"{i:05}.png" for i in range(count)]
@@ -60,7 +60,7 @@ def test_layout(tmp_path):
             a, b = (part[int(row["source"][-9:-4])] for part in vectors)
             assert row["image_similarity"] == pytest.approx(float(a @ b), abs=1e-4)
     assert tensors["tokens/mosaic"].shape == (14, 384)  # start, 12 words, end
-    result = cli.read_json(pairs / "result.json")
+    result = runs.read_json(pairs / "result.json")
     assert set(result["marks"]) == {"demo", "stand-in CLIP (random weights)"}
     assert [row["concept"] for row in result["tables"]["Pairs"]] == list(concepts)
 
@@ -128,7 +128,7 @@ def test_edits_of_another_tool(here, flags, tmp_path):
     for folder in "photos", "edits/negative":
         Image.new("RGB", (40, 30)).save(tmp_path / folder / "small.png")
     here(*flags)
-    assert cli.read_json(out / "photos.json")["skipped"].keys() == {"small.png"}
+    assert runs.read_json(out / "photos.json")["skipped"].keys() == {"small.png"}
     assert len(rows(out, "train")) == 8 and len(rows(out, "test")) == 2
     for split in "train", "test":
         for row in rows(out, split):
@@ -190,7 +190,7 @@ def test_text_to_image_checkpoint_edits_image_to_image(here, error_of, edit, tmp
     for strength in (0.3, 1.0):
         out, arguments = tmp_path / str(strength), json.dumps({"strength": strength})
         here(*edit("text_to_image", out, "--steps", 10, "--arguments", arguments))
-        entry = cli.read_json(out / "concepts.json")["starry"]
+        entry = runs.read_json(out / "concepts.json")["starry"]
         assert entry["arguments"] == {"strength": strength, "num_inference_steps": 10}
         far[strength] = [pixels(out / "train" / row["file_name"]) for row in rows(out, "train")]
     assert all(psnr(a, b) < 45 for a, b in zip(far[0.3], far[1.0], strict=True))
@@ -226,7 +226,7 @@ def test_features_follow_prompt_tower_and_pictures(here, tmp_path):
     flags = (*DEMO, *TWO[:3], "starry=make it very dark", "--out", tmp_path)
     here(*DEMO, *TWO, "--out", tmp_path)
     before, Tower.embedded = features(tmp_path), 0
-    cli.write_png(tmp_path / "train/wave/00004.png", Image.new("RGB", (64, 64), "blue"))
+    runs.write_png(tmp_path / "train/wave/00004.png", Image.new("RGB", (64, 64), "blue"))
     text = (tmp_path / "concepts.json").read_text()
     (tmp_path / "concepts.json").write_text(text.replace("make it night", "make it very dark"))
     here(*flags)
@@ -273,7 +273,7 @@ def test_black_edits_are_rejected(here, tmp_path):
     refused = rows(tmp_path, "rejected/train", "rejected/test")
     assert refused and all(row["seed"] % 2 == 0 and "safety" in row["reason"] for row in refused)
     assert all(row["seed"] % 2 for row in rows(tmp_path) if row["concept"] == "starry")
-    table = cli.read_json(tmp_path / "result.json")["tables"]["Pairs"]
+    table = runs.read_json(tmp_path / "result.json")["tables"]["Pairs"]
     assert [row["train"] + row["test"] for row in table] == [18, 18 - len(refused)]
 
 
@@ -313,7 +313,7 @@ def test_photos_of_every_kind(here, tmp_path):
 
     flags = ("--images", folder, "--train", 100, "--test", 20, "--size", 64, *TWO[:2])
     here("--demo", *flags, "--out", tmp_path / "pairs")
-    known = cli.read_json(tmp_path / "pairs/photos.json")
+    known = runs.read_json(tmp_path / "pairs/photos.json")
     assert known["skipped"].keys() == bad and "smaller than 64" in known["skipped"]["tiny.png"]
     assert {*known["train"], *known["test"]} == names and len(known["train"] + known["test"]) == 12
     assert len(known["test"]) == 2  # fewer than asked for, in the proportion of 5 to 1

@@ -7,8 +7,8 @@ import torch
 from conftest import run_main
 from PIL import Image
 
-import cli
 import dataset
+import runs
 
 COLOURS = {"red": (200, 20, 20), "crimson": (180, 30, 40), "rose": (210, 40, 30)}
 COLOURS |= {"blue": (20, 20, 200), "navy": (30, 40, 180)}
@@ -26,13 +26,13 @@ def pairs(tmp_path):
         for i in range(5 if name == "navy" else 12):
             colour = COLOURS.get(name, shades[i % 4])
             pixels = np.clip(rng.normal(colour, 4, (16, 16, 3)), 0, 255).astype(np.uint8)
-            cli.write_png(folder / f"train/{name}/{i:05}.png", Image.fromarray(pixels))
+            runs.write_png(folder / f"train/{name}/{i:05}.png", Image.fromarray(pixels))
             vectors[i] = torch.from_numpy(pixels.mean((0, 1)))
         features[f"train/{name}"] = torch.nn.functional.normalize(vectors, dim=1)
     about = {"kind": "features", "clip": "ViT-S-32:random"}
-    cli.write_tensors(folder / "features.safetensors", features, about)
+    runs.write_tensors(folder / "features.safetensors", features, about)
     prompts = {name: {"prompt": f"paint it {name}"} for name in COLOURS}
-    cli.write_json(folder / "concepts.json", prompts)
+    runs.write_json(folder / "concepts.json", prompts)
     return folder
 
 
@@ -65,13 +65,13 @@ def test_cluster_is_kmeans_and_picks_the_nearest_to_the_centre(load_stage):
 
 def test_one_concept_of_each_kind_trains_the_base(run_stage):
     out, _ = run_stage("--base", 2, "--samples", 4)
-    concepts = cli.read_json(out / "concepts.json")
+    concepts = runs.read_json(out / "concepts.json")
     assert sorted(concepts["base"] + concepts["new"]) == sorted(COLOURS)
     assert sorted(name in ("blue", "navy") for name in concepts["base"]) == [False, True]
     assert {int(name[:5]) % 4 for name in chosen(out, "red")} == {0, 1, 2, 3}  # one of each shade
     assert set(chosen(out, "navy")) <= {f"{i:05}.png" for i in range(5)}
     assert len(chosen(out, "navy")) == 4
-    result = cli.read_json(out / "result.json")
+    result = runs.read_json(out / "result.json")
     rows = result["tables"]["Training photos, clustered"]
     counts = [(row["concepts"], row["photos"], row["samples"]) for row in rows]
     assert counts == [(4, 12, 4), (1, 5, 4)] and "stand-in CLIP" in result["marks"][0]
@@ -82,7 +82,7 @@ def test_one_concept_of_each_kind_trains_the_base(run_stage):
 
 def test_more_wanted_than_there_is(run_stage):
     out, printed = run_stage("--base", 9, "--samples", 400)
-    assert cli.read_json(out / "concepts.json") == {"base": list(COLOURS), "new": []}
+    assert runs.read_json(out / "concepts.json") == {"base": list(COLOURS), "new": []}
     assert "none is new" in printed and "400 samples wanted, but only 12 differ" in printed
     assert len(chosen(out, "red")) == 12 and len(chosen(out, "navy")) == 5
     assert "done already" in run_stage("--base", 9, "--samples", 400)[1]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import read_log, run_main, table, torchrun
 
-import cli
 import common
 import dataset
+import runs
 import training
 
 EDITS = {"inverted": lambda x: 1 - x, "dark": lambda x: 0.25 * x}
@@ -24,7 +24,7 @@ def world(tmp_path_factory, write_pairs):
     """Pairs of two concepts, clusters, and a base that learned both."""
     root = tmp_path_factory.mktemp("world")
     write_pairs(root / "pairs", EDITS)
-    cli.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
+    runs.write_json(root / "clusters/concepts.json", {"base": list(EDITS)})
     run_main("03", *f"{files(root)} {TRAIN} --out {root}/base".split())
     return root
 
@@ -125,7 +125,7 @@ def test_loop_names_what_collapsed():
 RANKS = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
-import conftest, common, training
+import conftest, runs, training
 stage, wrap, networks = conftest.import_stage({number!r}), training.data_parallel, []
 training.data_parallel = lambda network, *rest: networks.append(network) or wrap(network, *rest)
 
@@ -136,7 +136,7 @@ def main():
     torch.distributed.all_gather(both, mine)
     assert len(networks) > 1 and torch.equal(*both), "the ranks' weights differ"
 
-cli.run(main)
+runs.run(main)
 """
 
 STAGES = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import random_rows, run_main, script, table, torchrun
 
-import cli
 import common
 import dataset
+import runs
 import training
 
 WARM = np.array([[1.0, 0.5, 0.2], [0.3, 0.6, 0.1], [0.2, 0.1, 0.1]])
@@ -24,9 +24,9 @@ def world(tmp_path_factory, write_pairs):
     root = tmp_path_factory.mktemp("world")
     write_pairs(root / "pairs", EDITS)
     clusters = {"base": ["dark", "inverted"], "new": ["warm"]}
-    cli.write_json(root / "clusters/concepts.json", clusters)
+    runs.write_json(root / "clusters/concepts.json", clusters)
     chosen = "".join(f"{i:05}.png\n" for i in range(0, 12, 2))
-    cli.write_text(root / "clusters/samples/warm.txt", chosen)
+    runs.write_text(root / "clusters/samples/warm.txt", chosen)
     torch.manual_seed(0)
     concepts = [{"name": name, "prompt": f"make it {name}"} for name in clusters["base"]]
     tokens = [random_rows(f"tokens/{name}", 4) for name in clusters["base"]]
@@ -69,13 +69,13 @@ def test_the_papers_ranks_are_one_percent_of_the_weights_and_150_kilobytes(load_
 
 
 def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, tmp_path):
-    before = cli.sha256(world / "base.safetensors")
+    before = runs.sha256(world / "base.safetensors")
     stage04(f"--out {tmp_path} --steps 60 --rank 2")
     [row], adapter = table(tmp_path / "warm", TITLE), tmp_path / "warm/adapter.safetensors"
     assert row["concept"] == "warm" and row["photos"] == 6 and row["steps"] == 60
     assert row["PSNR dB"] > max(row["before dB"], row["photo unchanged dB"]) + 3
     base, module = common.load_generator(world / "base.safetensors"), stage04.module
-    about = cli.read_tensors(adapter, "adapter")[1]
+    about = runs.read_tensors(adapter, "adapter")[1]
     assert about["base"] == base.sha256 == before and about["name"] == "warm"
     assert {module.layer_group(name) for name in about["ranks"]} == {*module.PAPER_RANKS}
     share = row["trained weights"] / common.count_parameters(base)
@@ -93,8 +93,8 @@ def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, t
 @pytest.mark.parametrize("flag, same", [("", True), ("--new-discriminator", False)])
 def test_training_goes_on_with_the_bases_discriminator(stage04, world, tmp_path, flag, same):
     stage04(f"--out {tmp_path} --steps 1 --lr-d 1e-12 {flag}")
-    state, _ = cli.read_tensors(tmp_path / "warm/state.safetensors", "state")
-    base, _ = cli.read_tensors(world / "discriminator.safetensors", "discriminator")
+    state, _ = runs.read_tensors(tmp_path / "warm/state.safetensors", "state")
+    base, _ = runs.read_tensors(world / "discriminator.safetensors", "discriminator")
     assert torch.allclose(state["d/convs.0.weight"], base["convs.0.weight"]) == same
 
 
@@ -169,18 +169,18 @@ def test_searches_find_the_same_when_stopped_and_later_runs_use_it(
     shapes = stage04.module.layer_shapes(common.load_generator(world / "base.safetensors"))
     assert {row["layers"] for row in rows} == {stage04.module.layer_group(name) for name in shapes}
     assert gains == sorted(gains, reverse=True)
-    crucial = cli.read_json(whole / "layer-search/crucial.json")["groups"]
+    crucial = runs.read_json(whole / "layer-search/crucial.json")["groups"]
     assert crucial == [row["layers"] for row in rows if row["crucial"] == "yes"]
 
     [found] = table(whole / "warm", "Rank search, found")
     ranks = {group: int(rank) for group, rank in (p.split(":") for p in found["ranks"].split())}
-    about = cli.read_tensors(whole / adapter, "adapter")[1]
+    about = runs.read_tensors(whole / adapter, "adapter")[1]
     assert about["ranks"] == stage04.module.layer_ranks(shapes, ranks) and {*ranks} == {*crucial}
-    assert len(cli.read_json(whole / "warm/probes.json")) == found["probes"] + 1  # and the base
+    assert len(runs.read_json(whole / "warm/probes.json")) == found["probes"] + 1  # and the base
 
-    cli.write_json(tmp_path / "later/layer-search/crucial.json", {"groups": ["out", "up2"]})
+    runs.write_json(tmp_path / "later/layer-search/crucial.json", {"groups": ["out", "up2"]})
     stage04(f"--steps 1 --out {tmp_path}/later")
-    about = cli.read_tensors(tmp_path / "later" / adapter, "adapter")[1]
+    about = runs.read_tensors(tmp_path / "later" / adapter, "adapter")[1]
     assert list(about["ranks"]) == ["up2.conv", "out"]
 
 
@@ -206,7 +206,7 @@ def test_layers_that_add_nothing_to_better_ones_are_not_crucial(stage04, monkeyp
 
     monkeypatch.setattr(stage04.module, "Probes", lambda *_: Namespace(error=error))
     stage04(f"--layers search --steps 1 --out {tmp_path}")
-    found = cli.read_json(tmp_path / "layer-search/crucial.json")["groups"]
+    found = runs.read_json(tmp_path / "layer-search/crucial.json")["groups"]
     assert found == ["up2", "out"]  # up2 has fewer weights than up1
 
 

@@ -10,9 +10,9 @@ import torch
 from conftest import read_log, run_main, table
 from PIL import Image
 
-import cli
 import common
 import dataset
+import runs
 import training
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def data(tmp_path_factory, write_pairs):
     for path in (root / "pairs").glob("*/source/*"):
         split, edit = path.parts[-3], path.parents[1] / "dark" / path.name
         both = torch.cat([dataset.read_image(path), dataset.read_image(edit)], 2)
-        cli.write_png(root / "sides" / split / path.name, dataset.to_pil(both))
+        runs.write_png(root / "sides" / split / path.name, dataset.to_pil(both))
         kinds = {f"unpaired/{split}A": path, f"flat/{split}": path}
         if path.stem < "00020":  # the sets need not be equally large
             kinds[f"unpaired/{split}B"] = edit
@@ -89,7 +89,7 @@ def test_every_task_meets_its_target_from_below_for_all_networks(prune, flags):
     shares = [row["MACs %"] for row in read_log(out / "search-log.jsonl") if "MACs %" in row]
     for name in shares[0]:
         assert shares[0][name] > 80 and shares[-1][name] <= 30
-    state, _ = cli.read_tensors(out / "search-state.safetensors", "state")
+    state, _ = runs.read_tensors(out / "search-state.safetensors", "state")
     hidden = [tensor for name, tensor in state.items() if name.endswith(".b0")]
     assert hidden and not any(tensor.any() for tensor in hidden)  # starting from weights, b0 stays
     for name in ("pruning.png", "search-curve.png", "converge-curve.png"):
@@ -171,7 +171,7 @@ STOPPED = {
 @pytest.mark.parametrize("phase", STOPPED)
 def test_runs_stopped_and_continued_end_in_the_same_bytes(prune, tmp_path, monkeypatch, phase):
     """Stopped when they have saved for the second time in a phase."""
-    monkeypatch.setattr(training, "write_curve", cli.write_json)  # pictures take the most time
+    monkeypatch.setattr(training, "write_curve", runs.write_json)  # pictures take the most time
     flags = f"{STOPPED[phase]} --size 32 --width 4 --keep 0.5 --prune-discriminator --save-every 7"
     prune(flags).rename(tmp_path / "whole")
     save, saved = training.Loop.save, []
@@ -371,7 +371,7 @@ def test_bad_folders(find, tmp_path, task, names, words):
         save_random(tmp_path / "data" / name, 60 if "odd" in name else 64, 32)
         if "bad" in name:
             (tmp_path / "data" / name).write_bytes(b"GIF89a")
-    with pytest.raises(cli.UserError, match=words):
+    with pytest.raises(runs.UserError, match=words):
         find(task, tmp_path / "data", 32)
 
 

@@ -18,9 +18,9 @@ import torch
 from conftest import ROOT, random_rows, run_main, run_python, script, table, write_adapter
 from PIL import Image
 
-import cli
 import common
 import dataset
+import runs
 import training
 from assets.editor import Editor
 from assets.serve import fetch_runtime
@@ -165,7 +165,7 @@ def distance(editor, generator, concept, pixels):
 
 
 def test_folder_holds_the_files_themselves(world, folder):
-    index = cli.read_json(folder / "index.json")
+    index = runs.read_json(folder / "index.json")
     originals = {"base.onnx": folder / "base.onnx"}
     originals["base.safetensors"] = world / "base/generator.safetensors"
     for name in ("night", "fog"):
@@ -173,7 +173,7 @@ def test_folder_holds_the_files_themselves(world, folder):
     assert index["files"].keys() == originals.keys()
     for name, about in index["files"].items():
         data = (folder / name).read_bytes()
-        assert (about["bytes"], about["sha256"]) == (len(data), cli.sha256(originals[name]))
+        assert (about["bytes"], about["sha256"]) == (len(data), runs.sha256(originals[name]))
     assert [x["name"] for x in index["concepts"]] == ["sketch", "oil", "fog", "night"]
     assert index["concepts"][3]["prompt"] == "make it night" and index["transposed"] == []
     assert index["web"].startswith("https://cdn.jsdelivr.net/npm/onnxruntime-web@1.")
@@ -211,9 +211,9 @@ def test_weights_from_outside_equal_merged_ones(world, folder, exported, load_st
     base = common.load_generator(folder / "base.safetensors")
     graph = stage.separate(stage.trace(base, SIZE), folder / "base.safetensors")
     onnx.save(graph, tmp_path / "float/base.onnx")
-    index = cli.read_json(folder / "index.json")
-    index["files"]["base.onnx"]["sha256"] = cli.sha256(tmp_path / "float/base.onnx")
-    cli.write_json(tmp_path / "float/index.json", index)
+    index = runs.read_json(folder / "index.json")
+    index["files"]["base.onnx"]["sha256"] = runs.sha256(tmp_path / "float/base.onnx")
+    runs.write_json(tmp_path / "float/index.json", index)
     editor, photos = Editor(tmp_path / "float", threads=1), []
     for file in (world / "pairs/test/source").glob("*.png"):
         photos.append(dataset.to_float(dataset.read_image(file)))
@@ -231,7 +231,7 @@ def test_transposed_layers_and_no_prompt(world, export, arch, layer):
     adapter = world / f"{arch}-lora/adapter.safetensors"
     write_adapter(adapter, generator, "night", {layer: 2})
     export(f"--generator W/{arch}.safetensors --adapter {adapter} --out W/{arch}")
-    assert layer in cli.read_json(world / arch / "index.json")["transposed"]
+    assert layer in runs.read_json(world / arch / "index.json")["transposed"]
     editor, photo = Editor(world / arch, threads=1), pixels_of(SIZE, SIZE)
     assert distance(editor.use("oil"), generator, "oil", photo) <= 1
     common.load_adapter(generator, adapter, 0.7)
@@ -268,7 +268,7 @@ def test_editor_believes_no_other_file(world, folder, tmp_path):
             editor.use(concept)
     other = common.load_generator(world / "coronet/generator.safetensors")
     write_adapter(copy / "adapters/fog.safetensors", other, "fog", {"out": 1})
-    digest = cli.sha256(copy / "adapters/fog.safetensors")
+    digest = runs.sha256(copy / "adapters/fog.safetensors")
     editor.index["files"]["adapters/fog.safetensors"]["sha256"] = digest
     with pytest.raises(ValueError, match="another base"):
         editor.use("fog")
@@ -299,7 +299,7 @@ def test_file_stands_alone(world, exported, tmp_path):
     assert {entry.key: entry.value for entry in model.metadata_props} == {
         **{"concept": "night", "prompt": "make it night", "size": "32x32", "precision": "fp32"},
         **{"value range": "-1..1, RGB, NCHW", "multiple": "8", "most pixels": "715541"},
-        "base sha256": cli.sha256(world / "base/generator.safetensors"),
+        "base sha256": runs.sha256(world / "base/generator.safetensors"),
     }
     shape = model.graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in shape] == ["batch", 3, SIZE, SIZE]
@@ -329,7 +329,7 @@ def test_result(world, folder, exported):
 def test_done_already_and_one_concept(world, export, capsys):
     flags = f"{BASE} --adapter W/lora --concept night --out W/one"
     export(flags)
-    assert [x["name"] for x in cli.read_json(world / "one/index.json")["concepts"]] == ["night"]
+    assert [x["name"] for x in runs.read_json(world / "one/index.json")["concepts"]] == ["night"]
     before = (world / "one/base.onnx").stat().st_mtime_ns
     export(f"{flags} --apply W/photos")  # which changes nothing of the export
     assert "done already" in capsys.readouterr().out
@@ -395,7 +395,7 @@ def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
     stage = load_stage("06")
     flags = flags_of(world, f"--merged {BASE} --precision int8 --out W/missed")
     monkeypatch.setitem(stage.TOLERANCE, "int8", (9.0, 200.0))
-    with pytest.raises(cli.UserError, match="differs from PyTorch .* 200 are needed"):
+    with pytest.raises(runs.UserError, match="differs from PyTorch .* 200 are needed"):
         run_main(stage, *flags)
     assert [path.name for path in (world / "missed").iterdir()] == ["settings.json"]
 
@@ -415,7 +415,7 @@ def test_a_trace_serves_other_weights_and_prompts(load_stage):
     assert stage.prove(model, "oil", other, photos, args)["max difference"] < 1e-4
     torch.nn.init.constant_(other.out.bias, torch.nan)
     for name, generator in (("sketch", other), ("oil", zero), ("oil", other)):
-        with pytest.raises(cli.UserError, match="differs from PyTorch"):
+        with pytest.raises(runs.UserError, match="differs from PyTorch"):
             stage.prove(model, name, generator, photos, args)
 
 
@@ -449,7 +449,7 @@ def test_apply_pictures_of_any_kind(folder, dynamic, exported, tmp_path):
 def test_alpha_is_kept_and_hides_nothing(world, export, dynamic, tmp_path):
     """The colours below are edited as they are, and the edit is as transparent as the picture."""
     rgba = np.random.default_rng(0).integers(0, 256, (16, 24, 4), dtype=np.uint8)
-    cli.write_png(tmp_path / "clear.png", Image.fromarray(rgba))
+    runs.write_png(tmp_path / "clear.png", Image.fromarray(rgba))
     export(f"--merged {BASE} --io uint8 --dynamic --apply {tmp_path} --out W/dynamic")
     made = np.asarray(Image.open(world / "dynamic-applied/oil/clear.png"))
     wanted = run_file(dynamic / "oil.onnx", torch.from_numpy(rgba[None, ..., :3].copy()))[0]

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-import cli
 import dataset
+import runs
 
 SOURCE = {
     "03": "--clusters W/clusters --width 8",
@@ -24,7 +24,7 @@ def refused(good, error_of, tmp_path):
     for folder in ("out", "out/dark", "out/inverted"):
         earlier += [root / folder / "result.json", root / folder / "settings.json"]
     for path in earlier:
-        cli.write_json(path, {})
+        runs.write_json(path, {})
 
     def call(text, change=None):
         if change:
@@ -52,7 +52,7 @@ def rewrite(name, text):
 def resize(name, size):
     def change(root):
         for path in root.glob(name):
-            cli.write_png(path, dataset.to_pil(dataset.read_image(path)).resize((size, size)))
+            runs.write_png(path, dataset.to_pil(dataset.read_image(path)).resize((size, size)))
 
     return change
 
@@ -82,7 +82,7 @@ def test_bad_pairs(refused, number, words):
 def test_bad_features(refused, number):
     def empty(root):
         path = root / "pairs/features.safetensors"
-        cli.write_tensors(path, {}, cli.read_tensors(path, "features")[1])
+        runs.write_tensors(path, {}, runs.read_tensors(path, "features")[1])
 
     gone = "features.safetensors does not exist; 01_distill_pairs.py makes it"
     assert "features.safetensors lacks" in refused(number, empty)
@@ -123,9 +123,9 @@ def test_bad_flags(refused, flags, words):
 def rewrite_base(tensors=None, **config):
     def change(root):
         path = root / "base.safetensors"
-        found, metadata = cli.read_tensors(path, "generator")
+        found, metadata = runs.read_tensors(path, "generator")
         metadata["config"] |= config
-        cli.write_tensors(path, tensors or found, metadata if tensors is None else {})
+        runs.write_tensors(path, tensors or found, metadata if tensors is None else {})
 
     return change
 

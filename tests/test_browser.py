@@ -12,8 +12,8 @@ import pytest
 from conftest import run_python, script, write_adapter
 from PIL import Image
 
-import cli
 import common
+import runs
 from assets.editor import Editor
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -30,7 +30,7 @@ def folder(good, tmp_path_factory):
     flags = f"--pairs {good}/pairs --generator {good}/base.safetensors --size 32 --threads 1"
     adapter = good / "adapter.safetensors"
     run_python(script("06"), *flags.split(), "--adapter", adapter, "--out", out)
-    index = cli.read_json(out / "index.json")
+    index = runs.read_json(out / "index.json")
     if index["web"] != "ort/":
         pytest.skip("npm gives no onnxruntime-web")
     whole = (out / "adapters/inverted.safetensors").read_bytes()
@@ -41,10 +41,10 @@ def folder(good, tmp_path_factory):
     for name in ("cut", "foreign"):
         path = out / f"adapters/{name}.safetensors"
         index["concepts"].append({"name": name, "prompt": name, "adapter": f"adapters/{path.name}"})
-        about = {"bytes": path.stat().st_size, "sha256": cli.sha256(path)}
+        about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
         index["files"][f"adapters/{path.name}"] = about
     (out / "adapters/cut.safetensors").write_bytes(whole[:-100])
-    cli.write_json(out / "index.json", index)
+    runs.write_json(out / "index.json", index)
     return out
 
 

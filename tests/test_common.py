@@ -13,9 +13,9 @@ from conftest import import_stage, random_rows, write_adapter
 from safetensors import safe_open
 from torch.nn.utils import parametrize
 
-import cli
 import common
 import dataset
+import runs
 
 CONCEPTS = [{"name": name, "prompt": f"make it {name}"} for name in ("sketch", "night")]
 GENERATORS = [*common.ARCHITECTURES, "e2gan without text"]
@@ -294,17 +294,17 @@ def test_adapter_that_does_not_fit_leaves_the_base_as_it_was(adapters, tmp_path,
     base, comic, _ = adapters
     generator = common.load_generator(base)
     before, config = edit(generator), generator.config
-    tensors, metadata = cli.read_tensors(comic, "adapter")
+    tensors, metadata = runs.read_tensors(comic, "adapter")
     tensors = {k: x for k, x in {**tensors, name: change}.items() if x is not None}
-    cli.write_tensors(tmp_path / "bad.safetensors", tensors, metadata)
-    with pytest.raises(cli.UserError, match="bad.safetensors does not fit the generator"):
+    runs.write_tensors(tmp_path / "bad.safetensors", tensors, metadata)
+    with pytest.raises(runs.UserError, match="bad.safetensors does not fit the generator"):
         common.load_adapter(generator, tmp_path / "bad.safetensors")
     assert generator.config == config and torch.equal(edit(generator), before)
 
 
 def test_adapter_needs_its_base(adapters, tmp_path):
     common.save_network(tmp_path / "other.safetensors", make(seed=1))
-    with pytest.raises(cli.UserError, match="comic.safetensors belongs to another base"):
+    with pytest.raises(runs.UserError, match="comic.safetensors belongs to another base"):
         common.load_adapter(common.load_generator(tmp_path / "other.safetensors"), adapters[1])
 
 
@@ -394,24 +394,24 @@ def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
         common.save_network(path, network)
         loaded = common.load_generator(path, kind=network.kind)
         assert torch.equal(output(loaded), output(network))
-        assert loaded.config == network.config and loaded.sha256 == cli.sha256(path)
+        assert loaded.config == network.config and loaded.sha256 == runs.sha256(path)
         if name not in GENERATORS:  # stages that edit photos refuse it
-            with pytest.raises(cli.UserError, match=f"is a {network.kind}"):
+            with pytest.raises(runs.UserError, match=f"is a {network.kind}"):
                 common.load_generator(path)
 
 
 def test_run_folder_continues_refuses_and_overwrites(tmp_path):
     out, settings = tmp_path / "run", {"stage": "x", "lr": 1}
-    assert not cli.begin_run(out, settings, False)
+    assert not runs.begin_run(out, settings, False)
     (out / "log").touch()
-    assert not cli.begin_run(out, settings, False)  # unfinished: continue
+    assert not runs.begin_run(out, settings, False)  # unfinished: continue
     assert (out / "log").exists()
-    cli.write_json(out / "result.json", {})
-    assert cli.begin_run(out, settings, False)  # complete
-    with pytest.raises(cli.UserError, match="lr 1 there, 2 here"):
-        cli.begin_run(out, {**settings, "lr": 2}, False)
+    runs.write_json(out / "result.json", {})
+    assert runs.begin_run(out, settings, False)  # complete
+    with pytest.raises(runs.UserError, match="lr 1 there, 2 here"):
+        runs.begin_run(out, {**settings, "lr": 2}, False)
     assert (out / "result.json").exists()
-    assert not cli.begin_run(out, {**settings, "lr": 2}, True)
+    assert not runs.begin_run(out, {**settings, "lr": 2}, True)
     assert [path.name for path in out.iterdir()] == ["settings.json"]
     assert {path.name for path in tmp_path.iterdir()} <= {"run", ".run.lock"}
 
@@ -419,15 +419,15 @@ def test_run_folder_continues_refuses_and_overwrites(tmp_path):
 def test_a_folder_that_no_stage_made_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     for overwrite in (False, True):
-        with pytest.raises(cli.UserError, match="no stage made"):
-            cli.begin_run(tmp_path, {"stage": "x"}, overwrite)
+        with pytest.raises(runs.UserError, match="no stage made"):
+            runs.begin_run(tmp_path, {"stage": "x"}, overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_demo_has_its_own_defaults_and_folders_and_a_flag_beats_them(monkeypatch):
     def parse(*flags):
-        parser = cli.Parser("what it does", "runs/base")
-        parser.add_argument("--width", type=cli.count, default=64)
+        parser = runs.Parser("what it does", "runs/base")
+        parser.add_argument("--width", type=runs.count, default=64)
         parser.add_argument("--pairs", type=Path, default="runs/pairs")
         monkeypatch.setattr(sys, "argv", ["x.py", *flags])
         return parser.parse({"width": 32})
@@ -436,7 +436,7 @@ def test_demo_has_its_own_defaults_and_folders_and_a_flag_beats_them(monkeypatch
     demo = parse("--demo", "--pairs", "runs/pairs")
     assert demo.width == 32 and demo.out == Path("runs/demo/base")
     assert demo.pairs == Path("runs/pairs") and parse("--demo", "--width", "8").width == 8
-    moved = [cli.settings_of(parse(*flags), "x") for flags in ((), ("--out", "y"))]
+    moved = [runs.settings_of(parse(*flags), "x") for flags in ((), ("--out", "y"))]
     assert moved[0] == moved[1] == {"stage": "x", "width": 64, "seed": 0}
 
 

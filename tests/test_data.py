@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cli
 import dataset
+import runs
 import training
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_two_processes_share_every_batch_evenly(made, tmp_path, monkeypatch):
     for step, batches in enumerate(zip(*shares, strict=True)):
         for parts in zip(whole[step], *batches, strict=True):
             assert torch.equal(parts[0], torch.stack(parts[1:], 1).flatten(0, 1))
-    with pytest.raises(cli.UserError, match="--batch 3 cannot be shared evenly by 2 processes"):
+    with pytest.raises(runs.UserError, match="--batch 3 cannot be shared evenly by 2 processes"):
         draw(pairs, batch=3)
 
 
@@ -132,9 +132,9 @@ def test_crops_show_photo_and_edit_at_one_place_and_all_places(made, tmp_path):
 @pytest.mark.parametrize("crop", [20, 12, 40])
 def test_a_crop_that_does_not_fit_is_refused(crop):
     words = f"--crop {crop}: give a multiple of 8 from 24 to .* 32"
-    with pytest.raises(cli.UserError, match=words):
+    with pytest.raises(runs.UserError, match=words):
         training.fill_in(SimpleNamespace(crop=crop, l1=None, fm=10.0), 32)
-    with pytest.raises(cli.UserError, match="--crop 24: give 0"):
+    with pytest.raises(runs.UserError, match="--crop 24: give 0"):
         training.fill_in(SimpleNamespace(crop=24, l1=None, fm=0.0), 32, whole=True)
 
 
@@ -162,7 +162,7 @@ def test_another_picture_is_another_cache_file_and_other_data(made, folder, tmp_
     path = folder / "train/night/00003.png"
     pixels = dataset.read_image(path)
     pixels[0, 5, 5] += 1
-    cli.write_png(path, dataset.to_pil(pixels))
+    runs.write_png(path, dataset.to_pil(pixels))
     after = find(folder).cache(tmp_path / "cache")
     assert len(files_in(tmp_path / "cache")) == 2 and before.data_hash != after.data_hash
     assert not equal(draw(after), draw(before))
@@ -179,9 +179,9 @@ def test_who_asks_at_the_same_time_waits_and_decodes_nothing(made, tmp_path, mon
 def test_tokens_are_the_towers_that_the_generator_knows(made):
     tokens, tower = dataset.prompt_tokens(made, [{"name": "night"}])
     assert tokens[0].shape == (4, 16) and tower == "ViT-S-32:random"
-    with pytest.raises(cli.UserError, match="ViT-S-32:random, and .* ViT-B-32:openai"):
+    with pytest.raises(runs.UserError, match="ViT-S-32:random, and .* ViT-B-32:openai"):
         dataset.prompt_tokens(made, [{"name": "night"}], "ViT-B-32:openai")
-    with pytest.raises(cli.UserError, match="features.safetensors lacks .*comic"):
+    with pytest.raises(runs.UserError, match="features.safetensors lacks .*comic"):
         dataset.prompt_tokens(made, [{"name": "comic"}])
 
 

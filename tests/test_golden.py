@@ -19,9 +19,9 @@ from conftest import import_stage, read_log, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli
 import common
-import training as shared
+import dataset
+import runs
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TEXT = {"text_dim": 16, "tokens": 5, "clip": "x"}
@@ -55,11 +55,11 @@ def make_pairs(folder):
             for i, photo in enumerate(photos):
                 Image.fromarray(edit(photo)).save(folder / split / name / f"{i}.png")
     prompts = {name: {"prompt": f"make it {name}"} for name in EDITS}
-    cli.write_json(folder / "concepts.json", prompts)
+    runs.write_json(folder / "concepts.json", prompts)
     clip = import_stage("01").Clip("ViT-S-32:random", torch.device("cpu"))
     tokens = {f"tokens/{name}": clip.text(prompts[name]["prompt"])[1] for name in EDITS}
     about = {"kind": "features", "clip": clip.name}
-    cli.write_tensors(folder / "features.safetensors", tokens, about)
+    runs.write_tensors(folder / "features.safetensors", tokens, about)
     return folder
 
 
@@ -119,14 +119,14 @@ def lora(folder):
 
 def picks(folder):
     """The order of batches: rows of concept, photo, and whether it is mirrored."""
-    drawn = [shared.draw_picks([7], 2, 5, 3), shared.draw_picks([5, 3], 4, 1, 0)]
-    drawn.append(shared.draw_picks([4, 9, 2], 8, 2, 7))
+    drawn = [dataset.draw_picks([7], 2, 5, 3), dataset.draw_picks([5, 3], 4, 1, 0)]
+    drawn.append(dataset.draw_picks([4, 9, 2], 8, 2, 7))
     return [torch.cat([chosen, flips[:, None]], 1).tolist() for chosen, flips in drawn]
 
 
 def batches(folder):
     """Three steps across an epoch's end, in one process and in two: both halves of each picture."""
-    pairs = shared.find_pairs(make_pairs(folder / "pairs"), "train", ["dark", "inverted"])
+    pairs = dataset.find_pairs(make_pairs(folder / "pairs"), "train", ["dark", "inverted"])
     pairs.cache(folder)
     device, found = torch.device("cpu"), {}
     for rank, world in ((0, 1), (0, 2), (1, 2)):

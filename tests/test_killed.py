@@ -25,8 +25,8 @@ import pytest
 import torch
 from conftest import Tower, import_stage, run_main
 
-import cli
 import common
+import runs
 import training
 
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
@@ -59,7 +59,7 @@ def load_stages(numbers) -> dict[str, object]:
     import sklearn.cluster  # noqa: F401
 
     modules = {number: import_stage(number) for number in numbers}
-    modules["01"].Clip, training.write_curve = Tower, cli.write_json
+    modules["01"].Clip, training.write_curve = Tower, runs.write_json
     modules["06"].median_ms = lambda *_: 1.0
     return modules
 
@@ -107,7 +107,7 @@ def run(module, number, flags, home: Path, how="", at=0) -> tuple[int, str, int]
             for fd, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(home.parent / name, os.O_WRONLY), fd)
             sys.addaudithook(hook_of(home, how, at))
-            cli.run(lambda: run_main(module, *command.split()))
+            runs.run(lambda: run_main(module, *command.split()))
             code = 0
         except SystemExit as stop:
             code = stop.code or 0
@@ -128,7 +128,7 @@ def contents(home: Path) -> dict[str, object]:
     for path in home.rglob("*"):
         name = str(path.relative_to(home))
         if path.name == "result.json":
-            result = cli.read_json(path)
+            result = runs.read_json(path)
             for row in itertools.chain(*result["tables"].values()):
                 for column in [key for key in row if key in CLOCKS or key.endswith(" s")]:
                     del row[column]

@@ -12,10 +12,9 @@ import torchvision
 from pytorch_fid import fid_score
 from pytorch_fid import inception as library
 
-import cli
 import common
 import dataset
-import tables as printer
+import runs
 import training
 
 CPU = torch.device("cpu")
@@ -133,7 +132,7 @@ def test_fid_is_what_the_librarys_command_prints(
     assert torch.equal(torch.get_rng_state(), state)  # measuring changes no training
     for name, found in (("fakes", fakes), ("truth", truth)):
         for i, picture in enumerate(found):
-            cli.write_png(tmp_path / name / f"{i:05}.png", dataset.to_pil(picture))
+            runs.write_png(tmp_path / name / f"{i:05}.png", dataset.to_pil(picture))
     flags = ["--dims", "192", "--device", "cpu", "--num-workers", "0"]
     folders = [str(tmp_path / "fakes"), str(tmp_path / "truth")]
     monkeypatch.setattr(sys, "argv", ["pytorch_fid", *folders, *flags])
@@ -169,11 +168,11 @@ def test_without_weights_fid_is_blank_and_one_line_says_why(torch_home, tmp_path
 
 @pytest.fixture
 def tables(tmp_path, monkeypatch, capsys):
-    """tables() -> the lines that `python tables.py <tmp_path>` prints, without rules."""
+    """tables() -> the lines that `python runs.py <tmp_path>` prints, without rules."""
 
     def call():
-        monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path)])
-        printer.main()
+        monkeypatch.setattr(sys, "argv", ["runs.py", str(tmp_path)])
+        runs.main()
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line and not line.startswith("| ---")]
 
@@ -181,9 +180,9 @@ def tables(tmp_path, monkeypatch, capsys):
 
 
 def write_run(folder, rows, seed=0, stage="04_lora", marks=(), data="photos", title="T"):
-    cli.write_json(folder / "settings.json", {"stage": stage, "seed": seed, "data": data})
+    runs.write_json(folder / "settings.json", {"stage": stage, "seed": seed, "data": data})
     result = {"stage": stage, "marks": list(marks), "tables": {title: rows}}
-    cli.write_json(folder / "result.json", result)
+    runs.write_json(folder / "result.json", result)
 
 
 def test_tables_are_in_the_stages_order_with_blanks_and_marks(tmp_path, tables):

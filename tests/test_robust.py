@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing
 from conftest import ROOT, run_main, table
 
-import cli
+import runs
 import training
 
 
@@ -59,7 +59,7 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(pairs, error_of, t
     out, settings = tmp_path / "out", {"stage": "x"}
     first = os.fork()
     if first == 0:
-        cli.begin_run(out, settings, False)
+        runs.begin_run(out, settings, False)
         time.sleep(600)
         os._exit(0)
     try:
@@ -72,33 +72,33 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(pairs, error_of, t
     finally:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
-    assert cli.begin_run(out, settings, False) is False  # nothing is left to clean up
+    assert runs.begin_run(out, settings, False) is False  # nothing is left to clean up
     assert (tmp_path / ".out.lock").exists()
 
 
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "w.safetensors"
-    cli.write_tensors(path, {"a": torch.zeros(10)}, {})
+    runs.write_tensors(path, {"a": torch.zeros(10)}, {})
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(cli.UserError, match="too large"):
-            cli.write_tensors(path, {"a": torch.zeros(100_000)}, {})
+        with pytest.raises(runs.UserError, match="too large"):
+            runs.write_tensors(path, {"a": torch.zeros(100_000)}, {})
         with pytest.raises(OSError, match="too large"):
-            cli.write_text(path, "x" * 100_000)
+            runs.write_text(path, "x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("where", ["pathlib.Path.rename", "shutil.rmtree", "cli.write_json"])
+@pytest.mark.parametrize("where", ["pathlib.Path.rename", "shutil.rmtree", "runs.write_json"])
 def test_overwrite_that_was_killed_can_be_given_again(tmp_path, monkeypatch, where):
     out = tmp_path / "out"
-    assert cli.begin_run(out, {"stage": "x"}, False) is False
-    cli.write_text(out / "samples/a.txt", "a")
-    cli.write_json(out / "result.json", {})
-    assert cli.begin_run(out, {"stage": "x"}, False) is True
+    assert runs.begin_run(out, {"stage": "x"}, False) is False
+    runs.write_text(out / "samples/a.txt", "a")
+    runs.write_json(out / "result.json", {})
+    assert runs.begin_run(out, {"stage": "x"}, False) is True
 
     def killed(*args, **options):
         if where != "shutil.rmtree" or not out.exists():
@@ -106,9 +106,9 @@ def test_overwrite_that_was_killed_can_be_given_again(tmp_path, monkeypatch, whe
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(where, killed)
-        cli.begin_run(out, {"stage": "y"}, True)
+        runs.begin_run(out, {"stage": "y"}, True)
     assert not out.exists() or (out / "samples/a.txt").exists()  # nothing in between
-    assert cli.begin_run(out, {"stage": "y"}, True) is False
+    assert runs.begin_run(out, {"stage": "y"}, True) is False
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
     assert left == [".out.lock", "out", "out/settings.json"]
 
@@ -124,7 +124,7 @@ def run_stage(monkeypatch, capsys):
     def call(flags):
         capsys.readouterr()
         try:
-            cli.run(lambda: run_main("03", *flags))
+            runs.run(lambda: run_main("03", *flags))
         except SystemExit as stop:
             return stop.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_sigterm_saves_the_step_and_the_same_command_continues(
     monkeypatch.setattr(training, "set_lr", signal_in_step_7)
     status, words = run_stage(train(pairs, stopped, f"{length} --eval-every 100"))
     assert status == 130 and words.splitlines()[-1] == "stopped: the same command continues"
-    assert cli.read_tensors(stopped / "state.safetensors", "state")[1]["step"] == 7
+    assert runs.read_tensors(stopped / "state.safetensors", "state")[1]["step"] == 7
     assert run_stage(train(pairs, stopped, f"{length} --eval-every 100"))[0] == 0
     steps = table(whole, "Base generator")[0]["steps"]
     assert 12 <= steps <= 18 and {*seen} == {*range(steps)} and seen.count(6) == seen.count(7)
@@ -182,7 +182,7 @@ def stop_in_step_3(rank, out):
 def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_first_saves(tmp_path):
     torch.multiprocessing.start_processes(stop_in_step_3, (tmp_path,), 2, start_method="fork")
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
-    assert cli.read_tensors(tmp_path / "state.safetensors", "state")[1]["step"] == 3
+    assert runs.read_tensors(tmp_path / "state.safetensors", "state")[1]["step"] == 3
 
 
 # ---- Data at the edge ----------------------------------------------------------------------------

@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-import cli
 import common
 import dataset
-import tables
+import runs
 import training
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -58,13 +57,13 @@ def ends_well(call, *args):
     """What a call returns, or its UserError, whose message is not empty."""
     try:
         return call(*args)
-    except cli.UserError as error:
+    except runs.UserError as error:
         assert str(error).strip()
         return error
 
 
 def refused(call, *args) -> str:
-    with pytest.raises(cli.UserError) as error:
+    with pytest.raises(runs.UserError) as error:
         call(*args)
     return str(error.value)
 
@@ -105,7 +104,7 @@ def test_damaged_pictures(tmp_path, form, seed):
     path = tmp_path / "picture.png"  # its suffix lies, too
     path.write_bytes(damaged(file.getvalue(), seed))
     found = ends_well(lambda: dataset.to_pixels(dataset.read_square(path, 16)))
-    assert isinstance(found, cli.UserError) or found.shape == (3, 16, 16)
+    assert isinstance(found, runs.UserError) or found.shape == (3, 16, 16)
 
 
 def test_pictures_that_are_huge_or_say_so(tmp_path):
@@ -162,13 +161,13 @@ def test_absurd_metadata(good, adapt, tmp_path, key):
     of_base, path = key in CONFIG, f"config/{key}" if key in CONFIG else key
     file, call = good / ("base" if of_base else "adapter"), use if of_base else adapt
     kind = "generator" if of_base else "adapter"
-    tensors, metadata = cli.read_tensors(file.with_suffix(".safetensors"), kind)
+    tensors, metadata = runs.read_tensors(file.with_suffix(".safetensors"), kind)
     for value in ABSURD:
         about = changed(metadata, path, value)
-        cli.write_tensors(tmp_path / "f", tensors, about)
+        runs.write_tensors(tmp_path / "f", tensors, about)
         found = ends_well(call, tmp_path / "f")
         harmless = value in HARMLESS.get(key, [])
-        assert isinstance(found, cli.UserError) or harmless, (key, value)
+        assert isinstance(found, runs.UserError) or harmless, (key, value)
 
 
 def wrong_tensors(tensors: dict, draw: random.Random) -> dict:
@@ -192,10 +191,10 @@ def test_damaged_checkpoints(good, adapt, tmp_path, kind, file, seed):
     source, call = good / f"{file}.safetensors", use if kind == "generator" else adapt
     (tmp_path / "d").write_bytes(damaged(source.read_bytes(), seed))
     ends_well(call, tmp_path / "d")
-    tensors, metadata = cli.read_tensors(source, kind)
+    tensors, metadata = runs.read_tensors(source, kind)
     wrong = wrong_tensors(tensors, random.Random(seed))
-    cli.write_tensors(tmp_path / "w", wrong, metadata)
-    if not isinstance(ends_well(call, tmp_path / "w"), cli.UserError):
+    runs.write_tensors(tmp_path / "w", wrong, metadata)
+    if not isinstance(ends_well(call, tmp_path / "w"), runs.UserError):
         same = [wrong[key].shape == x.shape for key, x in tensors.items() if key != "tokens"]
         assert kind == "adapter" and all(same)  # its prompt may have any length
 
@@ -246,8 +245,8 @@ json_values = st.recursive(
 @settings(quick, max_examples=20)
 @given(value=json_values, text=st.text(max_size=30))
 def test_json_of_the_wrong_form(tmp_path, monkeypatch, value, text):
-    monkeypatch.setattr("sys.argv", ["tables.py", str(tmp_path)])
-    cli.write_json(tmp_path / "settings.json", {})
+    monkeypatch.setattr("sys.argv", ["runs.py", str(tmp_path)])
+    runs.write_json(tmp_path / "settings.json", {})
     args = Namespace(concept=[], clusters=tmp_path)
     contents = [value, {"dark": value, "base": value}, {"marks": value, "tables": value}]
     for content in (*map(json.dumps, contents), text, "[" * 100_000):
@@ -255,8 +254,8 @@ def test_json_of_the_wrong_form(tmp_path, monkeypatch, value, text):
             (tmp_path / name).write_bytes(content.encode("utf-8", "surrogatepass"))
         ends_well(dataset.read_concepts, tmp_path)
         ends_well(dataset.chosen_concepts, args, "base")
-        ends_well(tables.main)
-        ends_well(cli.claim_folder, tmp_path, {"stage": 5}, False, False)
+        ends_well(runs.main)
+        ends_well(runs.claim_folder, tmp_path, {"stage": 5}, False, False)
 
 
 NAMES = ["../up", "/etc/x", "a\\b", "a\nb", "a\x00b", "x" * 300, "", ".hidden", "-rf", "\u202egnp"]
@@ -267,16 +266,16 @@ def test_names_that_lead_elsewhere(good, adapt, error_of, tmp_path, name):
     """As a concept's name in the pairs, in a generator and in an adapter."""
     shutil.copytree(good / "pairs", tmp_path / "pairs")
     concepts = {"dark": {"prompt": "x"}, name: {"prompt": "x"}}
-    cli.write_json(tmp_path / "pairs/concepts.json", concepts)
+    runs.write_json(tmp_path / "pairs/concepts.json", concepts)
     before = sorted(tmp_path.rglob("*"))
     flags = f"--pairs {tmp_path}/pairs --out {tmp_path}/out".split()
     assert "no name for a file" in error_of("02", *flags)
     assert "no name for a file" in error_of("03", *flags, "--concept", "dark")
     assert sorted(tmp_path.rglob("*")) == before
-    tensors, metadata = cli.read_tensors(good / "base.safetensors", "generator")
+    tensors, metadata = runs.read_tensors(good / "base.safetensors", "generator")
     metadata = changed(metadata, "config/concepts/0/name", name)
-    cli.write_tensors(tmp_path / "g", tensors, metadata)
+    runs.write_tensors(tmp_path / "g", tensors, metadata)
     refused(common.load_generator, tmp_path / "g")
-    tensors, metadata = cli.read_tensors(good / "adapter.safetensors", "adapter")
-    cli.write_tensors(tmp_path / "a", tensors, {**metadata, "name": name})
+    tensors, metadata = runs.read_tensors(good / "adapter.safetensors", "adapter")
+    runs.write_tensors(tmp_path / "a", tensors, {**metadata, "name": name})
     refused(adapt, tmp_path / "a")

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
-import cli
+import runs
 
 
 def scene(width=300, height=200, seed=0):
@@ -59,7 +59,7 @@ def rows(folder, *splits):
 
 
 def features(folder):
-    return cli.read_tensors(folder / "features.safetensors", "features")[0]
+    return runs.read_tensors(folder / "features.safetensors", "features")[0]
 
 
 def clip_text(folder: Path) -> dict:

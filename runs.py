@@ -1,7 +1,9 @@
 """What every stage does around its work: flags, one-line errors, whole files, run folders.
 
-A run's folder holds settings.json first, its files, and result.json last; `tables.py` prints the
-tables of all of them. Nothing here knows a network or a picture.
+    python runs.py [folder]      prints the tables of all complete runs below a folder (runs/)
+
+A run's folder holds settings.json first, its files, and result.json last. Nothing here knows a
+network or a picture.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -291,7 +294,7 @@ def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
 
 def write_result(args, stage: str, began: float, tables: dict, reads=(), clip="", out=None) -> None:
     """result.json, the last file of a run in `out` (default: args.out) that began at time.time():
-    the tables {title: rows} that `python tables.py` prints, and marks, what a reader of the numbers
+    the tables {title: rows} that `python runs.py` prints, and marks, what a reader of the numbers
     must know: "demo", the CLIP tower's, those of the runs whose folders this one reads."""
     marks = ["demo"] if args.demo else []
     for path in [folder / "result.json" for folder in reads]:
@@ -303,6 +306,9 @@ def write_result(args, stage: str, began: float, tables: dict, reads=(), clip=""
     result = {"stage": stage, "marks": list(dict.fromkeys(marks))}
     result |= {"seconds": round(time.time() - began, 1), "tables": tables}
     write_json((out or args.out) / "result.json", result)
+
+
+# ---- Tables: python runs.py [folder] -------------------------------------------------------------
 
 
 def markdown(title: str, rows: Sequence[dict]) -> str:
@@ -318,3 +324,44 @@ def cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return "" if value is None else str(value).replace("|", "\\|")
+
+
+def merge_seeds(rows: Sequence[dict]) -> dict:
+    """Rows as one: numbers that vary as mean ± sample standard deviation, blank what one lacks."""
+    merged = dict(rows[0])
+    if len(rows) > 1:
+        merged["run"] = ", ".join(row["run"] for row in rows) + " (mean ± sd)"
+    for column in merged.keys() - {"run"}:
+        values = [row.get(column) for row in rows]
+        if None in values:
+            merged[column] = None
+        elif len(set(map(str, values))) > 1:
+            merged[column] = f"{cell(float(np.mean(values)))} ± {np.std(values, ddof=1):.2g}"
+    return merged
+
+
+def main() -> None:
+    """Rows share a line if but for the seed their settings, marks, place and words are equal."""
+    parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
+    folder, tables = parser.parse_args().runs, {}  # {(stage, title): {what is equal: rows}}
+    for path in files_below(folder, "result.json"):
+        result, settings = read_json(path), read_json(path.with_name("settings.json"))
+        run = {"run": path.parent.relative_to(folder).as_posix()}
+        with explain(f"{path} is no stage's result"):
+            run["marks"] = ", ".join(result["marks"])
+            for title, rows in result["tables"].items():
+                table = tables.setdefault((str(result["stage"]), title), {})
+                for place, row in enumerate(rows):
+                    words = [value for value in row.values() if isinstance(value, str)]
+                    same = [{**settings, "seed": None}, run["marks"], place, words]
+                    equal = table.setdefault(json.dumps(same, sort_keys=True), [])
+                    equal.append({**run, **row})
+    if not tables:
+        raise UserError(f"no run below {folder} is complete")
+    for (stage, title), table in sorted(tables.items(), key=lambda x: x[0][0]):
+        print(markdown(f"{stage}.py: {title}", [*map(merge_seeds, table.values())]))
+
+
+if __name__ == "__main__":
+    run(main)
