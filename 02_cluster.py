@@ -15,7 +15,6 @@ Writes  runs/clusters/concepts.json             {"base": [...], "new": [...]}
 """
 
 import hashlib
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -112,17 +111,17 @@ def main() -> None:
     flag("--base", type=runs.count, default=10, help="concepts that train the base")
     flag("--samples", type=runs.count, default=400, help="photos to choose for each concept")
     flag("--edits", type=runs.count, default=200, help="edits whose mean stands for a concept")
-    args, start = parser.parse(DEMO), time.time()
+    args = parser.parse(DEMO)
     out, train, files, points = args.out, args.pairs / "train", {}, {}
     names = dataset.read_concepts(args.pairs)
-    features, metadata = runs.read_tensors(args.pairs / "features.safetensors", "features")
+    features, _ = runs.read_tensors(args.pairs / "features.safetensors", "features")
     for name in names:
         files[name] = own = dataset.edit_names(args.pairs, "train", name)
         even = np.linspace(0, len(own) - 1, min(args.edits, len(own))).round().astype(int)
         points[name] = vectors_of(args.pairs, name, [own[i] for i in even], features)
     listed = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
     data = [runs.sha256(args.pairs / "features.safetensors")[:16], listed]
-    if runs.begin_run(out, runs.settings_of(args, "02_cluster", data=data), args.overwrite):
+    if runs.begin_run(out, runs.settings_of(args, data=data), args.overwrite):
         return
     concepts, concept_rows = cluster_concepts(points, args)
     photos, photo_rows = cluster_photos(files, features, args)
@@ -140,7 +139,7 @@ def main() -> None:
     paths = [[train / "source" / name for name in members] for members in shared]
     contact_sheet(out / "photos.png", paths, [], 3, strips=4 if len(paths) > 16 else 1, cell=56)
     tables = {"Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows}
-    runs.write_result(args, "02_cluster", start, tables, [args.pairs], str(metadata.get("clip")))
+    runs.write_result(args, tables, reads=[args.pairs])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Writes  runs/base/generator.safetensors     the last model, with the prompts' te
 import argparse
 import math
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -54,10 +53,11 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     opt_g = training.adam(generator.parameters(), args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
+    ddp_generator = training.data_parallel(generator)
+    ddp_discriminator = training.data_parallel(discriminator)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    loop = training.Loop(args, train, args.epochs * per_epoch, parts, args.out)
-    # the discriminator's own step goes through DDP; the generator's passes its plain weights
-    ddp_g, ddp_d = training.data_parallel(generator), training.data_parallel(discriminator)
+    steps = args.steps or args.epochs * per_epoch
+    loop = training.Loop(args, train, steps, parts, args.out)
     generator.train()
     rows = []
     for photo, edit, concept in loop:
@@ -66,32 +66,26 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         text = common.prompt_embedding(generator, concept)
 
         with training.autocast(photo.device, args.precision):
-            fake = ddp_g(photo, concept)
-            pictures = torch.cat([edit, fake.detach()])
-            texts = None if text is None else text.repeat(2, 1)
-            real_score, fake_score = ddp_d(photo.repeat(2, 1, 1, 1), pictures, texts).chunk(2)
-        loss_d = (real_score.float() - 1).square().mean() + fake_score.float().square().mean()
-        loss_d = loss_d / 2
-        opt_d.zero_grad()
-        loss_d.backward()
-        opt_d.step()
+            fake = ddp_generator(photo, concept)
+            score_real = ddp_discriminator(photo, edit, text).float()
+            score_fake = ddp_discriminator(photo, fake.detach(), text).float()
+        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+        training.descend(loss_d, opt_d)
 
         discriminator.requires_grad_(False)
         with training.autocast(photo.device, args.precision):
             features = discriminator.features(photo, fake, text)
             with torch.no_grad():
-                real = discriminator.features(photo, edit, text) if args.fm else features
+                wanted = discriminator.features(photo, edit, text) if args.fm else features
         l1 = (fake.float() - edit).abs().mean()
-        fm = training.feature_matching(features, real)
+        fm = training.feature_matching(features, wanted)
         loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
-        opt_g.zero_grad()
-        loss_g.backward()
-        opt_g.step()
+        training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
         losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
         judge = loop.step + 1 == loop.steps or (loop.step + 1) % (args.eval_every * per_epoch) == 0
-        if loop.record(losses, fake, edit, real_score, save=judge):
+        if loop.record(losses, save=judge):
             rows = judge_and_save(loop, generator, test, args.out) if judge else rows
             common.save_network(args.out / "generator.safetensors", generator)
             common.save_network(args.out / "discriminator.safetensors", discriminator)
@@ -124,7 +118,7 @@ def add_wrong_prompts(rows: list[dict], generator, test) -> None:
 
 
 def main() -> None:
-    args, began = parse(), time.time()
+    args = parse()
     concepts = dataset.chosen_concepts(args, "base")
     train, test = (dataset.find_pairs(args.pairs, split, concepts) for split in ("train", "test"))
     train.cache(args.cache)  # by which all pictures are known to be good
@@ -135,10 +129,11 @@ def main() -> None:
     training.fill_in(args, train.size, whole=args.arch == "unet256")
     device = training.start(args)
     blocks = args.blocks.split(",") if args.blocks else None
-    new = args.arch, args.width, train.size, train.concepts
-    generator = common.new_generator(*new, tokens, clip, blocks).to(device)
-    settings = runs.settings_of(args, "03_train_base", data=[train.data_hash, test.data_hash])
-    if runs.begin_run(args.out, {**settings, "clip": clip}, args.overwrite):
+    generator = common.new_generator(
+        args.arch, args.width, train.size, train.concepts, tokens, clip, blocks
+    ).to(device)
+    settings = runs.settings_of(args, data=[train.data_hash, test.data_hash], clip=clip)
+    if runs.begin_run(args.out, settings, args.overwrite):
         return
     discriminator = common.new_discriminator(generator)
     pace, rows = train_base(generator, discriminator, train, test, args)
@@ -152,7 +147,7 @@ def main() -> None:
         size["parameters M"] = common.count_parameters(generator) / 1e6
         size["GMACs"] = common.count_macs(generator) / 1e9
         tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
-        runs.write_result(args, "03_train_base", began, tables, [args.pairs], clip)
+        runs.write_result(args, tables, reads=[args.pairs])
 
 
 if __name__ == "__main__":

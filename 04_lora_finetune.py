@@ -25,7 +25,6 @@ Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B, prompt, the
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import torch
@@ -70,7 +69,6 @@ def parse() -> argparse.Namespace:
     flag("--rank-threshold", type=runs.weight, default=0.01, help="least fall of the error")
     flag("--probe-steps", type=runs.count, default=500, help="steps of each of their probes")
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
-    flag("--steps", type=runs.number(int, 0), default=0, help="not --epochs, if not 0")
     flag("--lr", type=runs.positive, help="the generator's learning rate; None: by --mode")
     args = parser.parse(DEMO)
     args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
@@ -214,39 +212,35 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
     place = generator.concept(train.concepts[0]["name"])
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
+    ddp_generator = training.data_parallel(generator)
+    ddp_discriminator = training.data_parallel(discriminator)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, out, desc=train.concepts[0]["name"])
-    # the discriminator's own step goes through DDP; the generator's passes its plain weights
-    ddp_g, ddp_d = training.data_parallel(generator), training.data_parallel(discriminator)
     generator.train()
     for photo, edit, concept in loop:
         training.set_lr(opt_g, args.lr, loop.step, loop.total)
         training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
 
         with training.autocast(photo.device, args.precision):
-            fake = ddp_g(photo, concept + place)
-            pictures = torch.cat([edit, fake.detach()])
-            real_score, fake_score = ddp_d(photo.repeat(2, 1, 1, 1), pictures).float().chunk(2)
-        loss_d = ((real_score - 1).square().mean() + fake_score.square().mean()) / 2
-        opt_d.zero_grad()
-        loss_d.backward()
-        opt_d.step()
+            fake = ddp_generator(photo, concept + place)
+            score_real = ddp_discriminator(photo, edit).float()
+            score_fake = ddp_discriminator(photo, fake.detach()).float()
+        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+        training.descend(loss_d, opt_d)
 
         discriminator.requires_grad_(False)
         with training.autocast(photo.device, args.precision):
             features = discriminator.features(photo, fake)
             with torch.no_grad():
-                real = discriminator.features(photo, edit) if args.fm else features
+                wanted = discriminator.features(photo, edit) if args.fm else features
         l1 = (fake.float() - edit).abs().mean()
-        fm = training.feature_matching(features, real)
+        fm = training.feature_matching(features, wanted)
         loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
-        opt_g.zero_grad()
-        loss_g.backward()
-        opt_g.step()
+        training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
         losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
-        if loop.record(losses, fake, edit, real_score) and out:
+        if loop.record(losses) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
             runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
@@ -303,10 +297,9 @@ class Probes:
                     finetune(self.args, networks, train, self.args.probe_steps)
                 if runs.rank() == 0:
                     error = training.error(training.evaluate(networks[0], held_out)[0])
-            except training.Collapse:
+            except training.Diverged:
                 error = math.inf
-            # of several processes the first judges, and all must go the same way
-            self.saved[key] = runs.average(torch.tensor(error * runs.world())).item()
+            self.saved[key] = runs.from_first(error)  # all must go the same way
             if runs.rank() == 0:
                 runs.write_json(self.file, self.saved)
         return self.saved[key]
@@ -314,10 +307,10 @@ class Probes:
 
 def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     """The layer search, by the rule in the docstring, in <out>/layer-search."""
-    began, out, shapes = time.time(), args.out / "layer-search", layer_shapes(base)
+    out, shapes = args.out / "layer-search", layer_shapes(base)
     data = [training_pairs(args, name).data_hash for name in concepts]
-    fixed = {"rank": 1, "steps": 0, "epochs": 0, "concept": concepts, "base": base.sha256}
-    settings = runs.settings_of(args, "04_lora_finetune", data=data, minutes=None, **fixed)
+    fixed = {"rank": 1, "steps": None, "epochs": None, "concept": concepts, "base": base.sha256}
+    settings = runs.settings_of(args, data=data, **fixed)
     if runs.begin_run(out, settings, args.overwrite):
         return
     probes, rows = Probes(args, concepts, out / "probes.json"), []
@@ -339,8 +332,7 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
     if runs.rank() == 0:
         runs.write_json(out / "crucial.json", {"groups": crucial})
         tables = {"Crucial layers, held-out error relative to the base's": rows}
-        reads = [args.pairs, args.base.parent]
-        runs.write_result(args, "04_lora_finetune", began, tables, reads, out=out)
+        runs.write_result(args, tables, reads=[args.pairs, args.base.parent], out=out)
     runs.barrier()  # the others read crucial.json next
 
 
@@ -369,7 +361,7 @@ def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: flo
 
 def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     """One concept, from its pairs to its result.json in <out>/<concept>."""
-    began, out, tables = time.time(), args.out / name, {}
+    out, tables = args.out / name, {}
     train = training_pairs(args, name).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = dict.fromkeys(chosen, 1 if args.rank == "auto" else args.rank)
@@ -378,7 +370,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     networks = prepare(args, train.concepts[0], ranks)
     more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
     more |= {"data": [train.data_hash, test.data_hash], "discriminator": networks[1].sha256}
-    if runs.begin_run(out, runs.settings_of(args, "04_lora_finetune", **more), args.overwrite):
+    if runs.begin_run(out, runs.settings_of(args, **more), args.overwrite):
         return
     if args.rank == "auto":
         probes = Probes(args, [name], out / "probes.json")
@@ -407,8 +399,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     row |= {"file KB": file.stat().st_size / 1000, "samples": args.samples}
     row |= {"photos": train.counts[0], **pace}
     tables = {"New concepts, held-out photos": [row], **tables}
-    reads, clip = [args.pairs, args.base.parent], base.config.get("clip", "")
-    runs.write_result(args, "04_lora_finetune", began, tables, reads, clip, out)
+    runs.write_result(args, tables, reads=[args.pairs, args.base.parent], out=out)
 
 
 def main() -> None:

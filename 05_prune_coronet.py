@@ -24,7 +24,6 @@ Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator
 import argparse
 import copy
 import itertools
-import time
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +204,7 @@ def cut(task, targets: dict[str, Target], args) -> None:
         task.networks[name] = common.slice_network(network, kept)
 
 
-def search(task, targets: dict[str, Target], data, test, args) -> dict:
+def search(task, targets: dict[str, Target], data, test, args, search_steps: int) -> dict:
     """The first phase, after which the networks that have a target are small. A continued run that
     is converging replays its end: no step is left, and the channels are the same."""
     if args.method == "coronet":
@@ -213,8 +212,7 @@ def search(task, targets: dict[str, Target], data, test, args) -> dict:
             add_latents(task.networks[name], args.start)
     if args.method == "uniform":  # narrow from the start
         cut(task, targets, args)
-    steps = args.search_epochs * dataset.steps_per_epoch(data.counts, args.batch)
-    pace = train(task, targets, data, test, args, "search", steps)
+    pace = train(task, targets, data, test, args, "search", search_steps)
     if args.method != "uniform":
         cut(task, targets, args)
     return pace
@@ -233,13 +231,9 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
     if pruned:
         latents = [p for name, p in parameters if ".latents." in name]
         opt_z = parts["opt_z"] = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
-    epochs = {"search": args.search_epochs, "converge": args.epochs}
-    share = epochs[phase] / sum(epochs.values())
-    loop = training.Loop(args, data, steps, parts, args.out, phase, phase, share)
+    loop = training.Loop(args, data, steps, parts, args.out, phase, phase)
     discriminator_parameters = [p for name, p in parameters if name.startswith("networks.d")]
-    # the discriminators' own step goes through DDP; the generators' passes their plain weights
-    own = {name: training.data_parallel(network) for name, network in task.networks.items()}
-    mixed = {**own, **task.named("discriminator")}
+    task.distribute()
     task.train()
     for batch in loop:
         if phase == "converge":
@@ -248,22 +242,18 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
 
         for parameter in discriminator_parameters:
             parameter.requires_grad_(False)
-        with parametrize.cached():  # weights are made once, however often they are used
-            with training.autocast(loop.device, args.precision):
-                fakes = task.fakes(mixed, batch)
-                loss_g, more = task.generator_loss(mixed, batch, fakes)
-            loss_g.backward()
-        opt_g.step()
-        opt_g.zero_grad()  # now: a hypernetwork's gradients are as many as its weights
+        # weights are made once, however often they are used
+        with parametrize.cached(), training.autocast(loop.device, args.precision):
+            fakes = task.fakes(batch)
+            loss_g, more = task.generator_loss(batch, fakes)
+        training.descend(loss_g, opt_g)
         for parameter in discriminator_parameters:
             parameter.requires_grad_(True)
 
         fakes = [fake.detach() for fake in fakes]
-        with training.autocast(loop.device, args.precision):
-            loss_d, score = task.discriminator_loss(own, batch, fakes)
-        loss_d.backward()
-        opt_d.step()
-        opt_d.zero_grad()
+        with parametrize.cached(), training.autocast(loop.device, args.precision):
+            loss_d = task.discriminator_loss(batch, fakes)
+        training.descend(loss_d, opt_d)
 
         done, shares = loop.step + 1, {}
         if pruned:
@@ -271,16 +261,14 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
             opt_z.step()
             opt_z.zero_grad()
-            part = max(0, done - loop.planned) / (0.9 * (loop.total - loop.planned))
-            line = 1 - (1 - args.keep) * min(1.0, part)
+            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.total))
             for name, target in targets.items():
                 shares[name] = soft_threshold(task.networks[name], target, line)
             if max(shares.values()) <= args.keep:
                 loop.steps = done
             if done == loop.steps or done % max(1, loop.total // 50) == 0:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
-        real = batch[-2] if done > task.grace else None
-        if loop.record({"G": loss_g, "D": loss_d, **more}, fakes[0], real, score):
+        if loop.record({"G": loss_g, "D": loss_d, **more}):
             runs.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
             loop.save()
             task.train()
@@ -291,22 +279,24 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
 
 
 class Task(nn.Module):
-    """A GAN to prune: networks whose names begin "generator" or "discriminator". In a batch
-    (pictures, ..., concept) the last but one are what fakes should look like; `nets` are the
-    networks, under DDP or plain. For `grace` steps of a phase equal fakes are no collapse."""
+    """A GAN to prune: networks whose names begin "generator" or "discriminator", and for a batch
+    (pictures, ..., concept) its fakes and its two losses. pools: lists that are saved with it."""
 
     def __init__(self, networks: dict[str, common.Network]):
         super().__init__()
-        self.networks, self.pools, self.grace = nn.ModuleDict(networks), {}, 0
+        self.networks, self.pools = nn.ModuleDict(networks), {}
+
+    def distribute(self) -> None:
+        """Puts the networks under DDP: self.ddp, to be called where their own loss is computed."""
+        self.ddp = {name: training.data_parallel(x) for name, x in self.networks.items()}
 
     def named(self, kind: str) -> dict[str, common.Network]:
         return {name: x for name, x in self.networks.items() if name.startswith(kind)}
 
 
-def least_squares(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The discriminator's loss from scores of real pictures and of as many fakes; the former."""
-    real, fake = scores.float().chunk(2)
-    return ((real - 1).square().mean() + fake.square().mean()) / 2, real
+def least_squares(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss, from its scores."""
+    return ((real.float() - 1).square().mean() + fake.float().square().mean()) / 2
 
 
 class Pix2pix(Task):
@@ -331,13 +321,13 @@ class Pix2pix(Task):
     def text(self, concept):
         return common.prompt_embedding(self.networks["generator"], self.places[concept])
 
-    def fakes(self, nets, batch):
+    def fakes(self, batch):
         photo, _, concept = batch
-        return [nets["generator"](photo, self.places[concept])]
+        return [self.ddp["generator"](photo, self.places[concept])]
 
-    def generator_loss(self, nets, batch, fakes):
+    def generator_loss(self, batch, fakes):
         photo, edit, concept = batch
-        discriminator, text = nets["discriminator"], self.text(concept)
+        discriminator, text = self.networks["discriminator"], self.text(concept)
         features = discriminator.features(photo, fakes[0], text)
         with torch.no_grad():
             real = discriminator.features(photo, edit, text) if self.args.fm else features
@@ -346,10 +336,11 @@ class Pix2pix(Task):
         gan = (features[-1].float() - 1).square().mean()
         return gan + self.args.l1 * losses["L1"] + self.args.fm * losses["FM"], losses
 
-    def discriminator_loss(self, nets, batch, fakes):
+    def discriminator_loss(self, batch, fakes):
         photo, edit, concept = batch
-        pictures, text = torch.cat([edit, fakes[0]]), self.text(concept.repeat(2))
-        return least_squares(nets["discriminator"](photo.repeat(2, 1, 1, 1), pictures, text))
+        discriminator, text = self.ddp["discriminator"], self.text(concept)
+        real = discriminator(photo, edit, text)
+        return least_squares(real, discriminator(photo, fakes[0], text))
 
     def measure(self, test, with_fid: bool) -> list[dict]:
         return training.evaluate(self.networks["generator"], test, with_fid)
@@ -374,31 +365,31 @@ class CycleGan(Task):
         self.pools = {"pool_A": [], "pool_B": []}
         self.cycle, self.identity = args.cycle, args.identity
 
-    def fakes(self, nets, batch):
+    def fakes(self, batch):
         a, b, _ = batch
         if not self.identity:
-            return [nets["generator_AtoB"](a), nets["generator_BtoA"](b)]
-        to_b, same_b = nets["generator_AtoB"](torch.cat([a, b])).chunk(2)
-        to_a, same_a = nets["generator_BtoA"](torch.cat([b, a])).chunk(2)
+            return [self.ddp["generator_AtoB"](a), self.ddp["generator_BtoA"](b)]
+        to_b, same_b = self.ddp["generator_AtoB"](torch.cat([a, b])).chunk(2)
+        to_a, same_a = self.ddp["generator_BtoA"](torch.cat([b, a])).chunk(2)
         return [to_b, to_a, same_b, same_a]
 
-    def generator_loss(self, nets, batch, fakes):
+    def generator_loss(self, batch, fakes):
         a, b, _ = batch
         to_b, to_a, *same = fakes
-        gan = (nets["discriminator_B"](None, to_b).float() - 1).square().mean()
-        gan = gan + (nets["discriminator_A"](None, to_a).float() - 1).square().mean()
-        cycle = F.l1_loss(nets["generator_BtoA"](to_b).float(), a)
-        cycle = cycle + F.l1_loss(nets["generator_AtoB"](to_a).float(), b)
+        gan = (self.networks["discriminator_B"](None, to_b).float() - 1).square().mean()
+        gan = gan + (self.networks["discriminator_A"](None, to_a).float() - 1).square().mean()
+        cycle = F.l1_loss(self.ddp["generator_BtoA"](to_b).float(), a)
+        cycle = cycle + F.l1_loss(self.ddp["generator_AtoB"](to_a).float(), b)
         identity = sum(F.l1_loss(x.float(), y) for x, y in zip(same, (b, a), strict=False))
         return gan + self.cycle * (cycle + self.identity * identity), {"cycle": cycle / 2}
 
-    def discriminator_loss(self, nets, batch, fakes):
+    def discriminator_loss(self, batch, fakes):
         loss = 0
         for side, picture, fake in (("A", batch[0], fakes[1]), ("B", batch[1], fakes[0])):
-            pictures = torch.cat([picture, swap(self.pools[f"pool_{side}"], fake)])
-            part, real = least_squares(nets[f"discriminator_{side}"](None, pictures))
-            loss = loss + part
-        return loss, real
+            discriminator = self.ddp[f"discriminator_{side}"]
+            earlier = swap(self.pools[f"pool_{side}"], fake)
+            loss = loss + least_squares(discriminator(None, picture), discriminator(None, earlier))
+        return loss
 
     def measure(self, test, with_fid: bool) -> list[dict]:
         """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
@@ -443,20 +434,19 @@ class Dcgan(Task):
     """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
 
     def __init__(self, args, data, trained=None):
-        super().__init__(dcgan_networks(args.width, data.size))
-        self.grace = 1000  # it starts with grey pictures, at width 4 for 100 steps
+        super().__init__(common.dcgan_networks(args.width, data.size))
 
-    def fakes(self, nets, batch):
+    def fakes(self, batch):
         noise = torch.randn(len(batch[0]), common.FIXED["noise"], device=batch[0].device)
-        return [nets["generator"](noise)]
+        return [self.ddp["generator"](noise)]
 
-    def generator_loss(self, nets, batch, fakes):
-        return F.softplus(-nets["discriminator"](fakes[0]).float()).mean(), {}
+    def generator_loss(self, batch, fakes):
+        return F.softplus(-self.networks["discriminator"](fakes[0]).float()).mean(), {}
 
-    def discriminator_loss(self, nets, batch, fakes):
+    def discriminator_loss(self, batch, fakes):
         # not one pass: batch norm would mix their statistics
-        real, fake = (nets["discriminator"](x).float() for x in (batch[0], fakes[0]))
-        return F.softplus(-real).mean() + F.softplus(fake).mean(), real
+        real, fake = (self.ddp["discriminator"](x).float() for x in (batch[0], fakes[0]))
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
 
     @torch.no_grad()
     def samples(self, count: int) -> torch.Tensor:
@@ -586,84 +576,6 @@ def read_data(args, trained: common.Generator | None) -> list:
     return [dataset.find_pairs(args.pairs, split, names) for split in ("train", "test")]
 
 
-# ---- DCGAN's networks ----------------------------------------------------------------------------
-
-
-def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
-    """Scales start as N(1, 0.02) (DCGAN). .writes alone: no hypernetwork makes them."""
-    module = nn.BatchNorm2d(widths[group])
-    nn.init.normal_(module.weight, 1.0, 0.02)
-    module.writes = (group,)
-    return module
-
-
-class DcganGenerator(common.Network):
-    """DCGAN's generator (arXiv 1511.06434): noise to 4x4, doubled up to config["size"]; batch norm
-    and ReLU, tanh at the end. Its convolutions keep their biases, which the norms erase."""
-
-    kind = "dcgan generator"
-
-    def __init__(self, config):
-        super().__init__(config)
-        widths, groups = common.all_widths(config), ["noise", *config["widths"], "rgb"]
-        self.ups = nn.ModuleList()
-        for i, (reads, writes) in enumerate(itertools.pairwise(groups)):
-            stride = (2, 1) if i else (1, 0)  # and padding
-            self.ups.append(common.layer(nn.ConvTranspose2d, widths, reads, writes, 4, *stride))
-        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[1:-1]])
-
-    def forward(self, noise):
-        """noise (B, 100) of N(0, 1) -> (B, 3, S, S) in [-1, 1]"""
-        x = noise[..., None, None]
-        for up, norm in zip(self.ups[:-1], self.norms, strict=True):
-            x = F.relu(norm(up(x)))  # (B, C, 4 * 2^i, 4 * 2^i)
-        return torch.tanh(self.ups[-1](x))
-
-    def example(self, size=None, batch=1, device="meta"):
-        return (torch.randn(batch, common.FIXED["noise"], device=device),)
-
-
-class DcganDiscriminator(common.Network):
-    """DCGAN's: strided convolutions down to 4x4, batch norm but after the first, one score."""
-
-    kind = "discriminator"
-
-    def __init__(self, config):
-        super().__init__(config)
-        widths, groups = common.all_widths(config), ["rgb", *config["widths"]]
-        self.convs = nn.ModuleList()
-        for reads, writes in itertools.pairwise(groups):
-            self.convs.append(common.layer(nn.Conv2d, widths, reads, writes, 4, 2, 1))
-        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[2:]])
-        self.score = common.layer(nn.Conv2d, widths, groups[-1], "score", 4)
-
-    def forward(self, picture):
-        """picture (B, 3, S, S) in [-1, 1] -> (B, 1, 1, 1), without sigmoid"""
-        x = F.leaky_relu(self.convs[0](picture), 0.2)
-        for conv, norm in zip(self.convs[1:], self.norms, strict=True):
-            x = F.leaky_relu(norm(conv(x)), 0.2)
-        return self.score(x)
-
-    def example(self, size=None, batch=1, device="meta"):
-        return (torch.randn(batch, 3, *2 * [self.config["size"]], device=device),)
-
-
-common.NETWORKS |= {"dcgan": DcganGenerator, "dcgan-d": DcganDiscriminator}
-
-
-def dcgan_networks(width: int, size: int) -> dict[str, common.Network]:
-    """Untrained; width: channels of the generator's last map and the discriminator's first."""
-    depth = size.bit_length() - 3
-    if depth < 1 or size != 4 * 2**depth:
-        raise UserError(f"dcgan makes pictures of 8, 16, 32, 64, ... pixels, not {size}")
-    down = {f"d{i}": width * min(2**i, 8) for i in range(depth)}
-    up = {f"u{i}": n for i, n in enumerate(reversed(down.values()))}
-    config = {"width": width, "size": size}
-    generator = common.build_network({"arch": "dcgan", **config, "widths": up, "full": up})
-    config = {"arch": "dcgan-d", **config, "widths": down, "full": down}
-    return {"generator": generator, "discriminator": common.build_network(config)}
-
-
 # ---- The command line, figures, tables -----------------------------------------------------------
 
 
@@ -756,7 +668,7 @@ def result_tables(task, targets, args, pace: dict, before: list, sliced: list, a
 
 
 def main() -> None:
-    args, began = parse(), time.time()
+    args = parse()
     trained = check_generator(args)
     device = training.start(args)
     data, test = read_data(args, trained)
@@ -770,13 +682,16 @@ def main() -> None:
     clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
     about = {"generator": trained.sha256 if trained else args.generator, "clip": clip}
     about["data"] = [data.data_hash, test.data_hash, *(x.sha256 for x in task.networks.values())]
-    settings = runs.settings_of(args, "05_prune_coronet", **about)
+    settings = runs.settings_of(args, **about)
     if runs.begin_run(args.out, settings, args.overwrite):
         return
 
     first, with_fid = runs.rank() == 0, args.fid == "auto"  # the first process measures
     before = task.measure(test, with_fid) if trained and first else []
-    pace = search(task, targets, data, test, args)
+    epochs = args.search_epochs + args.epochs
+    steps = args.steps or epochs * dataset.steps_per_epoch(data.counts, args.batch)
+    search_steps = max(1, round(steps * args.search_epochs / epochs))
+    pace = search(task, targets, data, test, args, search_steps)
     if first:
         write_pruning(args.out / "pruning.png", task, targets)
         for name, network in task.networks.items():
@@ -784,9 +699,8 @@ def main() -> None:
     sliced = task.measure(test, False) if first else []
     for pool in task.pools.values():
         pool.clear()
-    steps = (args.search_epochs + args.epochs) * dataset.steps_per_epoch(data.counts, args.batch)
-    steps -= pace["search steps"]  # what it did not need is added: equal flags, equal steps
-    pace |= train(task, {}, data, test, args, "converge", steps)
+    # what the search did not need is added: equal flags, equal steps
+    pace |= train(task, {}, data, test, args, "converge", steps - pace["search steps"])
     if not first:
         return
     for name, network in task.networks.items():
@@ -794,7 +708,7 @@ def main() -> None:
     after = task.measure(test, with_fid)
     tables = result_tables(task, targets, args, pace, before, sliced, after)
     reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
-    runs.write_result(args, "05_prune_coronet", began, tables, reads, clip)
+    runs.write_result(args, tables, reads)
 
 
 if __name__ == "__main__":

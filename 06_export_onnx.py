@@ -24,7 +24,6 @@ import json
 import logging
 import shutil
 import tempfile
-import time
 import timeit
 from collections import Counter
 from pathlib import Path
@@ -373,7 +372,7 @@ def prove(model, name: str, source: common.Generator, photos: torch.Tensor, args
     return {"max difference": difference, "dB to PyTorch": quality}
 
 
-def export_all(args, began: float) -> list[Path]:
+def export_all(args) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns what to apply."""
     adapters = []
     for path in args.adapter or []:
@@ -390,7 +389,7 @@ def export_all(args, began: float) -> list[Path]:
     photos, calibrate = (read_squares(files, args.size) for files in (test, train))
     reads = [runs.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
-    settings = runs.settings_of(args, "06_export_onnx", reads=reads)
+    settings = runs.settings_of(args, reads=reads)
     for key in {"generator", "adapter", "apply", "model", "serve"} & settings.keys():
         del settings[key]  # paths, and what changes nothing of the export
     written = [args.out / f"{name}.onnx" for name in known] if args.merged else [args.out]
@@ -404,7 +403,7 @@ def export_all(args, began: float) -> list[Path]:
             runs.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
     folders += [] if args.photos else [args.pairs]
-    runs.write_result(args, "06_export_onnx", began, {"ONNX files": rows}, folders)
+    runs.write_result(args, {"ONNX files": rows}, folders)
     return written
 
 
@@ -502,10 +501,10 @@ def apply_files(args, paths: list[Path]) -> None:
 
 
 def main() -> None:
-    args, began = parse(), time.time()
+    args = parse()
     if args.serve is not None:
         serve(args.out, args.serve)
-    paths = args.model or export_all(args, began)
+    paths = args.model or export_all(args)
     if args.apply:
         apply_files(args, paths)
 

@@ -5,6 +5,7 @@ hypernetwork, and slicing to the channels that are left. pix2pix's generators, t
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,57 +53,6 @@ def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def out_first(weight: torch.Tensor, kind: type) -> torch.Tensor:
     """A weight, outputs first, which transposed convolutions have second; its own inverse."""
     return weight.transpose(0, 1) if issubclass(kind, nn.ConvTranspose2d) else weight
-
-
-def trains_on_cpu(x: torch.Tensor) -> bool:
-    """Whether x is in a training step on a CPU, where some of PyTorch's own kernels are slow."""
-    return x.device.type == "cpu" and torch.is_grad_enabled()
-
-
-def instance_norm(x: torch.Tensor) -> torch.Tensor:
-    return F.group_norm(x, x.shape[1]) if trains_on_cpu(x) else F.instance_norm(x)
-
-
-def reflect(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
-    """x mirrored at both ends of a dimension: F.pad, but faster and in x's dtype."""
-    after = x.narrow(dim, x.shape[dim] - 1 - reach, reach)
-    return torch.cat([x.narrow(dim, 1, reach).flip(dim), x, after.flip(dim)], dim)
-
-
-class ToRGB(nn.Conv2d):
-    """A 7x7 convolution to 3 channels, reflecting at the borders. On a CPU, which dislikes so few
-    channels, it is a 1x7 one to 21, whose rows are then shifted and added: the same sums."""
-
-    def forward(self, *features):
-        """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
-        if features[0].device.type != "cpu":
-            return super().forward(torch.cat(features, 1))
-        reach, height = self.padding[0], features[0].shape[2]
-        weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]  # (21, C, 1, 7)
-        rows, parts = 0, weight.split([x.shape[1] for x in features], 1)
-        for x, part in zip(features, parts, strict=True):
-            rows = rows + F.conv2d(reflect(x.to(features[0].dtype), 3, reach), part)
-        rows = reflect(rows, 2, reach).to(self.bias.dtype)  # bf16 would add another error
-        rows = rows.chunk(2 * reach + 1, 1)
-        edit = sum(row[:, :, i : i + height] for i, row in enumerate(rows))
-        return self.bias[:, None, None] + edit
-
-
-class UpConv(nn.Conv2d):
-    """Doubling by nearest neighbour, then a 3x3 convolution, which leaves no dot grid as transposed
-    ones do: computed as a transposed one of kernel 4, whose weights are sums of the nine."""
-
-    def kernel(self) -> torch.Tensor:
-        """The transposed convolution's weight (in, out, 4, 4), for stride 2, a padding of 1 by the
-        border's pixels, and twice 1 cut off."""
-        weight = self.weight
-        for side in (2, 3):  # taps that fall on copies of the same pixel add up
-            a, b, c = weight.unbind(side)
-            weight = torch.stack([c, b + c, a + b, a], side)
-        return weight.transpose(0, 1)
-
-    def forward(self, x):
-        return F.conv_transpose2d(F.pad(x, (1,) * 4, "replicate"), self.kernel(), self.bias, 2, 3)
 
 
 class ConvNorm(nn.Module):
@@ -272,62 +222,81 @@ class Generator(Network):
         self.config = {**self.config, "concepts": [concept for concept, _ in known]}
 
 
-class ResnetGenerator(Generator):
-    """`resnet9`: pix2pix's generator with 9 residual blocks (11.378 M parameters at width 64).
-    `e2gan`: 3 residual blocks and a transformer block before the last (E2GAN), and what the paper
-    leaves open, chosen by measuring. Instance norm hides how bright a photo is: no norm after the
-    stem, and the last layer sees the photo too. It also erases what a prompt adds to a channel
-    everywhere: a scale and a shift made from the prompt's mean token follow every norm (FiLM; in
-    arXiv 1610.07629, Dumoulin et al. 2017, a style is no more than these). And fine lines pass
-    round the quarter-size trunk: the stem's features are added on the way up, where FiLM decides by
-    concept which of them get through the ReLU."""
+def trunk(config: dict, centered: bool) -> nn.ModuleDict:
+    """config["blocks"]: "rb0", "rb1", ... are residual blocks, "tb" is the transformer block."""
+    widths, blocks = all_widths(config), nn.ModuleDict()
+    for name in config["blocks"]:
+        if name == "tb":
+            blocks[name] = TransformerBlock(widths, config["full"], config["heads"], centered)
+        else:
+            blocks[name] = ResidualBlock(widths, "trunk", name)
+    return blocks
+
+
+class E2GAN(Generator):
+    """E2GAN's generator: 3 residual blocks and a transformer block before the last, and where the
+    paper leaves the ends open, what measuring chose. Instance norm hides how bright a photo is, so
+    there is no norm after the stem, and the last layer sees the photo too. It also erases what a
+    prompt adds to a channel everywhere, so a scale and a shift made from the prompt's mean token
+    follow every norm (FiLM; Dumoulin et al. 2017, arXiv 1610.07629). Fine lines pass round the
+    quarter-size trunk: the stem's features are added on the way up, before the last ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
-        widths, full = all_widths(config), config["full"]
-        self.is_e2gan = config["arch"] == "e2gan"
-        up2 = "stem" if self.is_e2gan else "up2"  # what is added together is one group
-        self.stem = ConvNorm(widths, "rgb", "stem", 7, norm=not self.is_e2gan, pad="reflect")
-        pad = "reflect" if self.is_e2gan else "zeros"  # zeros show as a frame round flat skies
-        self.down1 = ConvNorm(widths, "stem", "down1", stride=2, pad=pad)
-        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2, pad=pad)
-        self.blocks = nn.ModuleDict()
-        for name in config["blocks"]:
-            if name == "tb":
-                self.blocks[name] = TransformerBlock(widths, full, config["heads"], self.is_e2gan)
-            else:
-                self.blocks[name] = ResidualBlock(widths, "trunk", name)
-        up = UpConv if self.is_e2gan else nn.ConvTranspose2d
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=up)
-        self.up2 = ConvNorm(widths, "up1", up2, up=up)
+        widths = all_widths(config)
+        self.stem = ConvNorm(widths, "rgb", "stem", 7, norm=False, pad="reflect")
+        self.down1 = ConvNorm(widths, "stem", "down1", stride=2, pad="reflect")
+        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2, pad="reflect")
+        self.blocks = trunk(config, centered=True)
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=UpConv)
+        self.up2 = ConvNorm(widths, "up1", "stem", up=UpConv)  # the stem's group: they are added
         if self.takes_text:
             self.style, self.films = layer(nn.Linear, widths, "text", "style"), nn.ModuleDict()
-            normed = {"down1": "down1", "down2": "trunk", "up1": "up1", "up2": up2}
+            normed = {"down1": "down1", "down2": "trunk", "up1": "up1", "up2": "stem"}
             for name in self.blocks.keys() - {"tb"}:
                 normed |= {f"{name}_1": name, f"{name}_2": "trunk"}
             for name, group in sorted(normed.items()):
                 self.films[name] = layer(nn.Linear, widths, "style", (group, group))
-        reads = (up2, "rgb") if self.is_e2gan else up2
+        reads = ("stem", "rgb")
         self.out = layer(ToRGB, widths, reads, "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
-        films = {}
+        film = {}  # (B, 2C) for each norm
         if tokens is not None:
             style = F.normalize(self.style(mean_token(tokens, mask))) * FIXED["style"] ** 0.5
-            films = {name: film(style) for name, film in self.films.items()}
+            film = {name: linear(style) for name, linear in self.films.items()}
         stem = self.stem(photo)  # (B, C, H, W)
-        x = self.down1(stem, films.get("down1"))  # (B, 2C, H/2, W/2)
-        x = self.down2(x, films.get("down2"))  # (B, 4C, H/4, W/4)
+        x = self.down1(stem, film.get("down1"))  # (B, 2C, H/2, W/2)
+        x = self.down2(x, film.get("down2"))  # (B, 4C, H/4, W/4)
         for name, block in self.blocks.items():
             if name == "tb":
                 x = block(x, tokens, mask)
             else:
-                x = block(x, films.get(f"{name}_1"), films.get(f"{name}_2"))
-        x = self.up1(x, films.get("up1"))  # (B, 2C, H/2, W/2)
-        if not self.is_e2gan:
-            return torch.tanh(self.out(self.up2(x)))
-        x = self.up2(x, films.get("up2"), stem)  # (B, C, H, W)
+                x = block(x, film.get(f"{name}_1"), film.get(f"{name}_2"))
+        x = self.up1(x, film.get("up1"))  # (B, 2C, H/2, W/2)
+        x = self.up2(x, film.get("up2"), stem)  # (B, C, H, W)
         return torch.tanh(self.out(x, photo))
+
+
+class ResnetGenerator(Generator):
+    """pix2pix's: 9 residual blocks, 11.378 M parameters at width 64."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, up = all_widths(config), nn.ConvTranspose2d
+        self.stem = ConvNorm(widths, "rgb", "stem", 7, pad="reflect")
+        self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
+        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
+        self.blocks = trunk(config, centered=False)
+        self.up1 = ConvNorm(widths, "trunk", "up1", up=up)
+        self.up2 = ConvNorm(widths, "up1", "up2", up=up)
+        self.out = layer(ToRGB, widths, "up2", "rgb", 7, padding=3, padding_mode="reflect")
+
+    def edit(self, photo, tokens=None, mask=None):
+        x = self.down2(self.down1(self.stem(photo)))  # (B, 4C, H/4, W/4)
+        for block in self.blocks.values():
+            x = block(x)
+        return torch.tanh(self.out(self.up2(self.up1(x))))
 
 
 class UNetGenerator(Generator):
@@ -480,8 +449,90 @@ def new_discriminator(generator: Generator, text=True, photo=True) -> Discrimina
     return network.to(next(generator.parameters()).device)
 
 
-ARCHITECTURES = {"e2gan": ResnetGenerator, "resnet9": ResnetGenerator, "unet256": UNetGenerator}
-NETWORKS = {**ARCHITECTURES, "patchgan": Discriminator}
+# ---- DCGAN's networks ----------------------------------------------------------------------------
+
+
+def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
+    """Scales start as N(1, 0.02) (DCGAN). .writes alone: no hypernetwork makes them."""
+    module = nn.BatchNorm2d(widths[group])
+    nn.init.normal_(module.weight, 1.0, 0.02)
+    module.writes = (group,)
+    return module
+
+
+class DcganGenerator(Network):
+    """DCGAN's generator (arXiv 1511.06434): noise to 4x4, doubled up to config["size"]; batch norm
+    and ReLU, tanh at the end. Its convolutions keep their biases, which the norms erase."""
+
+    kind = "dcgan generator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, groups = all_widths(config), ["noise", *config["widths"], "rgb"]
+        self.ups = nn.ModuleList()
+        for i, (reads, writes) in enumerate(itertools.pairwise(groups)):
+            stride = (2, 1) if i else (1, 0)  # and padding
+            self.ups.append(layer(nn.ConvTranspose2d, widths, reads, writes, 4, *stride))
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[1:-1]])
+
+    def forward(self, noise):
+        """noise (B, 100) of N(0, 1) -> (B, 3, S, S) in [-1, 1]"""
+        x = noise[..., None, None]
+        for up, norm in zip(self.ups[:-1], self.norms, strict=True):
+            x = F.relu(norm(up(x)))  # (B, C, 4 * 2^i, 4 * 2^i)
+        return torch.tanh(self.ups[-1](x))
+
+    def example(self, size=None, batch=1, device="meta"):
+        return (torch.randn(batch, FIXED["noise"], device=device),)
+
+
+class DcganDiscriminator(Network):
+    """DCGAN's: strided convolutions down to 4x4, batch norm but after the first, one score."""
+
+    kind = "discriminator"
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths, groups = all_widths(config), ["rgb", *config["widths"]]
+        self.convs = nn.ModuleList()
+        for reads, writes in itertools.pairwise(groups):
+            self.convs.append(layer(nn.Conv2d, widths, reads, writes, 4, 2, 1))
+        self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[2:]])
+        self.score = layer(nn.Conv2d, widths, groups[-1], "score", 4)
+
+    def forward(self, picture):
+        """picture (B, 3, S, S) in [-1, 1] -> (B, 1, 1, 1), without sigmoid"""
+        x = F.leaky_relu(self.convs[0](picture), 0.2)
+        for conv, norm in zip(self.convs[1:], self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)
+        return self.score(x)
+
+    def example(self, size=None, batch=1, device="meta"):
+        return (torch.randn(batch, 3, *2 * [self.config["size"]], device=device),)
+
+
+def dcgan_networks(width: int, size: int) -> dict[str, Network]:
+    """Untrained; width: channels of the generator's last map and the discriminator's first."""
+    depth = size.bit_length() - 3
+    if depth < 1 or size != 4 * 2**depth:
+        raise UserError(f"dcgan makes pictures of 8, 16, 32, 64, ... pixels, not {size}")
+    down = {f"d{i}": width * min(2**i, 8) for i in range(depth)}
+    up = {f"u{i}": n for i, n in enumerate(reversed(down.values()))}
+    config = {"width": width, "size": size}
+    generator = build_network({"arch": "dcgan", **config, "widths": up, "full": up})
+    config = {"arch": "dcgan-d", **config, "widths": down, "full": down}
+    return {"generator": generator, "discriminator": build_network(config)}
+
+
+# ---- Any network by its config -------------------------------------------------------------------
+
+ARCHITECTURES = {"e2gan": E2GAN, "resnet9": ResnetGenerator, "unet256": UNetGenerator}
+NETWORKS = {
+    **ARCHITECTURES,
+    "patchgan": Discriminator,
+    "dcgan": DcganGenerator,
+    "dcgan-d": DcganDiscriminator,
+}
 
 
 def build_network(config: dict) -> Network:
@@ -501,6 +552,63 @@ def count_macs(network: Network, size: int | None = None) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(*twin.example(size))
     return counter.get_total_flops() // 2
+
+
+# ---- The same sums, faster on a CPU --------------------------------------------------------------
+#
+# PyTorch's own layers would do: F.instance_norm, nn.Conv2d, nn.Upsample and nn.Conv2d. Training on
+# a CPU takes 1.3 to 1.4 times as long with them.
+
+
+def trains_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is in a training step on a CPU, where some of PyTorch's own kernels are slow."""
+    return x.device.type == "cpu" and torch.is_grad_enabled()
+
+
+def instance_norm(x: torch.Tensor) -> torch.Tensor:
+    return F.group_norm(x, x.shape[1]) if trains_on_cpu(x) else F.instance_norm(x)
+
+
+def reflect(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
+    """x mirrored at both ends of a dimension: F.pad, but faster and in x's dtype."""
+    after = x.narrow(dim, x.shape[dim] - 1 - reach, reach)
+    return torch.cat([x.narrow(dim, 1, reach).flip(dim), x, after.flip(dim)], dim)
+
+
+class ToRGB(nn.Conv2d):
+    """A 7x7 convolution to 3 channels, reflecting at the borders. On a CPU, which dislikes so few
+    channels, it is a 1x7 one to 21, whose rows are then shifted and added: the same sums."""
+
+    def forward(self, *features):
+        """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
+        if features[0].device.type != "cpu":
+            return super().forward(torch.cat(features, 1))
+        reach, height = self.padding[0], features[0].shape[2]
+        weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]  # (21, C, 1, 7)
+        rows, parts = 0, weight.split([x.shape[1] for x in features], 1)
+        for x, part in zip(features, parts, strict=True):
+            rows = rows + F.conv2d(reflect(x.to(features[0].dtype), 3, reach), part)
+        rows = reflect(rows, 2, reach).to(self.bias.dtype)  # bf16 would add another error
+        rows = rows.chunk(2 * reach + 1, 1)
+        edit = sum(row[:, :, i : i + height] for i, row in enumerate(rows))
+        return self.bias[:, None, None] + edit
+
+
+class UpConv(nn.Conv2d):
+    """Doubling by nearest neighbour, then a 3x3 convolution, which leaves no dot grid as transposed
+    ones do: computed as a transposed one of kernel 4, whose weights are sums of the nine."""
+
+    def kernel(self) -> torch.Tensor:
+        """The transposed convolution's weight (in, out, 4, 4), for stride 2, a padding of 1 by the
+        border's pixels, and twice 1 cut off."""
+        weight = self.weight
+        for side in (2, 3):  # taps that fall on copies of the same pixel add up
+            a, b, c = weight.unbind(side)
+            weight = torch.stack([c, b + c, a + b, a], side)
+        return weight.transpose(0, 1)
+
+    def forward(self, x):
+        return F.conv_transpose2d(F.pad(x, (1,) * 4, "replicate"), self.kernel(), self.bias, 2, 3)
 
 
 # ---- LoRA: W + (alpha / rank) B A as a parametrization (E2GAN) -----------------------------------
@@ -651,9 +759,13 @@ def save_network(path: Path, network: Network) -> None:
     write_tensors(path, network.state_dict(), {"kind": network.kind, "config": network.config})
 
 
-def load_generator(path: Path, device: torch.device | str = "cpu", kind=Generator.kind) -> Network:
-    """The generator in a file (or another kind of network), full or pruned, in eval mode; .sha256
-    is the file's hash. UserError unless the file holds what its config describes."""
+def load_generator(path: Path, device: torch.device | str = "cpu") -> Generator:
+    """The generator in a file, full or pruned, in eval mode; .sha256 is the file's hash."""
+    return load_network(path, Generator.kind, device)
+
+
+def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> Network:
+    """A network of this kind. UserError unless the file holds what its config describes."""
     tensors, metadata = read_tensors(path, kind)
     with explain(f"{path} does not hold what its config describes"):
         check_config(metadata["config"])
@@ -677,7 +789,7 @@ def base_discriminator(base: Path, generator: Generator) -> Discriminator:
     if not path.exists():
         raise UserError(f"{path} does not exist: --new-discriminator starts one")
     device = next(generator.parameters()).device
-    discriminator = load_generator(path, device, Discriminator.kind).train()
+    discriminator = load_network(path, Discriminator.kind, device).train()
     if discriminator.config.get("text_dim") != generator.config.get("text_dim"):
         raise UserError(f"{path} was trained with another generator than {base}")
     return discriminator

@@ -67,7 +67,9 @@ class Parser(argparse.ArgumentParser):
         flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
     def parse(self, demo: dict) -> argparse.Namespace:
-        """The flags. With --demo its defaults hold instead, and runs/ becomes runs/demo/."""
+        """The flags, and the stage's name. With --demo its defaults hold instead, and runs/ becomes
+        runs/demo/."""
+        self.set_defaults(stage=Path(self.prog).stem)
         if "--demo" in sys.argv[1:]:
             for key, value in vars(self.parse_args([])).items():
                 if isinstance(value, Path) and value.parts[:1] == ("runs",):
@@ -143,8 +145,14 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def from_first(number: float) -> float:
+    """The first process's number, told to all of them."""
+    return average(torch.tensor(float(number) * world() if rank() == 0 else 0.0)).item()
+
+
 def barrier() -> None:
-    average(torch.zeros(()))
+    """Returns when all processes have come here."""
+    from_first(0.0)
 
 
 # ---- Files: whole or not at all ------------------------------------------------------------------
@@ -244,8 +252,8 @@ def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -
     there is complete, and not to be renewed. settings: what the result depends on, flags and the
     hashes of what is read. A folder with other settings is an error; `overwrite` deletes it, but
     never a folder that is not a run."""
-    done = rank() == 0 and claim_folder(out.resolve(), settings, overwrite, renew)  # for all
-    return bool(average(torch.tensor(float(done))))
+    done = rank() == 0 and claim_folder(out.resolve(), settings, overwrite, renew)
+    return bool(from_first(done))
 
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
@@ -284,28 +292,28 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     return names
 
 
-def settings_of(args: argparse.Namespace, stage: str, **more: object) -> dict:
+def settings_of(args: argparse.Namespace, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and what the stage adds, such as
     hashes of what it reads; no paths, so that a run may be moved."""
     left_out = ("device", "overwrite", "demo", "fid")
     flags = {key: x for key, x in vars(args).items() if not isinstance(x, Path)}
-    return {"stage": stage, **{key: flags[key] for key in flags if key not in left_out}, **more}
+    return {**{key: flags[key] for key in flags if key not in left_out}, **more}
 
 
-def write_result(args, stage: str, began: float, tables: dict, reads=(), clip="", out=None) -> None:
-    """result.json, the last file of a run in `out` (default: args.out) that began at time.time():
-    the tables {title: rows} that `python runs.py` prints, and marks, what a reader of the numbers
-    must know: "demo", the CLIP tower's, those of the runs whose folders this one reads."""
-    marks = ["demo"] if args.demo else []
+def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=None) -> None:
+    """Prints the tables {title: rows} and ends the run in `out` (default: args.out) with them.
+    marks: what a reader of the numbers must know; "demo", and the marks of the runs whose folders
+    this one reads, are added. Its seconds are those since begin_run wrote settings.json."""
+    out = out or args.out
+    marks = [*(["demo"] if args.demo else []), *marks]
     for path in [folder / "result.json" for folder in reads]:
         found = read_json(path).get("marks") if path.exists() else None
         marks += map(str, found) if isinstance(found, list) else []
-    marks += ["stand-in CLIP (random weights)"] if clip.endswith(":random") else []
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
-    result = {"stage": stage, "marks": list(dict.fromkeys(marks))}
-    result |= {"seconds": round(time.time() - began, 1), "tables": tables}
-    write_json((out or args.out) / "result.json", result)
+    seconds = round(time.time() - (out / "settings.json").stat().st_mtime, 1)
+    result = {"stage": args.stage, "marks": list(dict.fromkeys(marks)), "seconds": seconds}
+    write_json(out / "result.json", {**result, "tables": tables})
 
 
 # ---- Tables: python runs.py [folder] -------------------------------------------------------------

@@ -30,7 +30,6 @@ from dataset import Pairs
 from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
-WARM_UP, PACE = 5, 20  # steps, slow ones and those that tell how many fit into --minutes
 OUTLIER = 5  # times the usual norm of gradients
 NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
@@ -41,16 +40,15 @@ def add_flags(parser: runs.Parser) -> None:
     flag, weight = parser.add_argument, runs.weight
     shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
     crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
-    minutes = "train about so long, each concept, not for --epochs (in stage 5 these divide it)"
     fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
     flag("--cache", type=Path, default="runs/cache", help=shared)
     flag("--crop", type=runs.number(int, 0), help=crop)
     flag("--batch", type=runs.count, default=16, help="pairs a step, all processes together")
+    flag("--steps", type=runs.count, help="how many steps, in place of --epochs")
     flag("--lr-d", type=runs.positive, default=2e-4, help="the discriminator's learning rate")
     flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
     flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
-    flag("--minutes", type=runs.positive, help=minutes)
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
     flag("--fid", choices=["auto", "off"], default="auto", help=fid)
     flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
@@ -110,25 +108,37 @@ def autocast(device: torch.device, precision: str = "auto"):
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
-    """The network under DDP, whose backward pass averages gradients; itself in one process."""
+    """The network under DDP, which averages its gradients over the processes while the backward
+    pass goes on; in one process the network itself.
+
+    Call what this returns wherever the network's own loss is computed. The generator's loss also
+    passes through the discriminator, but may use its plain weights: they are frozen there, so there
+    are no gradients to average, and the weights are the same in every process."""
     if world() == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(network)
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- A step --------------------------------------------------------------------------------------
 
 
 def adam(parameters, lr: float) -> torch.optim.Adam:
     """pix2pix's optimizer, but for its second beta of 0.999, after which what learned nothing for a
     while leaps by 16 learning rates when it does (1.6 with 0.9); 0.9 makes finer strokes."""
-    optimizer = torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
-    optimizer.register_step_pre_hook(limit_gradients)
-    return optimizer
+    return torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
+
+
+def descend(loss: torch.Tensor, optimizer: torch.optim.Adam) -> None:
+    """One step of an optimizer down a loss. Gradients are freed after it, not before the next one:
+    a hypernetwork's take as much memory as its weights."""
+    loss.backward()
+    limit_gradients(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
-def limit_gradients(optimizer: torch.optim.Adam, *_) -> None:
+def limit_gradients(optimizer: torch.optim.Adam) -> None:
     """Scales all gradients down to OUTLIER times their usual norm, which Adam's second moments tell
     (ours). On a flat crop one instance norm after the other divides by next to nothing: a norm of
     1e15 instead of 10, after which Adam would hardly move for hundreds of steps."""
@@ -149,39 +159,37 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
         group["lr"] = lr * min(1.0, 2 * (1 - step / steps))
 
 
-class Collapse(UserError):
-    """Training that can't be saved."""
+# ---- The loop ------------------------------------------------------------------------------------
+
+
+class Diverged(UserError):
+    """Training whose numbers are no longer finite."""
 
 
 class Loop:
-    """What goes around a stage's steps.
+    """What goes around a stage's steps: batches, Ctrl-C, the log, and the state to continue from.
 
         loop = Loop(args, data, steps, {"g": generator, "opt_g": opt_g}, out)
         for photo, edit, concept in loop:               # from where the state in `out` stopped
             ...                                         # loop.step: how many steps are done
-            if loop.record({"G": loss_g, "D": loss_d}, fake, edit, score):
+            if loop.record({"G": loss_g, "D": loss_d}): # ends the step
                 loop.save()                             # the first process, when it is time to
 
-    SIGINT and SIGTERM wait until a step is done; then the state is saved and the run ends. Of
-    several processes all stop after the same step. Without `out` nothing is read or written. A
-    stage may set loop.steps before `record`, to end sooner. loop.total is what schedules go by:
-    `steps`, or what fits into --minutes, known after loop.planned steps and saved at once."""
+    Ctrl-C and SIGTERM wait until the step is done; then all processes stop, and the first one
+    saves. Without `out` nothing is read or written. A stage may lower loop.steps to end sooner;
+    loop.total stays what it was, for schedules."""
 
-    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc="", share=1.0):
+    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc=""):
         """parts: modules and optimizers by name, all that a run needs to continue. name: begins
-        the names of state, log and curve, where a stage has two loops. share: of --minutes."""
+        the names of state, log and curve, where a stage has two loops."""
         self.args, self.data, self.out, self.desc = args, data, out, desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
         self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
         self.state = out and out / f"{self.prefix}state.safetensors"
-        self.minutes, self.clock = share * args.minutes if out and args.minutes else 0, []
-        self.plan = []  # the step when it was made, and that which --minutes end with
-        self.parts = {**parts, "losses": self.losses, "plan": self.plan}
+        self.parts = {**parts, "losses": self.losses}
+        self.total = self.steps = steps
         self.start, self.rows = load_state(self.state, self.parts)
-        no_plan = 0, 10**9 if self.minutes else steps
-        self.planned, self.total = map(int, self.plan or no_plan)
-        self.steps = self.total
         self.step = self.rows[-1]["step"] if self.start == self.total and self.rows else self.start
 
     def __iter__(self) -> Iterator[tuple]:
@@ -193,12 +201,11 @@ class Loop:
             caught.append(number)
 
         before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-        left, hide = range(self.start, self.total), rank() > 0
-        total = self.total if self.plan or not self.minutes else None
-        self.bar = tqdm(desc=self.desc, initial=self.start, total=total, disable=hide)
+        steps = range(self.start, self.total)
+        self.bar = tqdm(desc=self.desc, initial=self.start, total=self.total, disable=rank() > 0)
         self.began = time.time()
         try:
-            for batch in self.data.batches(args.batch, left, args.seed, self.device, args.crop):
+            for batch in self.data.batches(args.batch, steps, args.seed, self.device, args.crop):
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * world() + rank())
                 yield batch
                 self.bar.update()
@@ -214,59 +221,23 @@ class Loop:
             for n, handler in before.items():
                 signal.signal(n, handler)
 
-    def record(self, losses: dict, fake, edit, score, save: bool = False) -> bool:
-        """Ends a step. losses: scalars by name, whose means are logged every LOG_EVERY steps and
-        whenever it is time to save: every --save-every steps, after the last, and where `save`.
-        Collapse is raised before anything is written. Whether this process should save now."""
+    def record(self, losses: dict[str, torch.Tensor], save: bool = False) -> bool:
+        """Ends a step. Losses' means are logged every LOG_EVERY steps and when it is time to save:
+        every --save-every steps, after the last, and where `save`. Whether this process should."""
         self.step += 1
         self.losses.append(torch.stack(list(losses.values())).detach())
-        if self.minutes and not self.plan:
-            save = self.make_plan(score) or save
         save = save or self.step == self.steps or self.step % self.args.save_every == 0
         if save or self.step % LOG_EVERY == 0:
-            means = dict(zip(losses, self.health(fake, edit, score), strict=True))
-            self.rows.append({"step": self.step, **means})
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            means = average(torch.stack([x.to(self.device) for x in self.losses]).mean(0)).tolist()
+            finite = torch.stack([p.isfinite().all() for p in self.modules.parameters()]).all()
+            if not finite or not all(map(math.isfinite, means)):  # before anything is written
+                what = f"training diverged shortly before step {self.step}: a loss or a weight is"
+                raise Diverged(f"{what} not finite. {self.out} keeps its last checkpoint, if any")
+            self.rows.append({"step": self.step, **dict(zip(losses, means, strict=True))})
+            self.bar.set_postfix({name: f"{x:.4g}" for name, x in zip(losses, means, strict=True)})
             self.losses.clear()
         self.seconds += time.time() - self.began  # what the stage does from here on is no training
         return save and rank() == 0
-
-    def make_plan(self, score) -> bool:
-        """How many steps --minutes are, by the pace of PACE of them (or of those in a tenth of the
-        time), the slow first ones left out. Whether that is known now."""
-        score.sum().item()  # a GPU may still be at work
-        seconds = torch.tensor(self.seconds + time.time() - self.began)
-        self.clock.append(average(seconds).item())  # all processes come to the same plan
-        paced, passed = len(self.clock) - WARM_UP, self.clock[-1]
-        if paced < 1 or (paced < PACE and passed < 6 * self.minutes):
-            return False
-        pace = (passed - self.clock[WARM_UP - 1]) / paced
-        self.total = self.step + max(1, int((60 * self.minutes - passed) / pace))
-        self.steps, self.planned, self.bar.total = self.total, self.step, self.total
-        self.plan += [torch.tensor(self.planned), torch.tensor(self.total)]
-        return True
-
-    def health(self, fake, edit, score) -> list[float]:
-        """The losses' means since the last row, over all processes. Collapse where a loss or a
-        weight is not finite, where fakes (B, 3, H, W) differ less than 2 % as much as the edits
-        (not looked at where edit is None), or where a score is the same everywhere."""
-        losses = torch.stack([loss.to(self.device) for loss in self.losses]).mean(0)
-        edit = fake if edit is None else edit
-        spreads = [x.float().std(0, correction=0).mean() for x in (fake, edit)]
-        spreads = torch.stack([*spreads, score.float().std(correction=0)]).detach()
-        means = average(torch.cat([losses, spreads]))  # one verdict for all
-        *means, fakes, edits, scores = means.tolist()
-        finite = torch.stack([p.isfinite().all() for p in self.modules.parameters()]).all()
-        flat = score.numel() > 1 and scores < 1e-4
-        reason = "the discriminator gives everything the same score" if flat else ""
-        if edits > 1 / 255 and fakes < 0.02 * edits:
-            reason = "the generator makes the same picture of every photo"
-        if not finite or not all(map(math.isfinite, means)):
-            reason = "a loss or a weight is not finite"
-        if reason:
-            what = f"training collapsed shortly before step {self.step}: {reason}. {self.out} keeps"
-            raise Collapse(f"{what} its last checkpoint, if it has one; lower the learning rates")
-        return means
 
     def save(self) -> None:
         """Log, curve and state, by the first process."""

@@ -149,7 +149,7 @@ def bench_speedrun(args) -> tuple[str, list[dict]]:
     """Seconds of training until edits of held-out photos have the finest SWD that those of pix2pix
     have after --steps, or less, and at most the larger L1 of its and of the teacher's edits moved
     by six pixels (a stroke's width: strokes beside their places have more than blur). A stage is
-    given half as many --minutes again until it gets there, or up to an hour; the seconds of that
+    given half as many --epochs again until it gets there; the seconds of that
     last run count, not those of the tries before. Medians of --rounds seeds, on the CPU. Runs found
     in --out are not repeated: other --pairs and --base want another."""
     args.out /= f"{args.concept}-{args.steps}-steps-{args.threads}-threads"
@@ -179,18 +179,18 @@ def find(args, split: str) -> dataset.Pairs:
 
 def climb(args, goal: dict, way: str, seed: int) -> dict:
     """The measures of a stage's first run that reaches the goal."""
-    (number, *flags), minutes, measured = WAYS[way].split(), args.minutes, {}
+    (number, *flags), epochs, measured = WAYS[way].split(), args.epochs, {}
     flags += [*SHORT.split(), "--concept", args.concept, "--seed", seed, "--pairs", args.pairs]
     flags += ["--cache", args.out / "cache", *(["--base", args.base] if number == "04" else [])]
-    while minutes < 60 and any(measured.get(key, math.inf) > most for key, most in goal.items()):
-        out = args.out / f"{way} {seed} {60 * minutes:.0f}s".replace(" ", "-")
+    while epochs < 400 and any(measured.get(key, math.inf) > most for key, most in goal.items()):
+        out = args.out / f"{way} {seed} {epochs:.0f} epochs".replace(" ", "-")
         if not runs.files_below(out, "result.json"):
-            more = ["--minutes", minutes, "--out", out, "--overwrite"]
+            more = ["--epochs", int(epochs), "--out", out, "--overwrite"]
             run_stage(script(number), Path(), *flags, *more, threads=args.threads)
         [file] = runs.files_below(out, "result.json")
         measured = summary(runs.read_json(file)["tables"])
         print(way, seed, measured, file=sys.stderr, flush=True)
-        minutes *= 1.5
+        epochs *= 1.5
     return measured
 
 
@@ -292,18 +292,15 @@ def prune_steps(name: str, args, answer) -> None:
                 fake = generator(photo, concept)
                 score = discriminator(photo, fake, text).float()
             l1 = (fake.float() - edit).abs().mean()
-            ((score - 1).square().mean() + 100 * l1).backward()
-        opt_g.step()
-        opt_g.zero_grad()
+            loss_g = (score - 1).square().mean() + 100 * l1
+        training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
         with training.autocast(device, args.precision):
             pictures, texts = torch.cat([edit, fake.detach()]), text.repeat(2, 1)
             scores = discriminator(photo.repeat(2, 1, 1, 1), pictures, texts).float()
         real_score, fake_score = scores.chunk(2)
         loss_d = (real_score - 1).square().mean() + fake_score.square().mean()
-        loss_d.backward()
-        opt_d.step()
-        opt_d.zero_grad()
+        training.descend(loss_d, opt_d)
         discriminator.score.bias.sum().item()  # a GPU may still be at work
 
     step()
@@ -383,7 +380,7 @@ def main() -> None:
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="speedrun: stage 3's")
     flag("--concept", default="starry", help="speedrun: the edit, new to --base")
     flag("--steps", type=int, default=240, help="speedrun: pix2pix's")
-    flag("--minutes", type=float, default=0.1, help="speedrun: the first try's")
+    flag("--epochs", type=float, default=1, help="speedrun: the first try's")
     flag("--out", type=Path, default="runs/speedrun", help="speedrun: keeps what was measured")
     args = parser.parse_args()
     print(runs.markdown(*BENCHMARKS[args.name](args)), flush=True)

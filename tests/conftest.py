@@ -148,6 +148,7 @@ def write_pairs():
         runs.write_tensors(path, features, {"kind": "features", **metadata})
         prompts = {name: {"prompt": f"make it {name}"} for name in edits}
         runs.write_json(folder / "concepts.json", prompts)
+        runs.write_json(folder / "result.json", {"marks": ["stand-in CLIP (random weights)"]})
         return folder
 
     return write

@@ -33,6 +33,7 @@ def pairs(tmp_path):
     runs.write_tensors(folder / "features.safetensors", features, about)
     prompts = {name: {"prompt": f"paint it {name}"} for name in COLOURS}
     runs.write_json(folder / "concepts.json", prompts)
+    runs.write_json(folder / "result.json", {"marks": ["stand-in CLIP (random weights)"]})
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import import_stage, random_rows, write_adapter
+from conftest import random_rows, write_adapter
 from safetensors import safe_open
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,7 @@ import runs
 
 CONCEPTS = [{"name": name, "prompt": f"make it {name}"} for name in ("sketch", "night")]
 GENERATORS = [*common.ARCHITECTURES, "e2gan without text"]
-DCGAN = import_stage("05").dcgan_networks  # kept: a module made anew would have other classes
+
 NETWORKS = [*GENERATORS, "patchgan", "patchgan with text", "patchgan without photo"]
 NETWORKS += ["dcgan generator", "dcgan discriminator"]
 architectures = pytest.mark.parametrize("arch", GENERATORS)
@@ -53,7 +53,7 @@ def make_network(name):
         return make(name)
     if name.startswith("dcgan"):
         torch.manual_seed(0)
-        return randomize(DCGAN(8, 32)[name.split()[1]])
+        return randomize(common.dcgan_networks(8, 32)[name.split()[1]])
     generator = make("e2gan" if name == "patchgan with text" else "resnet9")
     return randomize(common.new_discriminator(generator, photo=name != "patchgan without photo"))
 
@@ -392,7 +392,7 @@ def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
     whole, path = make_network(name), tmp_path / "n.safetensors"
     for network in (whole, common.slice_network(whole, half(whole)).eval()):
         common.save_network(path, network)
-        loaded = common.load_generator(path, kind=network.kind)
+        loaded = common.load_network(path, network.kind)
         assert torch.equal(output(loaded), output(network))
         assert loaded.config == network.config and loaded.sha256 == runs.sha256(path)
         if name not in GENERATORS:  # stages that edit photos refuse it
@@ -436,7 +436,7 @@ def test_demo_has_its_own_defaults_and_folders_and_a_flag_beats_them(monkeypatch
     demo = parse("--demo", "--pairs", "runs/pairs")
     assert demo.width == 32 and demo.out == Path("runs/demo/base")
     assert demo.pairs == Path("runs/pairs") and parse("--demo", "--width", "8").width == 8
-    moved = [runs.settings_of(parse(*flags), "x") for flags in ((), ("--out", "y"))]
+    moved = [runs.settings_of(parse(*flags)) for flags in ((), ("--out", "y"))]
     assert moved[0] == moved[1] == {"stage": "x", "width": 64, "seed": 0}
 
 

@@ -89,7 +89,7 @@ def networks(folder):
         torch.manual_seed(4)
         made[f"{name}, D"] = common.new_discriminator(made[name], photo=name != "resnet9")
     torch.manual_seed(3)
-    dcgan = import_stage("05").dcgan_networks(8, 32)
+    dcgan = common.dcgan_networks(8, 32)
     torch.manual_seed(4)
     made["dcgan, D"] = common.build_network(dcgan["discriminator"].config)
     made["dcgan"] = dcgan["generator"]
