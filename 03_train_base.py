@@ -112,7 +112,7 @@ def add_wrong_prompts(rows: list[dict], generator, test) -> None:
     """Adds the PSNR of another concept's prompt, on 32 photos: lower where prompts matter."""
     for c, row in enumerate(rows):
         photos, edits = test.pictures(c, 32)
-        wrong = generator.concept(test.concepts[c - 1]["name"])
+        wrong = generator.concept_index(test.concepts[c - 1]["name"])
         fakes = training.run_generator(generator, photos, wrong)
         row["wrong prompt dB"] = training.mean_psnr(fakes, edits)
 
@@ -126,7 +126,8 @@ def main() -> None:
     tokens, clip = None, ""
     if args.arch == "e2gan" and not args.no_text:
         tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
-    training.fill_in(args, train.size, whole=args.arch == "unet256")
+    args.l1 = training.l1_weight(args)
+    args.crop = training.crop_size(args.crop, train.size, whole=args.arch == "unet256")
     device = training.start(args)
     blocks = args.blocks.split(",") if args.blocks else None
     generator = common.new_generator(

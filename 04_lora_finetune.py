@@ -121,16 +121,16 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
 def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: float) -> None:
     """fp16 A and B of every adapted layer and the prompt's token features. A reader without this
     code adds (alpha / rank) B A to the base's <layer>.weight, seen as (out, in * k * k)."""
-    tensors, ranks, place = {}, {}, generator.concept(concept)
+    tensors, ranks, index = {}, {}, generator.concept_index(concept)
     for name, module in common.named_layers(generator):
         if parametrize.is_parametrized(module, "weight"):
             lora = module.parametrizations.weight[-1]
             tensors |= {f"{name}.lora_A": lora.lora_A.half(), f"{name}.lora_B": lora.lora_B.half()}
             ranks[name] = len(lora.lora_A)
     if generator.takes_text:
-        tensors["tokens"] = generator.known()[place][1].half()
+        tensors["tokens"] = generator.known_concepts()[index][1].half()
     about = {"kind": "adapter", "base": base_sha256, "alpha": alpha}
-    about |= {**generator.config["concepts"][place], "ranks": ranks}
+    about |= {**generator.config["concepts"][index], "ranks": ranks}
     runs.write_tensors(path, tensors, about)
 
 
@@ -194,7 +194,7 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
     tokens = [None]
     if generator.takes_text:
         tokens, _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
-    generator.set_known([*generator.known(), (concept, tokens[0])])
+    generator.set_known_concepts([*generator.known_concepts(), (concept, tokens[0])])
     if args.mode == "lora":
         add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
     else:
@@ -209,7 +209,7 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
 def finetune(args, networks, train, steps: int, out: Path | None = None, test=None) -> dict:
     """The loop. A probe has no `out`, where state and pictures of `test` go. Returns its pace."""
     generator, discriminator = networks
-    place = generator.concept(train.concepts[0]["name"])
+    index = generator.concept_index(train.concepts[0]["name"])
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     ddp_generator = training.data_parallel(generator)
@@ -222,7 +222,7 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
         training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
 
         with training.autocast(photo.device, args.precision):
-            fake = ddp_generator(photo, concept + place)
+            fake = ddp_generator(photo, concept + index)
             score_real = ddp_discriminator(photo, edit).float()
             score_fake = ddp_discriminator(photo, fake.detach()).float()
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
@@ -381,7 +381,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     generator = networks[0].eval()
     row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None}
     photos, edits = test.pictures(0)
-    before = training.run_generator(generator, photos, generator.concept(name))
+    before = training.run_generator(generator, photos, generator.concept_index(name))
     row["before dB"] = training.mean_psnr(before, edits)
     steps = args.steps or args.epochs * dataset.steps_per_epoch(train.counts, args.batch)
     pace = finetune(args, networks, train, steps, out, test)
@@ -391,7 +391,7 @@ def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
     if args.mode == "lora":
         save_adapter(file, generator, name, base.sha256, args.alpha)
     else:
-        generator.set_known([generator.known()[generator.concept(name)]])
+        generator.set_known_concepts([generator.known_concepts()[generator.concept_index(name)]])
         common.save_network(file, generator)
     row |= training.evaluate(generator, test, args.fid == "auto")[0]
     row["trained weights"] = sum(p.numel() for p in generator.parameters() if p.requires_grad)
@@ -407,7 +407,8 @@ def main() -> None:
     args.device = training.start(args)
     concepts, base = dataset.chosen_concepts(args, "new"), common.load_generator(args.base)
     size = dataset.find_pairs(args.pairs, "test", concepts[:1]).size
-    training.fill_in(args, size, whole=base.config["arch"] == "unet256")
+    args.l1 = training.l1_weight(args)
+    args.crop = training.crop_size(args.crop, size, whole=base.config["arch"] == "unet256")
     if not args.new_discriminator:
         common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":

@@ -315,15 +315,15 @@ class Pix2pix(Task):
             discriminator = common.base_discriminator(Path(args.generator), generator)
         super().__init__({"generator": generator, "discriminator": discriminator})
         self.args = args
-        places = [generator.concept(concept["name"]) for concept in data.concepts]
-        self.register_buffer("places", torch.tensor(places), persistent=False)
+        indices = [generator.concept_index(concept["name"]) for concept in data.concepts]
+        self.register_buffer("concept_indices", torch.tensor(indices), persistent=False)
 
     def text(self, concept):
-        return common.prompt_embedding(self.networks["generator"], self.places[concept])
+        return common.prompt_embedding(self.networks["generator"], self.concept_indices[concept])
 
     def fakes(self, batch):
         photo, _, concept = batch
-        return [self.ddp["generator"](photo, self.places[concept])]
+        return [self.ddp["generator"](photo, self.concept_indices[concept])]
 
     def generator_loss(self, batch, fakes):
         photo, edit, concept = batch
@@ -424,8 +424,8 @@ def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
         if len(pool) < POOL:
             pool.append(fake.clone())
         elif torch.rand(()) < 0.5:
-            place = int(torch.randint(POOL, ()))
-            pool[place], fake = fake.clone(), pool[place].to(fake.device)
+            i = int(torch.randint(POOL, ()))
+            pool[i], fake = fake.clone(), pool[i].to(fake.device)
         given.append(fake)
     return torch.stack(given)
 
@@ -489,16 +489,16 @@ class SideBySide(dataset.Pairs):
     """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
-        places = torch.arange(2 * len(files)).view(2, -1).T
-        super().__init__([*files, *files], size, concepts, [places], direction)
+        indices = torch.arange(2 * len(files)).view(2, -1).T
+        super().__init__([*files, *files], size, concepts, [indices], direction)
         self.direction = direction
 
-    def load(self, place):
-        picture = dataset.read_picture(self.files[place])
+    def load(self, index):
+        picture = dataset.read_picture(self.files[index])
         width, height = picture.size
         if width != 2 * height:
-            raise UserError(f"{self.files[place]} is {width}x{height}, no two squares side by side")
-        left = 0 if (place < len(self.places[0])) == (self.direction == "AtoB") else height
+            raise UserError(f"{self.files[index]} is {width}x{height}, no two squares side by side")
+        left = 0 if (index < len(self.indices[0])) == (self.direction == "AtoB") else height
         half = picture.crop((left, 0, left + height, height))
         half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
         return dataset.to_pixels(half)
@@ -513,14 +513,14 @@ class Sets(dataset.Pictures):
         super().__init__([*itertools.chain(*sets)], size, concepts, self.sets)
         self.counts, self.starts = [max(self.sets)], [0, self.sets[0]][: len(sets)]
 
-    def load(self, place):
-        return dataset.to_pixels(dataset.read_square(self.files[place], self.size))
+    def load(self, index):
+        return dataset.to_pixels(dataset.read_square(self.files[index], self.size))
 
     def plan(self, step, batch, seed):
         k = len(self.sets)
         picks, flips = dataset.draw_picks(self.sets, k * batch, step, seed)  # they take turns
-        places = picks[:, 1].view(batch, k) + torch.tensor(self.starts)
-        return places, flips.view(batch, k), torch.zeros(batch, dtype=torch.long)
+        indices = picks[:, 1].view(batch, k) + torch.tensor(self.starts)
+        return indices, flips.view(batch, k), torch.zeros(batch, dtype=torch.long)
 
 
 def take_apart(pairs: Path, concept: str) -> list[Sets]:
@@ -674,7 +674,9 @@ def main() -> None:
     data, test = read_data(args, trained)
     task = TASKS[args.task](args, data, trained).to(device)
     archs = {network.config["arch"] for network in task.networks.values()}
-    training.fill_in(args, data.size, whole=bool(archs & {"unet256", "dcgan"}))
+    args.l1 = training.l1_weight(args)
+    whole = bool(set(archs) & {"unet256", "dcgan"})
+    args.crop = training.crop_size(args.crop, data.size, whole)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good

@@ -189,7 +189,7 @@ def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
     if generator.takes_text:
         prompt = model.graph.inputs.pop(1)
-        text = generator.known()[place][1][None]  # (1, T, D)
+        text = generator.known_concepts()[place][1][None]  # (1, T, D)
         prompt.const_value, prompt.shape = ir.tensor(text.numpy()), ir.Shape(text.shape)
         model.graph.register_initializer(prompt)
     return ir.to_proto(simplify(model))
@@ -294,7 +294,7 @@ def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, c
         adapted = copy.deepcopy(base)
         place = common.load_adapter(adapted, path, strength)
         common.merge(adapted)
-        adapted.set_known([adapted.known()[place]])
+        adapted.set_known_concepts([adapted.known_concepts()[place]])
         adapted.adapter = path
         known[adapted.config["concepts"][0]["name"]] = adapted
     return known
@@ -324,13 +324,13 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
     onnx.checker.check_model(folder / "base.onnx", full_check=True)
     concepts, files, source = [], {}, next(iter(known.values()))
     for name, source in known.items():
-        about = source.config["concepts"][source.concept(name)]
+        about = source.config["concepts"][source.concept_index(name)]
         about = {"name": name, "prompt": about["prompt"]}
         if hasattr(source, "adapter"):
             about["adapter"] = f"adapters/{name}.safetensors"
             shutil.copyfile(source.adapter, folder / about["adapter"])
         else:
-            about["place"] = source.concept(name)
+            about["place"] = source.concept_index(name)
         concepts.append(about)
     for path in sorted(folder.rglob("*.*")):
         about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
@@ -346,7 +346,7 @@ def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generato
 
 def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate, args) -> bytes:
     """A file that stands alone, converted by calibrate, uint8 (N, 3, S, S)."""
-    place = source.concept(name)
+    place = source.concept_index(name)
     proto = convert(specialize(graph, source, place), args.precision, calibrate)
     about = {"concept": name, "prompt": source.config["concepts"][place]["prompt"]}
     about |= {"base sha256": source.sha256, "precision": args.precision, **limits_of(source)}
@@ -360,7 +360,7 @@ def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate,
 @torch.no_grad()
 def prove(model, name: str, source: common.Generator, photos: torch.Tensor, args) -> dict:
     """The model's distance from PyTorch on some photos, as columns; UserError beyond TOLERANCE."""
-    place, (most, least) = source.concept(name), TOLERANCE[args.precision]
+    place, (most, least) = source.concept_index(name), TOLERANCE[args.precision]
     fake, wanted = run_onnx(model, photos), source(dataset.to_float(photos), torch.tensor([place]))
     if args.io == "uint8":  # what bytes can say of it; one may be rounded the other way
         wanted, most = dataset.to_float(dataset.to_uint8(wanted)), most + 2 / 255
@@ -440,7 +440,7 @@ def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, 
         print(f"{name} ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB")
         for each in [source, *others]:
             if name in {concept["name"] for concept in each.config["concepts"]}:
-                edit = training.run_generator(each, photos[:1], each.concept(name))[0]
+                edit = training.run_generator(each, photos[:1], each.concept_index(name))[0]
                 shown[kind(each).split()[0]] = edit
         pictures[name + " (adapter)" * hasattr(source, "adapter")] = [*map(shown.get, columns)]
         if not args.merged:

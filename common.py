@@ -34,11 +34,11 @@ def all_widths(config: dict) -> dict[str, int]:
     return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
 
 
-def layer(kind: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
+def layer(cls: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
     """A Conv2d, ConvTranspose2d or Linear from the groups it reads and writes (a name or a tuple of
     names), carried as .reads and .writes. Weights start as N(0, 0.02) (pix2pix), biases as 0."""
     reads, writes = ((g,) if isinstance(g, str) else tuple(g) for g in (reads, writes))
-    module = kind(sum(widths[g] for g in reads), sum(widths[g] for g in writes), *args, **options)
+    module = cls(sum(widths[g] for g in reads), sum(widths[g] for g in writes), *args, **options)
     nn.init.normal_(module.weight, 0.0, 0.02)
     nn.init.zeros_(module.bias)
     module.reads, module.writes = reads, writes
@@ -50,9 +50,9 @@ def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in network.named_modules() if hasattr(module, "reads"))
 
 
-def out_first(weight: torch.Tensor, kind: type) -> torch.Tensor:
+def out_first(weight: torch.Tensor, cls: type) -> torch.Tensor:
     """A weight, outputs first, which transposed convolutions have second; its own inverse."""
-    return weight.transpose(0, 1) if issubclass(kind, nn.ConvTranspose2d) else weight
+    return weight.transpose(0, 1) if issubclass(cls, nn.ConvTranspose2d) else weight
 
 
 class ConvNorm(nn.Module):
@@ -159,7 +159,8 @@ class TransformerBlock(nn.Module):
 class Network(nn.Module):
     """config, to be rebuilt from: arch, width, size (pixels it is trained at), widths and full
     ({group: channels} now and unpruned), text_dim if it sees prompts, and what its class reads.
-    `kind`: what its file says it holds; `example(size, batch, device)`: inputs of its forward."""
+    `file_kind`: what its file says that it holds. `example(size, batch, device)`: inputs of its
+    forward."""
 
     sha256 = ""  # of the file that it comes from
 
@@ -173,7 +174,7 @@ class Generator(Network):
     Text-conditioned ones have config["clip"] (the text tower's name) too; tokens (concepts, T, D)
     and mask (concepts, T) hold the prompts' features, so using a trained one needs no CLIP."""
 
-    kind = "generator"
+    file_kind = "generator"
 
     def __init__(self, config: dict):
         super().__init__(config)
@@ -195,21 +196,21 @@ class Generator(Network):
         photo = torch.randn(batch, 3, size, size, device=device)
         return photo, torch.zeros(batch, dtype=torch.long, device=device)
 
-    def concept(self, name: str) -> int:
+    def concept_index(self, name: str) -> int:
         """A concept's place; the last one's where an adapter brought a name that the base had."""
         names = [concept["name"] for concept in self.config["concepts"]]
         if name not in names:
             raise UserError(f"unknown concept {name!r}; this generator knows {', '.join(names)}")
         return len(names) - 1 - names[::-1].index(name)
 
-    def known(self) -> list[tuple[dict, torch.Tensor | None]]:
+    def known_concepts(self) -> list[tuple[dict, torch.Tensor | None]]:
         """Its concepts, each with its prompt's text features (T, D), None without text."""
         prompts = [None] * len(self.config["concepts"])
         if self.takes_text:
             prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
         return list(zip(self.config["concepts"], prompts, strict=True))
 
-    def set_known(self, known: list[tuple[dict, torch.Tensor | None]]) -> None:
+    def set_known_concepts(self, known: list[tuple[dict, torch.Tensor | None]]) -> None:
         """Makes these all that it knows. UserError, and nothing changed, if features do not fit."""
         if self.takes_text:
             prompts, width = [tokens for _, tokens in known], self.config["text_dim"]
@@ -372,7 +373,7 @@ def new_generator(arch, width, size, concepts, tokens=None, clip="", blocks=None
         raise UserError(f"{arch} without prompts learns one --concept, not {len(concepts)}")
     generator = build_network(generator_config(arch, width, size, concepts, blocks, **text))
     if text:
-        generator.set_known(list(zip(concepts, tokens, strict=True)))
+        generator.set_known_concepts(list(zip(concepts, tokens, strict=True)))
     return generator
 
 
@@ -399,7 +400,7 @@ class Discriminator(Network):
     text the mean token as a unit vector (a choice of ours, after the projection discriminator; at
     CLIP's own length, about 18, the product drowned the rest)."""
 
-    kind = "discriminator"
+    file_kind = "discriminator"
 
     def __init__(self, config):
         super().__init__(config)
@@ -464,7 +465,7 @@ class DcganGenerator(Network):
     """DCGAN's generator (arXiv 1511.06434): noise to 4x4, doubled up to config["size"]; batch norm
     and ReLU, tanh at the end. Its convolutions keep their biases, which the norms erase."""
 
-    kind = "dcgan generator"
+    file_kind = "dcgan generator"
 
     def __init__(self, config):
         super().__init__(config)
@@ -489,7 +490,7 @@ class DcganGenerator(Network):
 class DcganDiscriminator(Network):
     """DCGAN's: strided convolutions down to 4x4, batch norm but after the first, one score."""
 
-    kind = "discriminator"
+    file_kind = "discriminator"
 
     def __init__(self, config):
         super().__init__(config)
@@ -620,7 +621,7 @@ class LoRA(nn.Module):
 
     def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
-        self.kind, self.scale = type(module), scale
+        self.layer_class, self.scale = type(module), scale
         self.lora_A = nn.Parameter(lora_A.float().to(module.weight.device))
         self.lora_B = nn.Parameter(lora_B.float().to(module.weight.device))
 
@@ -628,7 +629,9 @@ class LoRA(nn.Module):
         device = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):
             delta = self.scale * (self.lora_B @ self.lora_A)  # (out, in * k * k)
-        return weight + out_first(delta.view(out_first(weight, self.kind).shape), self.kind)
+        return weight + out_first(
+            delta.view(out_first(weight, self.layer_class).shape), self.layer_class
+        )
 
 
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
@@ -660,7 +663,9 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
             lora(module.weight)  # raises where the shapes differ
             loras.append((module, lora))
         concept = {"name": metadata["name"], "prompt": str(metadata["prompt"]), "adapter": True}
-        generator.set_known([*generator.known(), (concept, tensors.get("tokens"))])
+        generator.set_known_concepts(
+            [*generator.known_concepts(), (concept, tensors.get("tokens"))]
+        )
     for module, lora in loras:
         parametrize.register_parametrization(module, "weight", lora)
     return len(generator.config["concepts"]) - 1
@@ -669,7 +674,9 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
 def unload_adapters(generator: Generator) -> None:
     """The base as it was before load_adapter, its weights bit for bit."""
     merge(generator, keep_weights=False)
-    generator.set_known([known for known in generator.known() if not known[0].get("adapter")])
+    generator.set_known_concepts(
+        [known for known in generator.known_concepts() if not known[0].get("adapter")]
+    )
 
 
 # ---- Hypernetwork: a weight made from the latents of the channels that it joins ------------------
@@ -693,11 +700,11 @@ class Hypernetwork(nn.Module):
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
-        self.kind = type(module)
+        self.layer_class = type(module)
         self.z_out = lambda: torch.cat([latents[g] for g in module.writes])  # shared, not owned
         self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
         with torch.no_grad():
-            weight = out_first(module.weight, self.kind)
+            weight = out_first(module.weight, self.layer_class)
             weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
             k, o, i = weight.shape
             e = min(8, k)
@@ -718,7 +725,7 @@ class Hypernetwork(nn.Module):
         z = self.z_out()[:, None] * self.z_in() + self.b0  # (O, I)
         e = z * self.w1 + self.b1  # (E, O, I)
         weight = torch.stack((self.w2 * e).sum(1).unbind(), -1)  # (O, I, K)
-        return b2 + out_first(weight.view(out_first(b2, self.kind).shape), self.kind)
+        return b2 + out_first(weight.view(out_first(b2, self.layer_class).shape), self.layer_class)
 
 
 def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
@@ -756,17 +763,18 @@ def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
 
 
 def save_network(path: Path, network: Network) -> None:
-    write_tensors(path, network.state_dict(), {"kind": network.kind, "config": network.config})
+    write_tensors(path, network.state_dict(), {"kind": network.file_kind, "config": network.config})
 
 
 def load_generator(path: Path, device: torch.device | str = "cpu") -> Generator:
     """The generator in a file, full or pruned, in eval mode; .sha256 is the file's hash."""
-    return load_network(path, Generator.kind, device)
+    return load_network(path, Generator.file_kind, device)
 
 
-def load_network(path: Path, kind: str, device: torch.device | str = "cpu") -> Network:
-    """A network of this kind. UserError unless the file holds what its config describes."""
-    tensors, metadata = read_tensors(path, kind)
+def load_network(path: Path, file_kind: str, device: torch.device | str = "cpu") -> Network:
+    """The network in a file of this kind, in eval mode; .sha256 is the file's hash. UserError
+    unless the file holds what its config describes."""
+    tensors, metadata = read_tensors(path, file_kind)
     with explain(f"{path} does not hold what its config describes"):
         check_config(metadata["config"])
         with torch.device("meta"):  # no memory until the shapes are known to match the tensors
@@ -789,7 +797,7 @@ def base_discriminator(base: Path, generator: Generator) -> Discriminator:
     if not path.exists():
         raise UserError(f"{path} does not exist: --new-discriminator starts one")
     device = next(generator.parameters()).device
-    discriminator = load_network(path, Discriminator.kind, device).train()
+    discriminator = load_network(path, Discriminator.file_kind, device).train()
     if discriminator.config.get("text_dim") != generator.config.get("text_dim"):
         raise UserError(f"{path} was trained with another generator than {base}")
     return discriminator

@@ -119,8 +119,8 @@ def picture_grid(rows, columns: Sequence[str], labels: Sequence[str], cell=160) 
 
 
 class Pictures:
-    """Pictures of one size in numbered places. After `cache`, pixels (places, 3, S, S) uint8 are
-    there. A subclass has plan(step, batch, seed), a function of these alone: the places (B, k) of
+    """Pictures of one size, numbered. After `cache`, pixels (pictures, 3, S, S) uint8 are
+    there. A subclass has plan(step, batch, seed), a function of these alone: the indices (B, k) of
     a batch's rows of k pictures, whether each is mirrored (B, k) bool, and concepts (B,) long."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
@@ -141,9 +141,9 @@ class Pictures:
             file.seek(max(0, length - 4096))
             return f"{path.name} {length}".encode() + file.read()
 
-    def load(self, place: int) -> torch.Tensor:
-        """uint8 (3, S, S), decoded from the place's file; UserError if that is broken."""
-        return read_image(self.files[place], self.size)
+    def load(self, index: int) -> torch.Tensor:
+        """uint8 (3, S, S), decoded from the picture's file; UserError if that is broken."""
+        return read_image(self.files[index], self.size)
 
     def cache(self, folder: Path):
         """Decodes every picture into <folder>/<hash>.u8, unless that is there, and maps it: the
@@ -158,29 +158,29 @@ class Pictures:
         return self
 
     def write_pixels(self, path: Path) -> None:
-        places = range(len(self.files))
+        indices = range(len(self.files))
         with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-            done = prefetch(pool, self.load, places)  # pool.map would fill memory on a slow disk
-            for pixels in tqdm(done, "decoding", len(places), leave=False, delay=2):
+            done = prefetch(pool, self.load, indices)  # pool.map would fill memory on a slow disk
+            for pixels in tqdm(done, "decoding", len(indices), leave=False, delay=2):
                 file.write(pixels.numpy())
 
     def batches(self, batch, steps: range, seed, device: torch.device, crop=0) -> Iterator[tuple]:
         """Yields for each step this process's share of the plan, on the device: k tensors
         (B / world, 3, S, S) in [-1, 1] (of pairs: photo and edit), and concept (B / world,) long.
-        S: the pictures' size, or that of random crops, one place a row of the batch. A thread
+        S: the pictures' size, or that of random crops, one corner a row of the batch. A thread
         gathers and pins two steps ahead, so that nothing here waits on CUDA."""
         if batch % world():
             raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
         side, share = crop or self.size, slice(rank(), None, world())
 
         def gather(step: int) -> list[torch.Tensor]:
-            places, flips, concept = (x[share] for x in self.plan(step, batch, seed))
+            indices, flips, concept = (x[share] for x in self.plan(step, batch, seed))
             rng, cuts = np.random.default_rng([seed, step]), []
             corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
             source = self.pixels.numpy()  # torch's copies would start a second team of threads
-            for column in places.T.tolist():
-                for place, (y, x) in zip(column, corners, strict=True):
-                    cuts.append(source[place, :, y : y + side, x : x + side])
+            for column in indices.T.tolist():
+                for index, (y, x) in zip(column, corners, strict=True):
+                    cuts.append(source[index, :, y : y + side, x : x + side])
             parts = [torch.from_numpy(np.stack(cuts)), flips.T.flatten(), concept.clone()]
             return [part.pin_memory() for part in parts] if device.type == "cuda" else parts
 
@@ -192,24 +192,24 @@ class Pictures:
 
 
 class Pairs(Pictures):
-    """Photos and edits. places: per concept (n, 2) long, where each pair's photo and edit are."""
+    """Photos and edits. indices: per concept (n, 2) long, where each pair's photo and edit are."""
 
-    def __init__(self, files, size, concepts, places: list[torch.Tensor], about: object = ""):
+    def __init__(self, files, size, concepts, indices: list[torch.Tensor], about: object = ""):
         super().__init__(files, size, concepts, about)
-        self.places = places
+        self.indices = indices
 
     @property
     def counts(self) -> list[int]:
-        return [len(places) for places in self.places]
+        return [len(indices) for indices in self.indices]
 
     def plan(self, step, batch, seed):
         picks, flips = draw_picks(self.counts, batch, step, seed)
-        places = torch.stack([self.places[c][i] for c, i in picks.tolist()])
-        return places, flips[:, None].expand(-1, 2), picks[:, 0]
+        indices = torch.stack([self.indices[c][i] for c, i in picks.tolist()])
+        return indices, flips[:, None].expand(-1, 2), picks[:, 0]
 
     def pictures(self, concept: int, count: int | None = None) -> tuple:
         """A concept's first photos and edits, or all, uint8 (count, 3, S, S) each."""
-        photos, edits = self.places[concept][:count].T
+        photos, edits = self.indices[concept][:count].T
         return self.pixels[photos], self.pixels[edits]
 
 
@@ -226,9 +226,9 @@ def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iter
 
 def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple:
     """The batch of a step: picks (B, 2) [concept, i] and flips (B,)."""
-    epoch, place = divmod(step, steps_per_epoch(counts, batch))
+    epoch, batch_index = divmod(step, steps_per_epoch(counts, batch))
     order = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
-    return tuple(part[place * batch : (place + 1) * batch] for part in order)
+    return tuple(part[batch_index * batch : (batch_index + 1) * batch] for part in order)
 
 
 @functools.lru_cache(maxsize=1)  # once an epoch: with 600,000 pairs it takes as long as some steps
@@ -293,20 +293,20 @@ def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> P
     edits = {name: edit_names(pairs, split, name) for name in names}
     photos = sorted(set().union(*edits.values()))
     files = [pairs / split / "source" / photo for photo in photos]
-    size, places = read_image(files[0]).shape[-1], []
+    size, indices = read_image(files[0]).shape[-1], []
     if size % 8 or size < 24:
         raise UserError(f"{pairs}: {size} pixels; the networks need a multiple of 8 from 24 on")
     for name in names:
         photo = torch.from_numpy(np.searchsorted(photos, edits[name]))
-        places.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
+        indices.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
         files += [pairs / split / name / edit for edit in edits[name]]
     concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
-    found = Pairs(files, size, concepts, places)
+    found = Pairs(files, size, concepts, indices)
     if samples is not None:
         samples = sorted(set(samples))
         if absent := sorted(set(samples) - set(edits[names[0]])):
             raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
-        found.places[0] = places[0][np.searchsorted(edits[names[0]], samples)]
+        found.indices[0] = indices[0][np.searchsorted(edits[names[0]], samples)]
         found.data_hash = hashlib.sha256(f"{found.data_hash} {samples}".encode()).hexdigest()[:16]
     return found
 

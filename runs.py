@@ -81,11 +81,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def number(kind: type, low: float, high: float = 10**9, above: bool = False) -> Callable:
+def number(convert: type, low: float, high: float = 10**9, above: bool = False) -> Callable:
     """A type for argparse: an int or a float from `low` on (or `above` it) up to `high`."""
 
     def parse_number(text: str):
-        value = kind(text)
+        value = convert(text)
         if not low <= value <= high or (above and value == low):
             limits = f"{'above' if above else 'from'} {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: give a number {limits}")
@@ -219,25 +219,25 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
         replace_file(path, lambda part: save_file(tensors, part, about))
 
 
-def read_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict]:
+def read_tensors(path: Path, file_kind: str) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and metadata of a file that write_tensors wrote with this metadata["kind"];
     UserError for anything else, such as weights that are not finite."""
     path = Path(path)
     if not path.is_file():
-        maker = "; 01_distill_pairs.py makes it" if kind == "features" else ""
+        maker = "; 01_distill_pairs.py makes it" if file_kind == "features" else ""
         raise UserError(f"{path} does not exist{maker}")
-    with explain(f"{path} is no {kind} of ours, or truncated"):
+    with explain(f"{path} is no {file_kind} of ours, or truncated"):
         size = path.stat().st_size  # what it takes in memory; a state holds hypernetworks
-        if size > 2**31 and kind != "state":
+        if size > 2**31 and file_kind != "state":
             raise ValueError(f"{size / 1e9:.1f} GB")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("about", "{}"))
-            if metadata.get("kind") != kind:
+            if metadata.get("kind") != file_kind:
                 raise ValueError(f"it says that it is a {metadata.get('kind')!s:.80}")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
         for name, tensor in tensors.items():
-            if kind != "state" and not tensor.float().isfinite().all():
+            if file_kind != "state" and not tensor.float().isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
     return tensors, metadata
 

@@ -54,16 +54,26 @@ def add_flags(parser: runs.Parser) -> None:
     flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
 
 
-def fill_in(args, size: int, whole: bool = False) -> None:
-    """--l1 and, for pictures of `size`, --crop, where they were not given. whole: the network is
-    one for whole pictures, such as a U-Net, which ends in one pixel."""
-    if args.l1 is None:
-        args.l1 = 10.0 if args.fm else 100.0
-    if args.crop is None:
-        args.crop = CROP if size > CROP and not whole else 0
-    if args.crop % 8 or args.crop > size or 0 < args.crop < 24 or (args.crop and whole):
-        limits = "0" if whole else f"a multiple of 8 from 24 to the pictures' {size}, or 0"
-        raise UserError(f"--crop {args.crop}: give {limits}")
+def l1_weight(args) -> float:
+    """--l1 or, where it was not given, 10 with feature matching and the papers' 100 without."""
+    if args.l1 is not None:
+        return args.l1
+    return 10.0 if args.fm else 100.0
+
+
+def crop_size(crop: int | None, size: int, whole: bool = False) -> int:
+    """--crop or, where it was not given, CROP for larger pictures; 0 is whole pictures. size: the
+    pictures'. whole: the network is one for whole pictures, such as a U-Net, which ends in one
+    pixel. UserError where the crops would not fit."""
+    if crop is None:
+        return CROP if size > CROP and not whole else 0
+    if whole and crop:
+        raise UserError(f"--crop {crop}: this network takes whole pictures: give 0")
+    if crop % 8 or crop > size or 0 < crop < 24:
+        raise UserError(
+            f"--crop {crop}: give a multiple of 8 from 24 to the pictures' {size}, or 0"
+        )
+    return crop
 
 
 # ---- Devices and processes -----------------------------------------------------------------------
@@ -349,7 +359,7 @@ def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) 
     rows, device = [], next(generator.parameters()).device
     for c, concept in enumerate(pairs.concepts):
         photos, edits = pairs.pictures(c)
-        fakes = run_generator(generator, photos, generator.concept(concept["name"]))
+        fakes = run_generator(generator, photos, generator.concept_index(concept["name"]))
         rows.append({"concept": concept["name"], **measure(fakes, photos, edits)})
         if with_fid:
             rows[-1]["FID"] = fid(fakes, edits, device)
@@ -438,7 +448,7 @@ def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Ima
     rows, labels = [], []
     for c, concept in enumerate(pairs.concepts):
         photos, edits = pairs.pictures(c, per_concept)
-        fakes = run_generator(generator.eval(), photos, generator.concept(concept["name"]))
+        fakes = run_generator(generator.eval(), photos, generator.concept_index(concept["name"]))
         rows += zip(photos, edits, fakes, strict=True)
         labels += [concept["name"]] * len(photos)
     return dataset.picture_grid(rows, ["photo", "teacher", "model"], labels)

@@ -148,7 +148,7 @@ def run_file(path, photo):
 
 def edit(generator, photo, concept):
     with torch.no_grad():
-        return generator(photo, torch.full((len(photo),), generator.concept(concept))).numpy()
+        return generator(photo, torch.full((len(photo),), generator.concept_index(concept))).numpy()
 
 
 def pixels_of(width, height, seed=0):
@@ -160,7 +160,7 @@ def pixels_of(width, height, seed=0):
 def distance(editor, generator, concept, pixels):
     """Of an editor's bytes from PyTorch's, at most."""
     made = editor.edit(pixels[0].permute(1, 2, 0).numpy())
-    wanted = training.run_generator(generator, pixels, generator.concept(concept))[0]
+    wanted = training.run_generator(generator, pixels, generator.concept_index(concept))[0]
     return np.abs(made.astype(int) - wanted.permute(1, 2, 0).numpy()).max()
 
 

@@ -162,7 +162,7 @@ def test_prompt_changes_the_edit_and_padding_does_not():
     generator = make()
     assert not torch.allclose(edit(generator, concept=0), edit(generator, concept=1), atol=1e-4)
     wanted = edit(generator, concept=1)
-    generator.set_known(generator.known()[1:])  # its 3 tokens, no padding left
+    generator.set_known_concepts(generator.known_concepts()[1:])  # its 3 tokens, no padding left
     assert generator.tokens.shape == (1, 3, 16)
     assert torch.allclose(edit(generator, concept=0), wanted, atol=1e-5)
 
@@ -251,12 +251,14 @@ def test_adapters_are_swapped_on_one_generator_and_leave_the_base(adapters):
     assert not torch.allclose(edit(generator), before[0], atol=1e-2)
     common.unload_adapters(generator)
     assert torch.equal(edit(generator, concept=common.load_adapter(generator, night)), wanted)
-    assert generator.concept("night") == 2  # the last of a name
-    assert torch.equal(generator.known()[2][1], random_rows("tokens/night", 4).half().float())
+    assert generator.concept_index("night") == 2  # the last of a name
+    assert torch.equal(
+        generator.known_concepts()[2][1], random_rows("tokens/night", 4).half().float()
+    )
     common.unload_adapters(generator)
     for c in range(2):
         assert torch.equal(edit(generator, concept=c), before[c])
-    assert generator.config == config and generator.concept("night") == 1
+    assert generator.config == config and generator.concept_index("night") == 1
     assert generator.state_dict().keys() == make().state_dict().keys()
     assert {p.data_ptr() for p in generator.parameters()} == memory  # no copy was made
 
@@ -392,11 +394,11 @@ def test_checkpoint_rebuilds_full_and_pruned(name, tmp_path):
     whole, path = make_network(name), tmp_path / "n.safetensors"
     for network in (whole, common.slice_network(whole, half(whole)).eval()):
         common.save_network(path, network)
-        loaded = common.load_network(path, network.kind)
+        loaded = common.load_network(path, network.file_kind)
         assert torch.equal(output(loaded), output(network))
         assert loaded.config == network.config and loaded.sha256 == runs.sha256(path)
         if name not in GENERATORS:  # stages that edit photos refuse it
-            with pytest.raises(runs.UserError, match=f"is a {network.kind}"):
+            with pytest.raises(runs.UserError, match=f"is a {network.file_kind}"):
                 common.load_generator(path)
 
 

@@ -3,7 +3,6 @@ what is said of a folder that cannot be used."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,9 +132,9 @@ def test_crops_show_photo_and_edit_at_one_place_and_all_places(made, tmp_path):
 def test_a_crop_that_does_not_fit_is_refused(crop):
     words = f"--crop {crop}: give a multiple of 8 from 24 to .* 32"
     with pytest.raises(runs.UserError, match=words):
-        training.fill_in(SimpleNamespace(crop=crop, l1=None, fm=10.0), 32)
-    with pytest.raises(runs.UserError, match="--crop 24: give 0"):
-        training.fill_in(SimpleNamespace(crop=24, l1=None, fm=0.0), 32, whole=True)
+        training.crop_size(crop, 32)
+    with pytest.raises(runs.UserError, match="--crop 24: this network takes whole"):
+        training.crop_size(24, 32, whole=True)
 
 
 # ---- The cache -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
     pairs.cache(tmp_path / "cache")
     tokens = 9 * torch.randn(2, 3, 8)
     generator = common.new_generator("e2gan", 8, 32, pairs.concepts, list(tokens))
-    generator.set_known(generator.known()[::-1])  # evaluate goes by name
+    generator.set_known_concepts(generator.known_concepts()[::-1])  # evaluate goes by name
 
     rows = training.evaluate(generator.train(), pairs)
     assert not generator.training
@@ -90,7 +90,7 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
             dataset.to_float(torch.stack([*map(dataset.read_image, x)])) for x in files
         )
         with torch.no_grad():
-            fake = generator(photos, torch.full((5,), generator.concept(name)))
+            fake = generator(photos, torch.full((5,), generator.concept_index(name)))
         fake = dataset.to_float(dataset.to_uint8(fake))
         wanted = {"PSNR dB": training.psnr(fake, truth).mean().item()}
         wanted["photo unchanged dB"] = training.psnr(photos, truth).mean().item()

@@ -149,7 +149,7 @@ def use(path: Path) -> torch.Tensor:
     """Loads a generator and edits with it: what is taken as good must work."""
     generator = common.load_generator(path)
     photo = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    return training.run_generator(generator, photo, generator.concept("dark"))
+    return training.run_generator(generator, photo, generator.concept_index("dark"))
 
 
 HARMLESS = {"concepts/0/prompt": ["8"], "name": ["8"], "alpha": [0, 1, 1.5], "ranks": [{}]}
