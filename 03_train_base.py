@@ -61,8 +61,8 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     generator.train()
     rows = []
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, loop.total)
-        training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
+        training.set_lr(opt_g, args.lr, loop.step, loop.steps)
+        training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
         text = common.prompt_embedding(generator, concept)
 
         with training.autocast(photo.device, args.precision):
@@ -100,7 +100,7 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
     means = [statistics.mean(row["error"].values()) for row in loop.rows if "error" in row]
     errors = {row["concept"]: training.error(row) for row in rows}
     psnr = {row["concept"]: row["PSNR dB"] for row in rows}
-    loop.rows.append({"step": loop.step, "PSNR dB": psnr, "error": errors})
+    loop.log({"PSNR dB": psnr, "error": errors})
     if statistics.mean(errors.values()) <= min(means, default=math.inf):
         common.save_network(out / "best.safetensors", generator)
     picture = training.progress_picture(generator, test)

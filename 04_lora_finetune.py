@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     training.add_flags(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="stage 3's or 5's")
-    flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
+    training.add_discriminator_flag(parser)
     flag("--concept", action="append", help="learn this concept instead; can be repeated")
     flag("--samples", default="clusters", help="clusters (stage 2's), all, random:N, file of names")
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
@@ -218,8 +218,8 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
     loop = training.Loop(args, train, steps, parts, out, desc=train.concepts[0]["name"])
     generator.train()
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, loop.total)
-        training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
+        training.set_lr(opt_g, args.lr, loop.step, loop.steps)
+        training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
 
         with training.autocast(photo.device, args.precision):
             fake = ddp_generator(photo, concept + index)

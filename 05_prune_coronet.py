@@ -237,8 +237,8 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
     task.train()
     for batch in loop:
         if phase == "converge":
-            training.set_lr(opt_g, lr, loop.step, loop.total)
-            training.set_lr(opt_d, args.lr_d, loop.step, loop.total)
+            training.set_lr(opt_g, lr, loop.step, loop.steps)
+            training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
 
         for parameter in discriminator_parameters:
             parameter.requires_grad_(False)
@@ -261,12 +261,12 @@ def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
                 nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
             opt_z.step()
             opt_z.zero_grad()
-            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.total))
+            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.steps))
             for name, target in targets.items():
                 shares[name] = soft_threshold(task.networks[name], target, line)
             if max(shares.values()) <= args.keep:
-                loop.steps = done
-            if done == loop.steps or done % max(1, loop.total // 50) == 0:
+                loop.finish()
+            if loop.finished or done == loop.steps or done % max(1, loop.steps // 50) == 0:
                 loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
         if loop.record({"G": loss_g, "D": loss_d, **more}):
             runs.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
@@ -590,7 +590,7 @@ def parse() -> argparse.Namespace:
     flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
     known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
     flag("--generator", default="auto", help=known)
-    flag("--new-discriminator", action="store_true", help=training.NEW_DISCRIMINATOR)
+    training.add_discriminator_flag(parser)
     flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
     flag("--width", type=runs.count, default=64, help="a new generator's first layer's channels")
     methods = ["coronet", "uniform", "random", "magnitude"]

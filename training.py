@@ -5,6 +5,7 @@ stage; `Loop` is what goes around it. Every batch is a function of (seed, step) 
 was killed continues and ends in the same bytes as one that was not.
 """
 
+import contextlib
 import datetime
 import functools
 import json
@@ -30,28 +31,59 @@ from dataset import Pairs
 from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
-OUTLIER = 5  # times the usual norm of gradients
-NEW_DISCRIMINATOR = "do not go on with the one that lies beside the trained generator"
 CROP = 128  # pixels of the crops to train on, where pictures are larger
+MAX_NORM = 500.0  # of gradients; those of ordinary steps were at most 360, in any stage
+
+
+# ---- Flags that stages 3, 4 and 5 share ----------------------------------------------------------
 
 
 def add_flags(parser: runs.Parser) -> None:
-    """The flags that stages 3, 4 and 5 share."""
-    flag, weight = parser.add_argument, runs.weight
-    shared = "decoded pictures, shared by stages, seeds and processes; delete it when none runs"
-    crop = f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)"
-    fid = "auto: FID in the tables, if Inception's weights are in torch hub's cache or can be had"
+    flag = parser.add_argument
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
-    flag("--cache", type=Path, default="runs/cache", help=shared)
-    flag("--crop", type=runs.number(int, 0), help=crop)
+    flag(
+        "--cache",
+        type=Path,
+        default="runs/cache",
+        help="decoded pictures, shared by stages, seeds and processes; delete it when none runs",
+    )
+    flag(
+        "--crop",
+        type=runs.number(int, 0),
+        help=f"pixels of random crops; 0: whole pictures (default: {CROP}, if they are larger)",
+    )
     flag("--batch", type=runs.count, default=16, help="pairs a step, all processes together")
     flag("--steps", type=runs.count, help="how many steps, in place of --epochs")
     flag("--lr-d", type=runs.positive, default=2e-4, help="the discriminator's learning rate")
-    flag("--l1", type=weight, help="of the L1 loss (default: 10; with --fm 0 the papers' 100)")
-    flag("--fm", type=weight, default=10.0, help="of feature matching; 0: the papers' plain loss")
+    flag(
+        "--l1",
+        type=runs.weight,
+        help="weight of the L1 loss (default: 10; with --fm 0 the papers' 100)",
+    )
+    flag(
+        "--fm",
+        type=runs.weight,
+        default=10.0,
+        help="weight of feature matching; 0: the papers' plain loss",
+    )
     flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
-    flag("--fid", choices=["auto", "off"], default="auto", help=fid)
+    flag(
+        "--fid",
+        choices=["auto", "off"],
+        default="auto",
+        help="auto: FID in the tables, if Inception's weights are in torch hub's cache or can be "
+        "downloaded",
+    )
     flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
+
+
+def add_discriminator_flag(parser: runs.Parser) -> None:
+    """Stages 4 and 5, which start from a trained generator."""
+    parser.add_argument(
+        "--new-discriminator",
+        action="store_true",
+        help="do not go on with the one that lies beside the trained generator",
+    )
 
 
 def l1_weight(args) -> float:
@@ -62,17 +94,16 @@ def l1_weight(args) -> float:
 
 
 def crop_size(crop: int | None, size: int, whole: bool = False) -> int:
-    """--crop or, where it was not given, CROP for larger pictures; 0 is whole pictures. size: the
-    pictures'. whole: the network is one for whole pictures, such as a U-Net, which ends in one
-    pixel. UserError where the crops would not fit."""
+    """--crop or, where it was not given, CROP for pictures of a larger size; 0 means whole
+    pictures. whole: the network takes only those, as a U-Net does, which ends in one pixel.
+    UserError where crops would not fit."""
     if crop is None:
         return CROP if size > CROP and not whole else 0
     if whole and crop:
         raise UserError(f"--crop {crop}: this network takes whole pictures: give 0")
     if crop % 8 or crop > size or 0 < crop < 24:
-        raise UserError(
-            f"--crop {crop}: give a multiple of 8 from 24 to the pictures' {size}, or 0"
-        )
+        limits = f"a multiple of 8 from 24 to the pictures' {size}, or 0"
+        raise UserError(f"--crop {crop}: give {limits}")
     return crop
 
 
@@ -80,8 +111,8 @@ def crop_size(crop: int | None, size: int, whole: bool = False) -> int:
 
 
 def start(args) -> torch.device:
-    """Joins torchrun's processes where there are several, and seeds. Returns the device: `auto` is
-    CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    """Joins torchrun's processes where there are several, and seeds PyTorch. Returns the device:
+    `auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
     name = args.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -102,28 +133,31 @@ def start(args) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 has units of its own there; without them it is slower than fp32."""
+    """Whether the device has units for bf16; without them bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if device.type != "cpu":
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False  # also where ATEN_CPU_CAPABILITY=avx2 holds the machine back
     units = torch.cpu.get_capabilities()
     return bool(units.get("amx_bf16") or units.get("avx512_bf16"))
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    """A forward pass's context: bf16 where `precision` says so, or is auto and the hardware can."""
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    """The context of a forward pass: bf16 where `precision` says so, or is auto and the device has
+    units for it."""
+    use_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
-    """The network under DDP, which averages its gradients over the processes while the backward
-    pass goes on; in one process the network itself.
+    """The network under DDP, which averages its gradients over the processes during the backward
+    pass; in one process the network itself.
 
     Call what this returns wherever the network's own loss is computed. The generator's loss also
-    passes through the discriminator, but may use its plain weights: they are frozen there, so there
-    are no gradients to average, and the weights are the same in every process."""
+    passes through the discriminator, but may use the plain one: its weights are frozen there, so
+    there are no gradients to average, and they are the same in every process."""
     if world() == 1:
         return network
     return nn.parallel.DistributedDataParallel(network)
@@ -133,34 +167,24 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
 
 def adam(parameters, lr: float) -> torch.optim.Adam:
-    """pix2pix's optimizer, but for its second beta of 0.999, after which what learned nothing for a
-    while leaps by 16 learning rates when it does (1.6 with 0.9); 0.9 makes finer strokes."""
+    """pix2pix's optimizer, but with 0.9 as its second beta, which makes finer strokes: with
+    pix2pix's 0.999 a weight that learned nothing for a while leaps by 16 learning rates when it
+    does learn, with 0.9 by 1.6."""
     return torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
 
 
-def descend(loss: torch.Tensor, optimizer: torch.optim.Adam) -> None:
-    """One step of an optimizer down a loss. Gradients are freed after it, not before the next one:
-    a hypernetwork's take as much memory as its weights."""
+def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of an optimizer down a loss.
+
+    The norm of the gradients is limited: on a crop that is one flat colour each instance norm
+    divides by next to nothing, one after the other, and norms of 1e15 were seen, after which Adam
+    would hardly move for hundreds of steps. Gradients are freed after the step, not before the
+    next, as a hypernetwork's take as much memory as its weights."""
     loss.backward()
-    limit_gradients(optimizer)
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], MAX_NORM)
     optimizer.step()
     optimizer.zero_grad()
-
-
-@torch.no_grad()
-def limit_gradients(optimizer: torch.optim.Adam) -> None:
-    """Scales all gradients down to OUTLIER times their usual norm, which Adam's second moments tell
-    (ours). On a flat crop one instance norm after the other divides by next to nothing: a norm of
-    1e15 instead of 10, after which Adam would hardly move for hundreds of steps."""
-    [group], found = optimizer.param_groups, optimizer.state
-    known = [p for p in group["params"] if p.grad is not None and p in found]
-    if not known:
-        return
-    squares = nn.utils.get_total_norm([found[p]["exp_avg_sq"] for p in known], 1.0)  # their sum
-    usual = (squares / (1 - group["betas"][1] ** found[known[0]]["step"])).sqrt()
-    norm = nn.utils.get_total_norm([p.grad for p in known])
-    times = torch.where(usual > 0, norm / usual, 0)  # the usual norm; 0 tells nothing
-    nn.utils.clip_grads_with_norm_(known, OUTLIER, times)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -177,128 +201,196 @@ class Diverged(UserError):
 
 
 class Loop:
-    """What goes around a stage's steps: batches, Ctrl-C, the log, and the state to continue from.
+    """What goes around a stage's steps: batches, the log, Ctrl-C, and the state to continue from.
 
         loop = Loop(args, data, steps, {"g": generator, "opt_g": opt_g}, out)
-        for photo, edit, concept in loop:               # from where the state in `out` stopped
-            ...                                         # loop.step: how many steps are done
-            if loop.record({"G": loss_g, "D": loss_d}): # ends the step
-                loop.save()                             # the first process, when it is time to
+        for photo, edit, concept in loop:                # from where the state in `out` stopped
+            ...                                          # loop.step: how many steps are done
+            if loop.record({"G": loss_g, "D": loss_d}):  # ends the step; is it time to save?
+                loop.save()
 
-    Ctrl-C and SIGTERM wait until the step is done; then all processes stop, and the first one
-    saves. Without `out` nothing is read or written. A stage may lower loop.steps to end sooner;
-    loop.total stays what it was, for schedules."""
+    A stage may call finish() in a step to make it the last; loop.steps stays what was planned, for
+    schedules. Ctrl-C and SIGTERM wait until the step is done; then the state is saved and the run
+    stops, with several processes in all of them after the same step. Without `out` nothing is read
+    or written."""
 
-    def __init__(self, args, data, steps, parts: dict, out=None, name="", desc=""):
-        """parts: modules and optimizers by name, all that a run needs to continue. name: begins
-        the names of state, log and curve, where a stage has two loops."""
-        self.args, self.data, self.out, self.desc = args, data, out, desc
+    def __init__(self, args, data, steps: int, parts: dict, out=None, name="", desc=""):
+        """parts: modules, optimizers and lists of tensors by name, all that a run needs to
+        continue. name: begins the names of state, log and curve, where a stage has two loops.
+        desc: the progress bar's words."""
+        self.args = args
+        self.data = data
+        self.steps = steps
+        self.out = out
+        self.prefix = f"{name}-" if name else ""
+        self.desc = desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
-        self.prefix, self.losses, self.seconds = f"{name}-" if name else "", [], 0.0
-        self.state = out and out / f"{self.prefix}state.safetensors"
+        self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
         self.parts = {**parts, "losses": self.losses}
-        self.total = self.steps = steps
-        self.start, self.rows = load_state(self.state, self.parts)
-        self.step = self.rows[-1]["step"] if self.start == self.total and self.rows else self.start
+        self.seconds = 0.0  # spent in steps, not in judging and saving
+        self.step, self.finished, self.rows = 0, False, []
+        self.state_file = out / f"{self.prefix}state.safetensors" if out else None
+        if out and self.state_file.exists():
+            self.step, self.finished, self.rows = load_state(self.state_file, self.parts)
+        self.first_step = self.step  # of this process; not 0 in a run that was continued
 
     def __iter__(self) -> Iterator[tuple]:
-        args, caught = self.args, []
-
-        def catch(number, frame):
-            if caught and world() == 1:  # a second signal does not wait
-                raise KeyboardInterrupt
-            caught.append(number)
-
-        before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
-        steps = range(self.start, self.total)
-        self.bar = tqdm(desc=self.desc, initial=self.start, total=self.total, disable=rank() > 0)
-        self.began = time.time()
-        try:
-            for batch in self.data.batches(args.batch, steps, args.seed, self.device, args.crop):
+        args = self.args
+        left = range(self.step, self.step if self.finished else self.steps)
+        batches = self.data.batches(args.batch, left, args.seed, self.device, args.crop)
+        self.bar = tqdm(desc=self.desc, initial=self.step, total=self.steps, disable=rank() > 0)
+        with deferred_signals() as signals, self.bar:
+            self.step_began = time.time()
+            for batch in batches:
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * world() + rank())
                 yield batch
                 self.bar.update()
-                self.began = time.time()
-                if average(torch.tensor(float(len(caught)))) > 0:  # on the CPU: no GPU waits
+                self.step_began = time.time()
+                if any_process(bool(signals)):
                     self.save()
-                    barrier()  # none ends before the first has saved
+                    barrier()  # no process ends before the first has saved
                     raise KeyboardInterrupt
-                if self.step == self.steps:
+                if self.finished:
                     break
-        finally:
-            self.bar.close()
-            for n, handler in before.items():
-                signal.signal(n, handler)
+
+    def finish(self) -> None:
+        """Makes the present step the last."""
+        self.finished = True
 
     def record(self, losses: dict[str, torch.Tensor], save: bool = False) -> bool:
-        """Ends a step. Losses' means are logged every LOG_EVERY steps and when it is time to save:
-        every --save-every steps, after the last, and where `save`. Whether this process should."""
+        """Ends a step. The losses' means are logged every LOG_EVERY steps and whenever it is time
+        to save: every --save-every steps, after the last, and where `save` says so. Returns whether
+        it is time, and this the process that saves."""
         self.step += 1
+        self.finished = self.finished or self.step == self.steps
         self.losses.append(torch.stack(list(losses.values())).detach())
-        save = save or self.step == self.steps or self.step % self.args.save_every == 0
+        save = save or self.finished or self.step % self.args.save_every == 0
         if save or self.step % LOG_EVERY == 0:
-            means = average(torch.stack([x.to(self.device) for x in self.losses]).mean(0)).tolist()
-            finite = torch.stack([p.isfinite().all() for p in self.modules.parameters()]).all()
-            if not finite or not all(map(math.isfinite, means)):  # before anything is written
-                what = f"training diverged shortly before step {self.step}: a loss or a weight is"
-                raise Diverged(f"{what} not finite. {self.out} keeps its last checkpoint, if any")
-            self.rows.append({"step": self.step, **dict(zip(losses, means, strict=True))})
-            self.bar.set_postfix({name: f"{x:.4g}" for name, x in zip(losses, means, strict=True)})
-            self.losses.clear()
-        self.seconds += time.time() - self.began  # what the stage does from here on is no training
+            self.log_means(list(losses))
+        self.seconds += time.time() - self.step_began
         return save and rank() == 0
 
+    def log_means(self, names: list[str]) -> None:
+        """A row of the log: the mean losses since the last one, over all processes. Diverged if
+        they, or the weights, are not finite; nothing has been written then."""
+        mean = torch.stack([losses.to(self.device) for losses in self.losses]).mean(0)
+        mean = average(mean)
+        self.losses.clear()
+        finite = [parameter.isfinite().all() for parameter in self.modules.parameters()]
+        if not torch.stack([*finite, mean.isfinite().all()]).all():
+            raise Diverged(
+                f"training diverged shortly before step {self.step}: a loss or a weight is not "
+                f"finite. {self.out} keeps its last checkpoint, if any"
+            )
+        values = dict(zip(names, mean.tolist(), strict=True))
+        self.log(values)
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+
+    def log(self, row: dict) -> None:
+        """Adds a row to the log, under the present step: {"G": 9.1, "D": 0.2}, or a measure of each
+        concept, {"PSNR dB": {"sketch": 16.2}}."""
+        self.rows.append({"step": self.step, **row})
+
     def save(self) -> None:
-        """Log, curve and state, by the first process."""
-        if self.out and rank() == 0:
-            log = "".join(json.dumps(row) + "\n" for row in self.rows)
-            runs.write_text(self.out / f"{self.prefix}log.jsonl", log)
-            if self.rows:
-                write_curve(self.out / f"{self.prefix}curve.png", self.rows)
-            done = self.total if self.step == self.steps else self.step
-            save_state(self.state, done, self.parts, self.rows)
+        """Writes log, curve and state, in the first process."""
+        if not self.out or rank() > 0:
+            return
+        log = "".join(json.dumps(row) + "\n" for row in self.rows)
+        runs.write_text(self.out / f"{self.prefix}log.jsonl", log)
+        if self.rows:
+            write_curve(self.out / f"{self.prefix}curve.png", self.rows)
+        save_state(self.state_file, self.parts, self.step, self.finished, self.rows)
 
     def pace(self) -> dict:
-        """Columns for a table. A resumed run knows only its part's seconds."""
-        images = (self.step - self.start) * self.args.batch / self.seconds if self.seconds else None
-        pace = {"steps": self.step, "batch": self.args.batch}
-        return {**pace, "training s": None if self.start else self.seconds, "images/s": images}
+        """Columns of a table. A run that was continued knows only its last part's seconds, and its
+        total is left blank."""
+        steps = self.step - self.first_step
+        return {
+            "steps": self.step,
+            "batch": self.args.batch,
+            "training s": None if self.first_step else self.seconds,
+            "images/s": steps * self.args.batch / self.seconds if self.seconds else None,
+        }
 
 
-def save_state(path: Path, step: int, parts: dict, rows: list[dict]) -> None:
-    """What a run needs to continue after `step` steps: modules, optimizers, lists of tensors, and
-    the log's rows."""
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Inside, SIGINT and SIGTERM go into the list that this yields, and interrupt nothing. A second
+    one in a process of its own does not wait."""
+    caught = []
+
+    def catch(number, frame):
+        if caught and world() == 1:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def any_process(condition: bool) -> bool:
+    """Whether the condition holds in at least one process. Tells all of them, over the CPU, so that
+    no GPU is waited for."""
+    return average(torch.tensor(float(condition))).item() > 0
+
+
+def save_state(path: Path, parts: dict, step: int, finished: bool, rows: list[dict]) -> None:
+    """What a run needs to continue after `step` steps: modules, optimizers and lists of tensors by
+    name, and the log's rows."""
     tensors = {}
-    for part, value in parts.items():
-        state = dict(enumerate(value)) if isinstance(value, list) else value.state_dict()
-        if isinstance(value, torch.optim.Optimizer):
-            state = {f"{i}.{key}": x for i, e in state["state"].items() for key, x in e.items()}
-        tensors |= {f"{part}/{key}": torch.as_tensor(x) for key, x in state.items()}
-    runs.write_tensors(path, tensors, {"kind": "state", "step": step, "rows": rows})
+    for name, part in parts.items():
+        for key, value in part_tensors(part).items():
+            tensors[f"{name}/{key}"] = torch.as_tensor(value)
+    metadata = {"kind": "state", "step": step, "finished": finished, "rows": rows}
+    runs.write_tensors(path, tensors, metadata)
 
 
-def load_state(path: Path | None, parts: dict) -> tuple[int, list[dict]]:
-    """Puts a saved state back into the same parts; returns steps and rows, none without a file."""
-    if not path or not path.exists():
-        return 0, []
+def part_tensors(part: nn.Module | torch.optim.Optimizer | list) -> dict:
+    """The state of one part as {key: tensor or number}."""
+    if isinstance(part, list):
+        return {str(i): tensor for i, tensor in enumerate(part)}
+    if isinstance(part, nn.Module):
+        return part.state_dict()
+    tensors = {}
+    for index, entry in part.state_dict()["state"].items():  # of each parameter
+        for key, value in entry.items():
+            tensors[f"{index}.{key}"] = value
+    return tensors
+
+
+def load_state(path: Path, parts: dict) -> tuple[int, bool, list[dict]]:
+    """Puts a saved state back into the same parts. Returns how many steps were done, whether the
+    last was among them, and the log's rows."""
     tensors, metadata = runs.read_tensors(path, "state")
     with explain(f"{path} is no state of this run (--overwrite starts again)"):
-        for part, value in parts.items():
-            keys = [key for key in tensors if key.startswith(f"{part}/")]
-            state = {key.removeprefix(f"{part}/"): tensors[key] for key in keys}
-            if isinstance(value, list):
-                value[:] = [state[key] for key in sorted(state, key=int)]
-            elif isinstance(value, torch.optim.Optimizer):
-                whole = value.state_dict()
-                for key, x in state.items():
-                    index, name = key.split(".")
-                    whole["state"].setdefault(int(index), {})[name] = x
-                value.load_state_dict(whole)
-            else:
-                value.load_state_dict(state)
+        for name, part in parts.items():
+            prefix = f"{name}/"
+            keys = [key for key in tensors if key.startswith(prefix)]
+            restore_part(part, {key.removeprefix(prefix): tensors[key] for key in keys})
         rows = [{"step": int(row["step"]), **row} for row in metadata["rows"]]
-        return int(metadata["step"]), rows
+        return int(metadata["step"]), bool(metadata["finished"]), rows
+
+
+def restore_part(part: nn.Module | torch.optim.Optimizer | list, tensors: dict) -> None:
+    """The inverse of part_tensors."""
+    if isinstance(part, list):
+        part[:] = [tensors[key] for key in sorted(tensors, key=int)]
+    elif isinstance(part, nn.Module):
+        part.load_state_dict(tensors)
+    else:
+        state = part.state_dict()
+        for key, value in tensors.items():
+            index, name = key.split(".")
+            state["state"].setdefault(int(index), {})[name] = value
+        part.load_state_dict(state)
+
+
+# ---- Losses --------------------------------------------------------------------------------------
 
 
 def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> torch.Tensor:
