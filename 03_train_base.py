@@ -1,9 +1,12 @@
-"""Trains the base generator: one small text-conditioned GAN that learns several edits at once.
+"""Stage 3: the base generator, one small text-conditioned GAN that learns several edits at once.
 
 E2GAN (arXiv 2401.06127), section 3. The generator sees a photo and the CLIP features of a prompt,
 the PatchGAN discriminator photo, edit and prompt. Random crops of stage 1's pairs, least-squares
 GAN + 10 * L1 + 10 * feature matching (pix2pixHD; with --fm 0, the papers' 100 * L1, colours
 are learned and strokes are not), Adam and pix2pix's schedule. Whole pictures are judged.
+
+To try another loss, copy this file and edit `train_base`. What it calls: training.autocast (bf16
+where the device has it), training.descend (a step down a loss), Loop.record (ends a step).
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features
@@ -28,8 +31,15 @@ import runs
 import training
 
 # Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
-DEMO = {"width": 16, "batch": 1, "epochs": 12, "lr": 1e-3}
-DEMO |= {"fid": "off", "save_every": 480, "eval_every": 12}
+DEMO = {
+    "width": 16,
+    "batch": 1,
+    "epochs": 12,
+    "lr": 1e-3,
+    "fid": "off",
+    "save_every": 480,
+    "eval_every": 12,
+}
 
 
 def parse() -> argparse.Namespace:
@@ -49,22 +59,24 @@ def parse() -> argparse.Namespace:
 
 
 def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[dict]]:
-    """The loop. Returns its pace as columns of the table, and the last evaluation's rows."""
+    """Trains both networks. Returns its pace as columns of a table, and the rows of the last
+    judging, none in a run that was complete already."""
     opt_g = training.adam(generator.parameters(), args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
-    per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
     ddp_generator = training.data_parallel(generator)
     ddp_discriminator = training.data_parallel(discriminator)
+    steps_per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
+    steps = args.steps or args.epochs * steps_per_epoch
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    steps = args.steps or args.epochs * per_epoch
     loop = training.Loop(args, train, steps, parts, args.out)
+    judged = []
     generator.train()
-    rows = []
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, loop.steps)
-        training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
+        training.set_lr(opt_g, args.lr, loop.step, steps)
+        training.set_lr(opt_d, args.lr_d, loop.step, steps)
         text = common.prompt_embedding(generator, concept)
 
+        # The discriminator's step: real edits towards 1, the generator's towards 0.
         with training.autocast(photo.device, args.precision):
             fake = ddp_generator(photo, concept)
             score_real = ddp_discriminator(photo, edit, text).float()
@@ -72,36 +84,39 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
         training.descend(loss_d, opt_d)
 
+        # The generator's step: its edits towards 1, and near the teacher's.
         discriminator.requires_grad_(False)
         with training.autocast(photo.device, args.precision):
             features = discriminator.features(photo, fake, text)
             with torch.no_grad():
                 wanted = discriminator.features(photo, edit, text) if args.fm else features
+        gan = (features[-1].float() - 1).square().mean()
         l1 = (fake.float() - edit).abs().mean()
         fm = training.feature_matching(features, wanted)
-        loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
+        loss_g = gan + args.l1 * l1 + args.fm * fm
         training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
-        losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
-        judge = loop.step + 1 == loop.steps or (loop.step + 1) % (args.eval_every * per_epoch) == 0
-        if loop.record(losses, save=judge):
-            rows = judge_and_save(loop, generator, test, args.out) if judge else rows
+        done = loop.step + 1
+        judge = done == steps or done % (args.eval_every * steps_per_epoch) == 0
+        if loop.record({"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}, save=judge):
+            if judge:
+                judged = judge_and_save(loop, generator, test, args.out)
+                generator.train()
             common.save_network(args.out / "generator.safetensors", generator)
             common.save_network(args.out / "discriminator.safetensors", discriminator)
             loop.save()
-            generator.train()
-    return loop.pace(), rows
+    return loop.pace(), judged
 
 
 def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
-    """Measures on the held-out photos: into the log, a picture, and best.safetensors if it is."""
+    """Measures the generator on the held-out photos: rows of the log, a picture in samples/, and
+    best.safetensors if its mean error is the least so far. Leaves it in eval mode."""
+    earlier = [statistics.mean(row["error"].values()) for row in loop.rows if "error" in row]
     rows = training.evaluate(generator, test)
-    means = [statistics.mean(row["error"].values()) for row in loop.rows if "error" in row]
     errors = {row["concept"]: training.error(row) for row in rows}
-    psnr = {row["concept"]: row["PSNR dB"] for row in rows}
-    loop.log({"PSNR dB": psnr, "error": errors})
-    if statistics.mean(errors.values()) <= min(means, default=math.inf):
+    loop.log({"PSNR dB": {row["concept"]: row["PSNR dB"] for row in rows}, "error": errors})
+    if statistics.mean(errors.values()) <= min(earlier, default=math.inf):
         common.save_network(out / "best.safetensors", generator)
     picture = training.progress_picture(generator, test)
     runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
@@ -109,46 +124,59 @@ def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
 
 
 def add_wrong_prompts(rows: list[dict], generator, test) -> None:
-    """Adds the PSNR of another concept's prompt, on 32 photos: lower where prompts matter."""
+    """Adds a column: the PSNR that another concept's prompt gives, on 32 photos. Where prompts
+    matter it is lower than the PSNR of the right one."""
     for c, row in enumerate(rows):
         photos, edits = test.pictures(c, 32)
-        wrong = generator.concept_index(test.concepts[c - 1]["name"])
-        fakes = training.run_generator(generator, photos, wrong)
+        other = test.concepts[c - 1]["name"]
+        fakes = training.run_generator(generator, photos, generator.concept_index(other))
         row["wrong prompt dB"] = training.mean_psnr(fakes, edits)
+
+
+def size_row(generator, args) -> dict:
+    """What the generator is, as columns of a table."""
+    return {
+        "arch": f"{args.arch} {args.blocks}" if args.blocks else args.arch,
+        "width": args.width,
+        "size px": generator.config["size"],
+        "parameters M": common.count_parameters(generator) / 1e6,
+        "GMACs": common.count_macs(generator) / 1e9,
+    }
 
 
 def main() -> None:
     args = parse()
     concepts = dataset.chosen_concepts(args, "base")
-    train, test = (dataset.find_pairs(args.pairs, split, concepts) for split in ("train", "test"))
-    train.cache(args.cache)  # by which all pictures are known to be good
-    test.cache(args.cache)
+    train = dataset.find_pairs(args.pairs, "train", concepts).cache(args.cache)
+    test = dataset.find_pairs(args.pairs, "test", concepts).cache(args.cache)
     tokens, clip = None, ""
     if args.arch == "e2gan" and not args.no_text:
         tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
     args.l1 = training.l1_weight(args)
     args.crop = training.crop_size(args.crop, train.size, whole=args.arch == "unet256")
-    device = training.start(args)
     blocks = args.blocks.split(",") if args.blocks else None
+    device = training.start(args)
     generator = common.new_generator(
         args.arch, args.width, train.size, train.concepts, tokens, clip, blocks
     ).to(device)
+
     settings = runs.settings_of(args, data=[train.data_hash, test.data_hash], clip=clip)
     if runs.begin_run(args.out, settings, args.overwrite):
         return
     discriminator = common.new_discriminator(generator)
     pace, rows = train_base(generator, discriminator, train, test, args)
-    if runs.rank() == 0:
-        if args.fid == "auto" or not rows:
-            rows = training.evaluate(generator, test, args.fid == "auto")
-        if tokens and len(rows) > 1:
-            add_wrong_prompts(rows, generator, test)
-        size = {"arch": args.arch, "width": args.width, "size px": train.size}
-        size["arch"] += f" {args.blocks}" if args.blocks else ""
-        size["parameters M"] = common.count_parameters(generator) / 1e6
-        size["GMACs"] = common.count_macs(generator) / 1e9
-        tables = {"Base generator": [{**size, **pace}], "Base concepts, held-out photos": rows}
-        runs.write_result(args, tables, reads=[args.pairs])
+    if runs.rank() > 0:
+        return
+    with_fid = args.fid == "auto"
+    if with_fid or not rows:
+        rows = training.evaluate(generator, test, with_fid)
+    if tokens and len(rows) > 1:
+        add_wrong_prompts(rows, generator, test)
+    tables = {
+        "Base generator": [{**size_row(generator, args), **pace}],
+        "Base concepts, held-out photos": rows,
+    }
+    runs.write_result(args, tables, reads=[args.pairs])
 
 
 if __name__ == "__main__":

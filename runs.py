@@ -1,4 +1,4 @@
-"""What every stage does around its work: flags, one-line errors, whole files, run folders.
+"""Flags, one-line errors, whole files, run folders, and the tables of many runs.
 
     python runs.py [folder]      prints the tables of all complete runs below a folder (runs/)
 
@@ -34,14 +34,15 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explain(words: str) -> Iterator[None]:
-    """Turns whatever is raised inside into a UserError: these words, then the error's own.
-    Damaged files, strangers' numbers and libraries that read them raise anything."""
+    """Turns whatever is raised inside into a UserError: these words, then the error's own. For
+    files and numbers from outside, and libraries that read them, which raise anything."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        bare = isinstance(error, KeyError) or not reason  # nothing but a key says nothing
-        raise UserError(f"{words}: {repr(error) if bare else reason}") from error
+        if not reason or isinstance(error, KeyError):  # a key alone does not say what is wrong
+            reason = repr(error)
+        raise UserError(f"{words}: {reason}") from error
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -67,8 +68,8 @@ class Parser(argparse.ArgumentParser):
         flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
     def parse(self, demo: dict) -> argparse.Namespace:
-        """The flags, and the stage's name. With --demo its defaults hold instead, and runs/ becomes
-        runs/demo/."""
+        """The flags, and `stage`, the script's name. With --demo the defaults in `demo` hold
+        instead of the usual ones, and folders in runs/ become folders in runs/demo/."""
         self.set_defaults(stage=Path(self.prog).stem)
         if "--demo" in sys.argv[1:]:
             for key, value in vars(self.parse_args([])).items():
@@ -82,7 +83,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(convert: type, low: float, high: float = 10**9, above: bool = False) -> Callable:
-    """A type for argparse: an int or a float from `low` on (or `above` it) up to `high`."""
+    """A type for argparse: an int or a float (`convert`) from `low` to `high`; with `above`, not
+    `low` itself."""
 
     def parse_number(text: str):
         value = convert(text)
@@ -105,20 +107,26 @@ def run(main: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-        if torch.distributed.is_initialized():  # its threads must end before Python does
-            gc.collect()  # networks under DDP, which hold the group
-            torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            gc.collect()  # networks under DDP hold the process group
+            torch.distributed.destroy_process_group()  # its threads must end before Python does
         return
     except (UserError, OSError) as error:
-        status, message = 2, "error: " + " ".join(str(error).split())
+        close_bars()
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
+        close_bars()
         without = " without --overwrite" if "--overwrite" in sys.argv else ""
-        status, message = 130, f"\nstopped: the same command{without} continues"
-    for bar in list(tqdm._instances):  # a bar's last line comes before the message, not into it
+        if rank() == 0:  # torchrun's processes stop together
+            print(f"\nstopped: the same command{without} continues", file=sys.stderr)
+        sys.exit(130)
+
+
+def close_bars() -> None:
+    """Ends progress bars, so that a message does not land inside one."""
+    for bar in list(tqdm._instances):
         bar.close()
-    if status == 2 or rank() == 0:  # torchrun's processes stop together
-        print(message, file=sys.stderr)
-    sys.exit(status)
 
 
 # ---- Processes of torchrun -----------------------------------------------------------------------
@@ -146,8 +154,9 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_first(number: float) -> float:
-    """The first process's number, told to all of them."""
-    return average(torch.tensor(float(number) * world() if rank() == 0 else 0.0)).item()
+    """Tells all processes the first one's number: the mean of `world() * number` and zeros."""
+    mine = torch.tensor(world() * float(number)) if rank() == 0 else torch.tensor(0.0)
+    return average(mine).item()
 
 
 def barrier() -> None:
@@ -170,7 +179,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """In UTF-8, with ? for the bytes of a path that are none."""
+    """Writes UTF-8. A path's bytes that are not UTF-8 become question marks."""
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
 
 
@@ -194,14 +203,22 @@ def read_json(path: Path, maker: str = "") -> dict:
 
 
 def files_below(folder: Path, name: str) -> list[Path]:
-    """All files of a name, but those of runs that --overwrite was deleting when it was killed."""
+    """All files of this name. Left out are runs that --overwrite was deleting when it was killed,
+    which lie in folders named .*.old."""
     return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
 
 
 def check_name(name: object, where: object) -> None:
-    """UserError unless a concept's name, which becomes a file's, can lead nowhere else."""
-    good = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) <= 200
-    if not good or name[0] in ".- " or set(name) & set('/\\:*?"<>|'):
+    """Concepts' names become file names. UserError where one could lead to another folder, hide a
+    file or be no file name on some system."""
+    good = (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name.encode()) <= 200
+        and name[0] not in ".- "
+        and not set(name) & set('/\\:*?"<>|')
+    )
+    if not good:
         raise UserError(f"{where}: {name!s:.80} is no name for a file: use letters, digits, - _")
 
 
@@ -211,8 +228,8 @@ def sha256(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) -> None:
-    """A safetensors file whose metadata has one key, "about": a JSON object. (Several keys are
-    written in random order, and the same run would not give the same bytes.)"""
+    """Writes a safetensors file. metadata: a JSON object, stored as text under the one key "about",
+    as several keys would be written in random order and equal runs would not give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {"about": json.dumps(metadata, ensure_ascii=False)}
     with explain(f"{path} cannot be written"):  # a full disk, among others
@@ -220,15 +237,15 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
 
 
 def read_tensors(path: Path, file_kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a file that write_tensors wrote with this metadata["kind"];
-    UserError for anything else, such as weights that are not finite."""
+    """Tensors and metadata of a file that write_tensors wrote with metadata["kind"] = file_kind.
+    UserError for anything else, and for numbers that are not finite."""
     path = Path(path)
     if not path.is_file():
         maker = "; 01_distill_pairs.py makes it" if file_kind == "features" else ""
         raise UserError(f"{path} does not exist{maker}")
     with explain(f"{path} is no {file_kind} of ours, or truncated"):
-        size = path.stat().st_size  # what it takes in memory; a state holds hypernetworks
-        if size > 2**31 and file_kind != "state":
+        size = path.stat().st_size  # what the tensors take in memory
+        if size > 2**31 and file_kind != "state":  # only a state, with hypernetworks, is so large
             raise ValueError(f"{size / 1e9:.1f} GB")
         with safe_open(path, "pt") as file:
             metadata = json.loads((file.metadata() or {}).get("about", "{}"))
@@ -244,33 +261,30 @@ def read_tensors(path: Path, file_kind: str) -> tuple[dict[str, torch.Tensor], d
 
 # ---- A run's folder: settings.json, the product, result.json last, and a lock beside it ----------
 
-LOCKS: dict[Path, filelock.FileLock] = {}
+LOCKS: dict[Path, filelock.FileLock] = {}  # held by this process until it ends
 
 
 def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -> bool:
-    """Makes `out` this run's folder; call it once all input is known to be good. True: the run
-    there is complete, and not to be renewed. settings: what the result depends on, flags and the
-    hashes of what is read. A folder with other settings is an error; `overwrite` deletes it, but
-    never a folder that is not a run."""
+    """Makes `out` this run's folder; call it once all input is known to be good.
+
+    settings: what the result depends on, flags and the hashes of what is read. A folder with other
+    settings is an error; `overwrite` deletes it, but never a folder that is not a run. Returns True
+    if the run there is complete already, unless it is to be renewed (`renew`)."""
     done = rank() == 0 and claim_folder(out.resolve(), settings, overwrite, renew)
     return bool(from_first(done))
 
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
     """begin_run in the first process."""
-    settings = json.loads(json.dumps(settings, default=str))
-    path = out.with_name(f".{out.name}.lock")  # held by the operating system, until this ends
+    settings = json.loads(json.dumps(settings, default=str))  # as they will be read again
     if overwrite or renew or not (out / "result.json").exists():
-        try:
-            LOCKS.setdefault(path, filelock.FileLock(path)).acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"another process is at work in {out}: wait until it ends") from None
+        lock_folder(out)
     names = check_folder(out, settings, overwrite)
     if "result.json" in names and not overwrite and not renew:
         print(f"done already: {out / 'result.json'} (--overwrite does it again)")
         return True
     old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed two lines below
+    shutil.rmtree(old, ignore_errors=True)  # left where a process was killed before the last rmtree
     if overwrite and names:
         out.rename(old)
         shutil.rmtree(old)
@@ -279,13 +293,26 @@ def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> boo
     return False
 
 
+def lock_folder(out: Path) -> None:
+    """Takes the lock beside a run's folder, which the operating system frees when this process
+    ends. UserError if another process has it."""
+    path = out.with_name(f".{out.name}.lock")
+    lock = LOCKS.setdefault(path, filelock.FileLock(path))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {out}: wait until it ends") from None
+
+
 def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
-    """The names of the files in a run's folder. UserError if it is not this run's."""
+    """The names of the files in a run's folder. UserError if it is another run's, or none."""
     names = {path.name for path in out.glob("*") if not path.match(".*.part")}
     saved = read_json(out / "settings.json") if "settings.json" in names else {}
-    if out.is_file() or names and "stage" not in saved:
+    if out.is_file() or (names and "stage" not in saved):
         raise UserError(f"{out} holds files that no stage made; give another --out")
-    for key in sorted({*saved, *settings}) if names and not overwrite else ():
+    if not names or overwrite:
+        return names
+    for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
             differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
             raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
@@ -293,35 +320,50 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
 
 
 def settings_of(args: argparse.Namespace, **more: object) -> dict:
-    """What begin_run compares: every flag that changes the result, and what the stage adds, such as
-    hashes of what it reads; no paths, so that a run may be moved."""
-    left_out = ("device", "overwrite", "demo", "fid")
-    flags = {key: x for key, x in vars(args).items() if not isinstance(x, Path)}
-    return {**{key: flags[key] for key in flags if key not in left_out}, **more}
+    """What begin_run compares: every flag that changes the result, and `more`, such as hashes of
+    what is read. Paths are left out, so that a run may be moved."""
+    settings = {}
+    for name, value in vars(args).items():
+        if name not in ("device", "overwrite", "demo", "fid") and not isinstance(value, Path):
+            settings[name] = value
+    return {**settings, **more}
 
 
 def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=None) -> None:
-    """Prints the tables {title: rows} and ends the run in `out` (default: args.out) with them.
-    marks: what a reader of the numbers must know; "demo", and the marks of the runs whose folders
-    this one reads, are added. Its seconds are those since begin_run wrote settings.json."""
+    """Prints the tables {title: rows} and ends the run in `out` (default: args.out) with
+    result.json, which holds them.
+
+    marks: what a reader of the numbers must know, such as a stand-in for CLIP. "demo" is added, and
+    the marks of the runs in the folders `reads`. The seconds are those since begin_run wrote
+    settings.json."""
     out = out or args.out
-    marks = [*(["demo"] if args.demo else []), *marks]
-    for path in [folder / "result.json" for folder in reads]:
-        found = read_json(path).get("marks") if path.exists() else None
-        marks += map(str, found) if isinstance(found, list) else []
+    all_marks = ["demo"] if args.demo else []
+    all_marks.extend(marks)
+    for folder in reads:
+        if (folder / "result.json").exists():
+            found = read_json(folder / "result.json").get("marks")
+            all_marks.extend(map(str, found) if isinstance(found, list) else [])
     for title, rows in tables.items():
         print("\n" + markdown(title, rows))
-    seconds = round(time.time() - (out / "settings.json").stat().st_mtime, 1)
-    result = {"stage": args.stage, "marks": list(dict.fromkeys(marks)), "seconds": seconds}
-    write_json(out / "result.json", {**result, "tables": tables})
+    seconds = time.time() - (out / "settings.json").stat().st_mtime
+    result = {
+        "stage": args.stage,
+        "marks": list(dict.fromkeys(all_marks)),
+        "seconds": round(seconds, 1),
+        "tables": tables,
+    }
+    write_json(out / "result.json", result)
 
 
 # ---- Tables: python runs.py [folder] -------------------------------------------------------------
 
 
 def markdown(title: str, rows: Sequence[dict]) -> str:
-    """Rows of dicts as a Markdown table, marks last; a measure that a row lacks is left blank."""
-    columns = sorted(dict.fromkeys(key for row in rows for key in row), key="marks".__eq__)
+    """Rows of dicts as a Markdown table. A cell that a row lacks is blank; marks come last."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if "marks" in columns:
+        columns.remove("marks")
+        columns.append("marks")
     lines = [f"**{title}**", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join(cell(row.get(column)) for column in columns) + " |")
@@ -329,13 +371,17 @@ def markdown(title: str, rows: Sequence[dict]) -> str:
 
 
 def cell(value: object) -> str:
+    """A value as a table shows it: floats with four digits, None blank."""
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "" if value is None else str(value).replace("|", "\\|")
+    return str(value).replace("|", "\\|")
 
 
 def merge_seeds(rows: Sequence[dict]) -> dict:
-    """Rows as one: numbers that vary as mean ± sample standard deviation, blank what one lacks."""
+    """One row for runs that differ in their seed alone: a number that varies becomes its mean and
+    sample standard deviation, a cell that one of them lacks is blank."""
     merged = dict(rows[0])
     if len(rows) > 1:
         merged["run"] = ", ".join(row["run"] for row in rows) + " (mean ± sd)"
@@ -348,27 +394,35 @@ def merge_seeds(rows: Sequence[dict]) -> dict:
     return merged
 
 
-def main() -> None:
-    """Rows share a line if but for the seed their settings, marks, place and words are equal."""
-    parser = argparse.ArgumentParser(description="Prints the tables of all runs below a folder.")
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
-    folder, tables = parser.parse_args().runs, {}  # {(stage, title): {what is equal: rows}}
+def read_tables(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
+    """{(stage, title): groups of rows} of all complete runs below a folder. A group holds the rows
+    of equal runs of different seeds: settings, marks, words and position in the table are equal."""
+    tables = {}
     for path in files_below(folder, "result.json"):
-        result, settings = read_json(path), read_json(path.with_name("settings.json"))
-        run = {"run": path.parent.relative_to(folder).as_posix()}
+        result = read_json(path)
+        settings = {**read_json(path.with_name("settings.json")), "seed": None}
         with explain(f"{path} is no stage's result"):
-            run["marks"] = ", ".join(result["marks"])
+            run = path.parent.relative_to(folder).as_posix()
+            marks = ", ".join(result["marks"])
             for title, rows in result["tables"].items():
-                table = tables.setdefault((str(result["stage"]), title), {})
-                for place, row in enumerate(rows):
+                groups = tables.setdefault((str(result["stage"]), title), {})
+                for position, row in enumerate(rows):
                     words = [value for value in row.values() if isinstance(value, str)]
-                    same = [{**settings, "seed": None}, run["marks"], place, words]
-                    equal = table.setdefault(json.dumps(same, sort_keys=True), [])
-                    equal.append({**run, **row})
+                    same = json.dumps([settings, marks, position, words], sort_keys=True)
+                    groups.setdefault(same, []).append({"run": run, "marks": marks, **row})
+    return {key: list(groups.values()) for key, groups in tables.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
+    folder = parser.parse_args().runs
+    tables = read_tables(folder)
     if not tables:
         raise UserError(f"no run below {folder} is complete")
-    for (stage, title), table in sorted(tables.items(), key=lambda x: x[0][0]):
-        print(markdown(f"{stage}.py: {title}", [*map(merge_seeds, table.values())]))
+    for stage, title in sorted(tables, key=lambda key: key[0]):
+        rows = [merge_seeds(group) for group in tables[stage, title]]
+        print(markdown(f"{stage}.py: {title}", rows))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def test_metadata_that_lies(adapt, tmp_path):
         for call in (common.load_generator, adapt, load_state):
             refused(call, tmp_path / "f")
     for step, rows in ((None, []), ("x", []), (float("inf"), []), (5, [5]), (5, "x"), (5, [{}])):
-        training.save_state(tmp_path / "s", step, {"g": torch.nn.Linear(2, 2)}, rows)
+        training.save_state(tmp_path / "s", {"g": torch.nn.Linear(2, 2)}, step, False, rows)
         refused(load_state, tmp_path / "s")
 
 
