@@ -1,4 +1,4 @@
-"""Teaches a trained base a new concept with a low-rank adapter on its crucial layers.
+"""Stage 4: a new concept for a trained base, as a low-rank adapter (LoRA) on its crucial layers.
 
 E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes
 W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
@@ -38,18 +38,27 @@ import training
 from runs import UserError
 
 DEMO = {"batch": 1, "epochs": 8, "probe_steps": 60, "fid": "off", "save_every": 160}
-RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # by --mode, if there is no --lr
+RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # --lr by --mode, where it was not given
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
 # The paper's crucial layers are the down- and upsamplings and the transformer block. Ours are the
 # first and the last, which alone see how bright the photo is, and those by which the prompt scales
 # and shifts what comes out of norms (an adapter has one prompt): without them little is learned.
-PAPER_RANKS = {"down1": 1, "down2": 4, "tb": 1, "up1": 8, "up2": 8}
-PAPER_RANKS |= {"stem": 4, "films": 1, "out": 3}
+PAPER_RANKS = {
+    "down1": 1,
+    "down2": 4,
+    "tb": 1,
+    "up1": 8,
+    "up2": 8,
+    "stem": 4,
+    "films": 1,
+    "out": 3,
+}
 RANK_LIMIT = 16  # no search goes beyond it
 VALIDATION = 100  # photos that probes are judged on, at most
 
 
-def adapter_rank(text: str) -> int | str:
+def rank_flag(text: str) -> int | str:
+    """--rank as argparse reads it."""
     return text if text in ("paper", "auto") else runs.count(text)
 
 
@@ -64,15 +73,17 @@ def parse() -> argparse.Namespace:
     flag("--samples", default="clusters", help="clusters (stage 2's), all, random:N, file of names")
     flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
     flag("--layers", default="crucial", help="crucial, search (finds them), all, or down1,tb,...")
-    flag("--rank", type=adapter_rank, default="paper", help="paper, auto (searches), or a number")
+    flag("--rank", type=rank_flag, default="paper", help="paper, auto (searches), or a number")
     flag("--alpha", type=runs.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
     flag("--rank-threshold", type=runs.weight, default=0.01, help="least fall of the error")
     flag("--probe-steps", type=runs.count, default=500, help="steps of each of their probes")
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
-    flag("--lr", type=runs.positive, help="the generator's learning rate; None: by --mode")
+    flag("--lr", type=runs.positive, help="the generator's learning rate (default: by --mode)")
     args = parser.parse(DEMO)
-    args.lr = args.lr or (DEMO_RATES if args.demo else RATES)[args.mode]
-    args.new_discriminator |= args.mode == "scratch"
+    if args.lr is None:
+        args.lr = DEMO_RATES[args.mode] if args.demo else RATES[args.mode]
+    if args.mode == "scratch":
+        args.new_discriminator = True
     if args.mode != "lora" and (args.rank == "auto" or args.layers == "search"):
         raise UserError(f"--mode {args.mode} trains all weights: searches are for --mode lora")
     return args
@@ -87,20 +98,31 @@ def layer_group(name: str) -> str:
 
 
 def layer_shapes(generator: common.Generator) -> dict[str, tuple[int, int]]:
-    """{layer: its weight as a matrix, (out, in * k * k)}, in order."""
-    layers = common.named_layers(generator)
-    return {name: (len(m.bias), m.weight.numel() // len(m.bias)) for name, m in layers}
+    """{layer: the shape of its weight as a matrix, (out, in * k * k)}, in order."""
+    shapes = {}
+    for name, module in common.named_layers(generator):
+        outputs = len(module.bias)
+        shapes[name] = outputs, module.weight.numel() // outputs
+    return shapes
 
 
 def layer_ranks(shapes: dict, ranks: dict[str, int]) -> dict[str, int]:
-    """Ranks by group as ranks by layer, none above that of the layer's weight."""
-    chosen = {name: shape for name, shape in shapes.items() if layer_group(name) in ranks}
-    return {name: min(ranks[layer_group(name)], *shape) for name, shape in chosen.items()}
+    """Ranks by group as ranks by layer; a rank can't be larger than its weight's sides."""
+    found = {}
+    for name, shape in shapes.items():
+        group = layer_group(name)
+        if group in ranks:
+            found[name] = min(ranks[group], *shape)
+    return found
 
 
 def lora_weights(shapes: dict, ranks: dict[str, int]) -> int:
-    """How many numbers adapters of these ranks (by group) hold."""
-    return sum(rank * sum(shapes[name]) for name, rank in layer_ranks(shapes, ranks).items())
+    """How many numbers the matrices A and B of these ranks (by group) hold."""
+    total = 0
+    for name, rank in layer_ranks(shapes, ranks).items():
+        outputs, inputs = shapes[name]
+        total += rank * (outputs + inputs)
+    return total
 
 
 def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
@@ -121,17 +143,18 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
 def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: float) -> None:
     """fp16 A and B of every adapted layer and the prompt's token features. A reader without this
     code adds (alpha / rank) B A to the base's <layer>.weight, seen as (out, in * k * k)."""
-    tensors, ranks, index = {}, {}, generator.concept_index(concept)
+    tensors, ranks = {}, {}
     for name, module in common.named_layers(generator):
         if parametrize.is_parametrized(module, "weight"):
             lora = module.parametrizations.weight[-1]
-            tensors |= {f"{name}.lora_A": lora.lora_A.half(), f"{name}.lora_B": lora.lora_B.half()}
+            tensors[f"{name}.lora_A"] = lora.lora_A.half()
+            tensors[f"{name}.lora_B"] = lora.lora_B.half()
             ranks[name] = len(lora.lora_A)
+    about, tokens = generator.known_concepts()[generator.concept_index(concept)]
     if generator.takes_text:
-        tensors["tokens"] = generator.known_concepts()[index][1].half()
-    about = {"kind": "adapter", "base": base_sha256, "alpha": alpha}
-    about |= {**generator.config["concepts"][index], "ranks": ranks}
-    runs.write_tensors(path, tensors, about)
+        tensors["tokens"] = tokens.half()
+    metadata = {"kind": "adapter", "base": base_sha256, "alpha": alpha, **about, "ranks": ranks}
+    runs.write_tensors(path, tensors, metadata)
 
 
 # ---- Which photos --------------------------------------------------------------------------------
@@ -182,19 +205,19 @@ def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
+def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) -> tuple:
     """The generator to train, which knows the new concept's prompt, and the discriminator, which
-    sees none. ranks: by group (lora only)."""
+    sees no prompt. ranks: of the adapter, by group (--mode lora)."""
     torch.manual_seed(args.seed)
-    generator = common.load_generator(args.base, args.device)
+    generator = common.load_generator(args.base, device)
     if args.mode == "scratch":
         prompts = dict(generator.named_buffers())
-        generator = common.build_network(generator.config).to(args.device)
+        generator = common.build_network(generator.config).to(device)
         generator.load_state_dict(prompts, strict=False)
-    tokens = [None]
+    tokens = None
     if generator.takes_text:
-        tokens, _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
-    generator.set_known_concepts([*generator.known_concepts(), (concept, tokens[0])])
+        [tokens], _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
+    generator.set_known_concepts([*generator.known_concepts(), (concept, tokens)])
     if args.mode == "lora":
         add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
     else:
@@ -202,25 +225,29 @@ def prepare(args, concept: dict, ranks: dict[str, int]) -> tuple:
     if args.new_discriminator:
         return generator, common.new_discriminator(generator, text=False)
     discriminator = common.base_discriminator(args.base, generator)
-    discriminator.project = None
+    discriminator.project = None  # the layer that sees the prompt
     return generator, discriminator
 
 
-def finetune(args, networks, train, steps: int, out: Path | None = None, test=None) -> dict:
-    """The loop. A probe has no `out`, where state and pictures of `test` go. Returns its pace."""
-    generator, discriminator = networks
-    index = generator.concept_index(train.concepts[0]["name"])
+def finetune(
+    args, generator, discriminator, train, steps: int, out: Path | None = None, test=None
+) -> dict:
+    """Trains what is not frozen. State, and pictures of `test`, go to `out`; a probe has none.
+    Returns its pace as columns of a table."""
+    name = train.concepts[0]["name"]
+    index = generator.concept_index(name)  # of the only concept in `train`, whose number there is 0
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     ddp_generator = training.data_parallel(generator)
     ddp_discriminator = training.data_parallel(discriminator)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    loop = training.Loop(args, train, steps, parts, out, desc=train.concepts[0]["name"])
+    loop = training.Loop(args, train, steps, parts, out, desc=name)
     generator.train()
     for photo, edit, concept in loop:
-        training.set_lr(opt_g, args.lr, loop.step, loop.steps)
-        training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
+        training.set_lr(opt_g, args.lr, loop.step, steps)
+        training.set_lr(opt_d, args.lr_d, loop.step, steps)
 
+        # The discriminator's step: real edits towards 1, the generator's towards 0.
         with training.autocast(photo.device, args.precision):
             fake = ddp_generator(photo, concept + index)
             score_real = ddp_discriminator(photo, edit).float()
@@ -228,19 +255,20 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
         loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
         training.descend(loss_d, opt_d)
 
+        # The generator's step: its edits towards 1, and near the teacher's.
         discriminator.requires_grad_(False)
         with training.autocast(photo.device, args.precision):
             features = discriminator.features(photo, fake)
             with torch.no_grad():
                 wanted = discriminator.features(photo, edit) if args.fm else features
+        gan = (features[-1].float() - 1).square().mean()
         l1 = (fake.float() - edit).abs().mean()
         fm = training.feature_matching(features, wanted)
-        loss_g = (features[-1].float() - 1).square().mean() + args.l1 * l1 + args.fm * fm
+        loss_g = gan + args.l1 * l1 + args.fm * fm
         training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
-        losses = {"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}
-        if loop.record(losses) and out:
+        if loop.record({"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
             runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
@@ -252,80 +280,108 @@ def finetune(args, networks, train, steps: int, out: Path | None = None, test=No
 
 
 def chosen_groups(args, base: common.Generator) -> list[str]:
-    """--layers as layer groups; `crucial` is what a search found, else PAPER_RANKS' groups."""
+    """--layers as layer groups, in the base's order. `crucial` is what a search found or, without
+    one, PAPER_RANKS' groups. UserError for a group that the base does not have."""
     groups = list(dict.fromkeys(map(layer_group, layer_shapes(base))))
-    path, wanted = args.out / "layer-search/crucial.json", args.layers.split(",")
     if args.layers == "all":
-        wanted = groups
-    elif args.layers in ("crucial", "search"):
+        return groups
+    wanted = args.layers.split(",")
+    if args.layers in ("crucial", "search"):
         wanted = [group for group in groups if group in PAPER_RANKS] or groups
-        if path.exists():
-            wanted = runs.read_json(path).get("groups") or [None]
-            print(f"crucial layers from {path}: {wanted}")
-    unknown = [x for x in wanted if x not in groups] if isinstance(wanted, list) else [wanted]
-    if unknown:
-        raise UserError(f"no layer group {unknown[0]!r} among this generator's {', '.join(groups)}")
+        found = args.out / "layer-search/crucial.json"
+        if found.exists():
+            wanted = runs.read_json(found).get("groups")
+            print(f"crucial layers from {found}: {wanted}")
+            if not isinstance(wanted, list) or not wanted:
+                raise UserError(f"{found} lists no layer groups")
+    for group in wanted:
+        if group not in groups:
+            known = ", ".join(groups)
+            raise UserError(f"no layer group {group!r} among this generator's {known}")
     return [group for group in groups if group in wanted]
 
 
 class Probes:
-    """Short trainings on some concepts that tell what ranks are worth by training.error on held-out
-    photos. Those done are remembered in a file, so a search that was killed finds the same."""
+    """Short trainings on some concepts, which tell what ranks are worth by training.error on
+    held-out photos. Their errors are kept in a file, so a search that was killed goes on with
+    those, and finds the same."""
 
-    def __init__(self, args, concepts: list[str], file: Path):
-        self.args, self.file = args, file
+    def __init__(self, args, concepts: list[str], file: Path, device: torch.device):
+        self.args = args
+        self.file = file
+        self.device = device
         self.saved = runs.read_json(file) if file.exists() else {}
-        self.data = {}
+        self.data = {}  # {concept: (pairs to train on, pairs to judge on)}
         for name in concepts:
-            split = validation_split(args, name)
-            pairs = [dataset.find_pairs(args.pairs, "train", [name], part) for part in split]
-            self.data[name] = [part.cache(args.cache) for part in pairs]
+            pairs = []
+            for samples in validation_split(args, name):
+                part = dataset.find_pairs(args.pairs, "train", [name], samples)
+                pairs.append(part.cache(args.cache))
+            self.data[name] = pairs
 
     def error(self, ranks: dict[str, int]) -> float:
-        """Error after probes with these ranks by group, over the base's, the concepts' mean."""
+        """The error after probes with these ranks by group, relative to the base's: the mean over
+        the concepts."""
         errors = [self.measure(name, ranks) / self.measure(name, {}) for name in self.data]
         return sum(errors) / len(errors)
 
     def measure(self, name: str, ranks: dict[str, int]) -> float:
-        """training.error, infinite if these ranks do not train at this rate."""
+        """The error on one concept; without ranks, of the base as it is."""
         key = json.dumps([name, sorted(ranks.items())])
         if key not in self.saved:
-            train, held_out = self.data[name]
-            networks, error = prepare(self.args, train.concepts[0], ranks), 0.0
-            try:
-                if ranks:
-                    finetune(self.args, networks, train, self.args.probe_steps)
-                if runs.rank() == 0:
-                    error = training.error(training.evaluate(networks[0], held_out)[0])
-            except training.Diverged:
-                error = math.inf
-            self.saved[key] = runs.from_first(error)  # all must go the same way
+            error = self.train_and_judge(name, ranks)
+            self.saved[key] = runs.from_first(error)  # all processes must go the same way
             if runs.rank() == 0:
                 runs.write_json(self.file, self.saved)
         return self.saved[key]
 
+    def train_and_judge(self, name: str, ranks: dict[str, int]) -> float:
+        """measure, done anew. Only the first process judges; others return 0."""
+        train, held_out = self.data[name]
+        generator, discriminator = prepare(self.args, train.concepts[0], ranks, self.device)
+        try:
+            if ranks:
+                finetune(self.args, generator, discriminator, train, self.args.probe_steps)
+        except training.Diverged:
+            return math.inf
+        if runs.rank() > 0:
+            return 0.0
+        [row] = training.evaluate(generator, held_out)
+        return training.error(row)
 
-def search_layers(args, concepts: list[str], base: common.Generator) -> None:
-    """The layer search, by the rule in the docstring, in <out>/layer-search."""
-    out, shapes = args.out / "layer-search", layer_shapes(base)
+
+def search_layers(args, concepts: list[str], base: common.Generator, device: torch.device) -> None:
+    """The layer search, by the rule in this file's docstring, in <out>/layer-search."""
+    out = args.out / "layer-search"
+    shapes = layer_shapes(base)
     data = [training_pairs(args, name).data_hash for name in concepts]
-    fixed = {"rank": 1, "steps": None, "epochs": None, "concept": concepts, "base": base.sha256}
-    settings = runs.settings_of(args, data=data, **fixed)
+    unused = {"rank": 1, "steps": None, "epochs": None}  # by probes
+    settings = runs.settings_of(args, data=data, concept=concepts, base=base.sha256, **unused)
     if runs.begin_run(out, settings, args.overwrite):
         return
-    probes, rows = Probes(args, concepts, out / "probes.json"), []
+    probes = Probes(args, concepts, out / "probes.json", device)
+    rows = []
     for group in dict.fromkeys(map(layer_group, shapes)):
-        error, weights = probes.error({group: 1}), lora_weights(shapes, {group: 1})
-        row = {"layers": group, "trained weights": weights, "error alone %": 100 * error}
-        rows.append({**row, "gain % per 1000 weights": 100 * (1 - error) / weights * 1000})
+        error = probes.error({group: 1})
+        weights = lora_weights(shapes, {group: 1})
+        rows.append(
+            {
+                "layers": group,
+                "trained weights": weights,
+                "error alone %": 100 * error,
+                "gain % per 1000 weights": 100 * (1 - error) / weights * 1000,
+            }
+        )
     rows.sort(key=lambda row: -row["gain % per 1000 weights"])
-    crucial, best = [], 1.0
+    crucial = []
+    best = 1.0
     for row in rows:
         error = probes.error(dict.fromkeys([*crucial, row["layers"]], 1))
+        better = error < (1 - args.rank_threshold) * best
         row["error with those before %"] = 100 * error
-        row["crucial"] = "no"
-        if error < (1 - args.rank_threshold) * best:
-            row["crucial"], best = "yes", error
+        row["crucial"] = "yes" if better else "no"
+        if better:
+            best = error
             crucial.append(row["layers"])
     if not crucial:
         raise UserError("no layer group lowers the error enough: give more --probe-steps")
@@ -337,10 +393,15 @@ def search_layers(args, concepts: list[str], base: common.Generator) -> None:
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
-    """Ranks by group, the search's path as rows, and its cost beside that of all combinations."""
+    """Starts all chosen groups at rank 1, and doubles one's as often as that lowers the error by
+    more than the threshold. Returns ranks by group, and for tables: the probes as rows, one after
+    the other, and a row of what was found beside the probes that all combinations would take."""
     ranks = dict.fromkeys(chosen, 1)
-    limits = {g: max(layer_ranks(shapes, {g: RANK_LIMIT}).values()) for g in chosen}
-    powers = [(limit - 1).bit_length() + 1 for limit in limits.values()]  # of 1, 2, 4, ... limit
+    limits = {}
+    for group in chosen:
+        limits[group] = max(layer_ranks(shapes, {group: RANK_LIMIT}).values())
+    # a group's ranks to try: 1, 2, 4, ... up to its limit
+    combinations = math.prod((limit - 1).bit_length() + 1 for limit in limits.values())
     best = probes.error(ranks)
     path = [{"probe": 1, "group": "all", "rank": 1, "error %": 100 * best, "kept": "yes"}]
     while active := [group for group in chosen if ranks[group] < limits[group]]:
@@ -348,74 +409,119 @@ def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: flo
             tried = {**ranks, group: 2 * ranks[group]}
             error = probes.error(tried)
             better = error < (1 - threshold) * best
-            row = {"probe": len(path) + 1, "group": group, "rank": tried[group]}
-            path.append({**row, "error %": 100 * error, "kept": "yes" if better else "no"})
+            path.append(
+                {
+                    "probe": len(path) + 1,
+                    "group": group,
+                    "rank": tried[group],
+                    "error %": 100 * error,
+                    "kept": "yes" if better else "no",
+                }
+            )
             if better:
                 ranks, best = tried, error
             else:
                 limits[group] = ranks[group]  # no further
-    cost = {"ranks": " ".join(f"{group}:{rank}" for group, rank in ranks.items())}
-    cost |= {"probes": len(path), "all combinations": math.prod(powers)}
-    return ranks, path, {**cost, "weights at these ranks": lora_weights(shapes, ranks)}
+    found = {
+        "ranks": " ".join(f"{group}:{rank}" for group, rank in ranks.items()),
+        "probes": len(path),
+        "all combinations": combinations,
+        "weights at these ranks": lora_weights(shapes, ranks),
+    }
+    return ranks, path, found
 
 
-def learn(args, name: str, base: common.Generator, chosen: list[str]) -> None:
-    """One concept, from its pairs to its result.json in <out>/<concept>."""
-    out, tables = args.out / name, {}
+# ---- One concept ---------------------------------------------------------------------------------
+
+
+def ranks_of(args, groups: list[str]) -> dict[str, int]:
+    """--rank as {group: rank}; of `auto`, what its search starts from."""
+    if args.rank == "paper":
+        return {group: PAPER_RANKS.get(group, 1) for group in groups}
+    return dict.fromkeys(groups, 1 if args.rank == "auto" else args.rank)
+
+
+def save_product(out: Path, generator, name: str, base: common.Generator, args) -> Path:
+    """Writes what this run made: an adapter, or a generator that knows the new concept alone."""
+    if args.mode == "lora":
+        path = out / "adapter.safetensors"
+        save_adapter(path, generator, name, base.sha256, args.alpha)
+        return path
+    path = out / "generator.safetensors"
+    generator.set_known_concepts([generator.known_concepts()[generator.concept_index(name)]])
+    common.save_network(path, generator)
+    return path
+
+
+def learn(args, name: str, base: common.Generator, groups: list[str], device) -> None:
+    """One concept, from its pairs to its result.json in <out>/<concept>. groups: of layers to
+    adapt."""
+    out = args.out / name
     train = training_pairs(args, name).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
-    ranks = dict.fromkeys(chosen, 1 if args.rank == "auto" else args.rank)
-    if args.rank == "paper":
-        ranks = {group: PAPER_RANKS.get(group, 1) for group in chosen}
-    networks = prepare(args, train.concepts[0], ranks)
-    more = {"concept": name, "layers": ",".join(chosen), "base": base.sha256}
-    more |= {"data": [train.data_hash, test.data_hash], "discriminator": networks[1].sha256}
-    if runs.begin_run(out, runs.settings_of(args, **more), args.overwrite):
+    ranks = ranks_of(args, groups)
+    generator, discriminator = prepare(args, train.concepts[0], ranks, device)
+    settings = runs.settings_of(
+        args,
+        concept=name,
+        layers=",".join(groups),
+        base=base.sha256,
+        data=[train.data_hash, test.data_hash],
+        discriminator=discriminator.sha256,
+    )
+    if runs.begin_run(out, settings, args.overwrite):
         return
+    search_tables = {}
     if args.rank == "auto":
-        probes = Probes(args, [name], out / "probes.json")
-        ranks, path, cost = search_ranks(probes, layer_shapes(base), chosen, args.rank_threshold)
-        tables["Rank search, held-out error relative to the base's"] = path
-        tables["Rank search, found"] = [cost]
-        networks = prepare(args, train.concepts[0], ranks)
-    generator = networks[0].eval()
-    row = {"concept": name, "mode": args.mode, "rank": args.rank if args.mode == "lora" else None}
+        probes = Probes(args, [name], out / "probes.json", device)
+        shapes = layer_shapes(base)
+        ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
+        search_tables["Rank search, held-out error relative to the base's"] = path
+        search_tables["Rank search, found"] = [found]
+        generator, discriminator = prepare(args, train.concepts[0], ranks, device)
+
     photos, edits = test.pictures(0)
+    generator.eval()
     before = training.run_generator(generator, photos, generator.concept_index(name))
-    row["before dB"] = training.mean_psnr(before, edits)
     steps = args.steps or args.epochs * dataset.steps_per_epoch(train.counts, args.batch)
-    pace = finetune(args, networks, train, steps, out, test)
+    pace = finetune(args, generator, discriminator, train, steps, out, test)
     if runs.rank() > 0:
         return
-    file = out / ("adapter.safetensors" if args.mode == "lora" else "generator.safetensors")
-    if args.mode == "lora":
-        save_adapter(file, generator, name, base.sha256, args.alpha)
-    else:
-        generator.set_known_concepts([generator.known_concepts()[generator.concept_index(name)]])
-        common.save_network(file, generator)
-    row |= training.evaluate(generator, test, args.fid == "auto")[0]
-    row["trained weights"] = sum(p.numel() for p in generator.parameters() if p.requires_grad)
-    row["trained %"] = 100 * row["trained weights"] / common.count_parameters(base)
-    row |= {"file KB": file.stat().st_size / 1000, "samples": args.samples}
-    row |= {"photos": train.counts[0], **pace}
-    tables = {"New concepts, held-out photos": [row], **tables}
+    product = save_product(out, generator, name, base, args)
+    [measured] = training.evaluate(generator, test, args.fid == "auto")
+    trained = sum(p.numel() for p in generator.parameters() if p.requires_grad)
+    row = {
+        "concept": name,
+        "mode": args.mode,
+        "rank": args.rank if args.mode == "lora" else None,
+        "before dB": training.mean_psnr(before, edits),
+        **measured,
+        "trained weights": trained,
+        "trained %": 100 * trained / common.count_parameters(base),
+        "file KB": product.stat().st_size / 1000,
+        "samples": args.samples,
+        "photos": train.counts[0],
+        **pace,
+    }
+    tables = {"New concepts, held-out photos": [row], **search_tables}
     runs.write_result(args, tables, reads=[args.pairs, args.base.parent], out=out)
 
 
 def main() -> None:
     args = parse()
-    args.device = training.start(args)
-    concepts, base = dataset.chosen_concepts(args, "new"), common.load_generator(args.base)
+    device = training.start(args)
+    concepts = dataset.chosen_concepts(args, "new")
+    base = common.load_generator(args.base)
     size = dataset.find_pairs(args.pairs, "test", concepts[:1]).size
     args.l1 = training.l1_weight(args)
     args.crop = training.crop_size(args.crop, size, whole=base.config["arch"] == "unet256")
     if not args.new_discriminator:
         common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":
-        search_layers(args, concepts, base)
-    chosen = chosen_groups(args, base) if args.mode == "lora" else []
+        search_layers(args, concepts, base, device)
+    groups = chosen_groups(args, base) if args.mode == "lora" else []
     for name in concepts:
-        learn(args, name, base, chosen)
+        learn(args, name, base, groups, device)
 
 
 if __name__ == "__main__":
