@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser = runs.Parser(__doc__, "runs/base")
     flag = parser.add_argument
     training.add_flags(parser)
+    training.add_half_size_flag(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: the base concepts")
     flag("--concept", action="append", help="train on this concept instead; can be repeated")
     flag("--arch", choices=[*common.ARCHITECTURES], default="e2gan", help="e2gan takes prompts")
@@ -67,8 +68,9 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     ddp_discriminator = training.data_parallel(discriminator)
     steps_per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
     steps = args.steps or args.epochs * steps_per_epoch
+    halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    loop = training.Loop(args, train, steps, parts, args.out)
+    loop = training.Loop(args, train, steps, parts, args.out, half_size_steps=halved)
     judged = []
     generator.train()
     for photo, edit, concept in loop:
@@ -94,12 +96,16 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         l1 = (fake.float() - edit).abs().mean()
         fm = training.feature_matching(features, wanted)
         loss_g = gan + args.l1 * l1 + args.fm * fm
+        losses = {"L1": l1, "FM": fm}
+        if args.perceptual:
+            losses["P"] = training.perceptual_distance(fake, edit).mean()
+            loss_g = loss_g + args.perceptual * losses["P"]
         training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
         done = loop.step + 1
         judge = done == steps or done % (args.eval_every * steps_per_epoch) == 0
-        if loop.record({"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}, save=judge):
+        if loop.record({"G": loss_g, "D": loss_d, **losses}, save=judge):
             if judge:
                 judged = judge_and_save(loop, generator, test, args.out)
                 generator.train()
@@ -153,7 +159,9 @@ def main() -> None:
     if args.arch == "e2gan" and not args.no_text:
         tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
     args.l1 = training.l1_weight(args)
-    args.crop = training.crop_size(args.crop, train.size, whole=args.arch == "unet256")
+    training.check_crop(args.crop, train.size, whole_only=args.arch == "unet256")
+    if args.arch == "unet256":
+        args.half_size = 0.0  # its innermost map is one pixel at the full size
     blocks = args.blocks.split(",") if args.blocks else None
     device = training.start(args)
     generator = common.new_generator(

@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser = runs.Parser(__doc__, "runs/lora")
     flag = parser.add_argument
     training.add_flags(parser)
+    training.add_half_size_flag(parser)
     flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="stage 3's or 5's")
     training.add_discriminator_flag(parser)
@@ -240,8 +241,11 @@ def finetune(
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     ddp_generator = training.data_parallel(generator)
     ddp_discriminator = training.data_parallel(discriminator)
+    halved = 0
+    if args.mode == "scratch":
+        halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
-    loop = training.Loop(args, train, steps, parts, out, desc=name)
+    loop = training.Loop(args, train, steps, parts, out, desc=name, half_size_steps=halved)
     generator.train()
     for photo, edit, concept in loop:
         training.set_lr(opt_g, args.lr, loop.step, steps)
@@ -265,10 +269,14 @@ def finetune(
         l1 = (fake.float() - edit).abs().mean()
         fm = training.feature_matching(features, wanted)
         loss_g = gan + args.l1 * l1 + args.fm * fm
+        losses = {"L1": l1, "FM": fm}
+        if args.perceptual:
+            losses["P"] = training.perceptual_distance(fake, edit).mean()
+            loss_g = loss_g + args.perceptual * losses["P"]
         training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
-        if loop.record({"G": loss_g, "D": loss_d, "L1": l1, "FM": fm}) and out:
+        if loop.record({"G": loss_g, "D": loss_d, **losses}) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
             runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()
@@ -514,7 +522,9 @@ def main() -> None:
     base = common.load_generator(args.base)
     size = dataset.find_pairs(args.pairs, "test", concepts[:1]).size
     args.l1 = training.l1_weight(args)
-    args.crop = training.crop_size(args.crop, size, whole=base.config["arch"] == "unet256")
+    training.check_crop(args.crop, size, whole_only=base.config["arch"] == "unet256")
+    if base.config["arch"] == "unet256":
+        args.half_size = 0.0  # its innermost map is one pixel at the full size
     if not args.new_discriminator:
         common.base_discriminator(args.base, base)  # an error before anything is written
     if args.layers == "search":

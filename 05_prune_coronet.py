@@ -676,7 +676,7 @@ def main() -> None:
     archs = {network.config["arch"] for network in task.networks.values()}
     args.l1 = training.l1_weight(args)
     whole = bool(set(archs) & {"unet256", "dcgan"})
-    args.crop = training.crop_size(args.crop, data.size, whole)
+    training.check_crop(args.crop, data.size, whole)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good

@@ -132,9 +132,9 @@ def test_crops_show_photo_and_edit_at_one_place_and_all_places(made, tmp_path):
 def test_a_crop_that_does_not_fit_is_refused(crop):
     words = f"--crop {crop}: give a multiple of 8 from 24 to .* 32"
     with pytest.raises(runs.UserError, match=words):
-        training.crop_size(crop, 32)
+        training.check_crop(crop, 32)
     with pytest.raises(runs.UserError, match="--crop 24: this network takes whole"):
-        training.crop_size(24, 32, whole=True)
+        training.check_crop(24, 32, whole_only=True)
 
 
 # ---- The cache -----------------------------------------------------------------------------------

