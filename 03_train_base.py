@@ -1,9 +1,10 @@
 """Stage 3: the base generator, one small text-conditioned GAN that learns several edits at once.
 
 E2GAN (arXiv 2401.06127), section 3. The generator sees a photo and the CLIP features of a prompt,
-the PatchGAN discriminator photo, edit and prompt. Random crops of stage 1's pairs, least-squares
-GAN + 10 * L1 + 10 * feature matching (pix2pixHD; with --fm 0, the papers' 100 * L1, colours
-are learned and strokes are not), Adam and pix2pix's schedule. Whole pictures are judged.
+the PatchGAN discriminator photo, edit and prompt. The loss is that of a least-squares GAN + 10 * L1
++ 10 * feature matching (pix2pixHD) + 5 * a distance of trained features (LPIPS); --fm 0
+--perceptual 0 is the papers' GAN + 100 * L1. Adam, pix2pix's schedule, whole pictures, of which the
+first steps see half-size ones.
 
 To try another loss, copy this file and edit `train_base`. What it calls: training.autocast (bf16
 where the device has it), training.descend (a step down a loss), Loop.record (ends a step).
@@ -30,15 +31,15 @@ import dataset
 import runs
 import training
 
-# Where seconds are short, many small steps of a narrow network learn strokes that few large do not.
+# Where seconds are short, many small steps of a narrow network learn strokes, few large ones do not.
 DEMO = {
     "width": 16,
     "batch": 1,
-    "epochs": 12,
+    "steps": 420,
     "lr": 1e-3,
     "fid": "off",
-    "save_every": 480,
-    "eval_every": 12,
+    "save_every": 210,
+    "eval_every": 100,
 }
 
 

@@ -25,20 +25,24 @@ from runs import UserError, check_name, explain, read_tensors, sha256, write_ten
 # dimensions. Widths live in config["widths"] = {group: channels}; a pruned network is the same
 # class built from smaller numbers. config["full"] keeps the numbers it started from.
 
-# never pruned, like "text"; "style" is what all FiLM layers read
+# Groups that are never pruned, beside "text". "style" is what all FiLM layers read.
 FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1, "style": 64}
 
 
 def all_widths(config: dict) -> dict[str, int]:
-    """config["widths"] with the groups that are never pruned."""
+    """Channels of every group: config["widths"], and of the groups that are never pruned."""
     return {**config["widths"], **FIXED, "text": config.get("text_dim", 0)}
 
 
 def layer(cls: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
-    """A Conv2d, ConvTranspose2d or Linear from the groups it reads and writes (a name or a tuple of
-    names), carried as .reads and .writes. Weights start as N(0, 0.02) (pix2pix), biases as 0."""
-    reads, writes = ((g,) if isinstance(g, str) else tuple(g) for g in (reads, writes))
-    module = cls(sum(widths[g] for g in reads), sum(widths[g] for g in writes), *args, **options)
+    """A Conv2d, ConvTranspose2d or Linear (`cls`) from the groups that it reads and writes, a name
+    or a tuple of names each, which it carries as .reads and .writes. Its weights start as
+    N(0, 0.02) (pix2pix), its biases as 0."""
+    reads = (reads,) if isinstance(reads, str) else tuple(reads)
+    writes = (writes,) if isinstance(writes, str) else tuple(writes)
+    inputs = sum(widths[group] for group in reads)
+    outputs = sum(widths[group] for group in writes)
+    module = cls(inputs, outputs, *args, **options)
     nn.init.normal_(module.weight, 0.0, 0.02)
     nn.init.zeros_(module.bias)
     module.reads, module.writes = reads, writes
@@ -51,83 +55,104 @@ def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def out_first(weight: torch.Tensor, cls: type) -> torch.Tensor:
-    """A weight, outputs first, which transposed convolutions have second; its own inverse."""
+    """The weight of a layer of class `cls` with its outputs first; transposed convolutions have
+    them second. The function is its own inverse."""
     return weight.transpose(0, 1) if issubclass(cls, nn.ConvTranspose2d) else weight
 
 
-class ConvNorm(nn.Module):
-    """Convolution (`up`: its kind that doubles), instance norm, ReLU, the latter two unless told
-    otherwise. No affine parameters: dropping a channel leaves the others as they were."""
+def conv(widths, reads, writes, kernel=3, stride=1, padding_mode="zeros") -> nn.Conv2d:
+    """A convolution that keeps height and width, or halves them with a stride of 2."""
+    shape = {"kernel_size": kernel, "stride": stride, "padding": kernel // 2}
+    return layer(nn.Conv2d, widths, reads, writes, **shape, padding_mode=padding_mode)
 
-    def __init__(self, widths, reads, writes, kernel=3, stride=1, up=None, **options):
+
+class ConvNorm(nn.Module):
+    """A convolution, an instance norm and a ReLU. The norm has no parameters, so that dropping a
+    channel leaves the others as they were."""
+
+    def __init__(self, conv: nn.Module, norm=True, relu=True):
         super().__init__()
-        self.norm, self.relu = options.get("norm", True), options.get("relu", True)
-        if up:
-            shape = (1, 1) if up is UpConv else (2, 1, 1)  # stride, padding, output's padding
-            self.conv = layer(up, widths, reads, writes, 3, *shape)
-        else:
-            pad = {"padding": kernel // 2, "padding_mode": options.get("pad", "zeros")}
-            self.conv = layer(nn.Conv2d, widths, reads, writes, kernel, stride, **pad)
+        self.conv = conv
+        self.norm = norm
+        self.relu = relu
 
     def forward(self, x, film=None, skip=None):
-        """film (B, 2C): what to scale by (less 1) and to add after the norm; skip (B, C, H, W):
-        features to add before the ReLU."""
+        """x (B, C, H, W). film (B, 2C'): after the norm the C' channels are multiplied by 1 + its
+        first half, and its second half is added. skip (B, C', H', W'): added before the ReLU."""
         x = self.conv(x)
-        x = instance_norm(x) if self.norm else x
+        if self.norm:
+            x = instance_norm(x)
         if film is not None:
             scale, shift = film[..., None, None].chunk(2, 1)
             x = x * (1 + scale) + shift
-        x = x if skip is None else x + skip
+        if skip is not None:
+            x = x + skip
         return F.relu(x) if self.relu else x
 
 
 class ResidualBlock(nn.Module):
+    """Two convolutions whose result is added to the stream of channels that they read."""
+
     def __init__(self, widths, stream, inner):
         super().__init__()
-        self.conv1 = ConvNorm(widths, stream, inner, pad="reflect")
-        self.conv2 = ConvNorm(widths, inner, stream, pad="reflect", relu=False)
+        self.conv1 = ConvNorm(conv(widths, stream, inner, padding_mode="reflect"))
+        self.conv2 = ConvNorm(conv(widths, inner, stream, padding_mode="reflect"), relu=False)
 
     def forward(self, x, film1=None, film2=None):
         return x + self.conv2(self.conv1(x, film1), film2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with linear projections. Its groups hold one head's dimensions; `scale`
-    stays the unpruned one."""
+    """Multi-head attention with linear projections, of `stream` to `source`. Its groups hold one
+    head's dimensions, so that all heads keep the same ones; `scale` is that of the unpruned."""
 
     def __init__(self, widths, full, heads, stream, source, prefix):
         super().__init__()
-        self.heads, self.scale = heads, full[f"{prefix}_qk"] ** -0.5
-        self.q = layer(nn.Linear, widths, stream, (f"{prefix}_qk",) * heads)
-        self.k = layer(nn.Linear, widths, source, (f"{prefix}_qk",) * heads)
-        self.v = layer(nn.Linear, widths, source, (f"{prefix}_v",) * heads)
-        self.out = layer(nn.Linear, widths, (f"{prefix}_v",) * heads, stream)
+        queries = (f"{prefix}_qk",) * heads
+        values = (f"{prefix}_v",) * heads
+        self.heads = heads
+        self.scale = full[f"{prefix}_qk"] ** -0.5
+        self.q = layer(nn.Linear, widths, stream, queries)
+        self.k = layer(nn.Linear, widths, source, queries)
+        self.v = layer(nn.Linear, widths, source, values)
+        self.out = layer(nn.Linear, widths, values, stream)
 
     def forward(self, x, source, mask=None):
         """x (B, N, C), source (B, M, D), mask (B, M) True where a token counts -> (B, N, C)"""
-        rows = self.q(x), self.k(source), self.v(source)  # (B, N or M, heads * d)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in rows)
-        mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
+        q = self.split_heads(self.q(x))  # (B, heads, N, d)
+        k = self.split_heads(self.k(source))  # (B, heads, M, d)
+        v = self.split_heads(self.v(source))
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, 1, 1, M)
         if trains_on_cpu(x):
             scores = q @ k.mT * self.scale  # (B, heads, N, M)
-            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
             y = scores.softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def split_heads(self, y):
+        """(B, N, heads * d) -> (B, heads, N, d)"""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
 
 class TransformerBlock(nn.Module):
     """E2GAN's block at half the trunk's resolution: self-attention, cross-attention to the prompt's
-    tokens, feed-forward, each pre-normed and residual; all of it is added to the trunk. The paper
-    leaves heads (here 4), the feed-forward ratio (4) and the skips open. The norm is RMS over a
-    token's channels: an instance norm would erase what cross-attention adds to all tokens alike.
-    It divides by the unpruned number of channels, so dropped ones equal channels that are 0."""
+    tokens, feed-forward, each pre-normed and residual; what they make is added to the trunk.
+
+    The paper leaves open the heads (here 4), the feed-forward ratio (4) and the skips. The norm is
+    the RMS over a token's channels: an instance norm would erase what cross-attention adds to all
+    tokens alike. It divides by the unpruned number of channels, so that a dropped channel equals
+    one that is 0. centered: what the block adds has mean 0 over the places. In e2gan later norms
+    take that mean off anyway, but in bf16 the rest would be rounded beside it."""
 
     def __init__(self, widths, full, heads, centered):
         super().__init__()
-        self.channels, self.centered = full["tb"], centered
-        self.down = ConvNorm(widths, "trunk", "tb", stride=2, pad="reflect")
+        self.channels = full["tb"]
+        self.centered = centered
+        self.down = ConvNorm(conv(widths, "trunk", "tb", stride=2, padding_mode="reflect"))
         self.self_attention = Attention(widths, full, heads, "tb", "tb", "self")
         self.cross_attention = None
         if widths["text"]:
@@ -141,14 +166,14 @@ class TransformerBlock(nn.Module):
         return t * torch.rsqrt(square + 1e-6).to(t.dtype)
 
     def forward(self, x, tokens=None, mask=None):
-        h = self.down(x)  # (B, C, H/8, W/8)
+        h = self.down(x)  # (B, C, H/8, W/8), of a photo H x W
         t = h.flatten(2).transpose(1, 2)  # (B, N, C)
         n = self.norm(t)
         t = t + self.self_attention(n, n)
         if self.cross_attention is not None:
             t = t + self.cross_attention(self.norm(t), tokens, mask)
         t = t + self.feed2(F.gelu(self.feed1(self.norm(t))))
-        if self.centered:  # as e2gan's later norms do; bf16 would round the rest beside the mean
+        if self.centered:
             t = t - t.mean(1, keepdim=True)
         return x + self.up(t.transpose(1, 2).unflatten(2, h.shape[2:]))
 
@@ -157,10 +182,10 @@ class TransformerBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """config, to be rebuilt from: arch, width, size (pixels it is trained at), widths and full
-    ({group: channels} now and unpruned), text_dim if it sees prompts, and what its class reads.
-    `file_kind`: what its file says that it holds. `example(size, batch, device)`: inputs of its
-    forward."""
+    """A network that can be rebuilt from its config: arch, width, size (pixels that it is trained
+    at), widths and full ({group: channels} now and unpruned), text_dim if it sees prompts, and what
+    its class reads. Subclasses have `file_kind`, what their file says that it holds, and
+    `example(size, batch, device)`, inputs of their forward."""
 
     sha256 = ""  # of the file that it comes from
 
@@ -170,9 +195,10 @@ class Network(nn.Module):
 
 
 class Generator(Network):
-    """What edits a photo, and the prompts it knows: config["concepts"] = [{"name", "prompt"}].
-    Text-conditioned ones have config["clip"] (the text tower's name) too; tokens (concepts, T, D)
-    and mask (concepts, T) hold the prompts' features, so using a trained one needs no CLIP."""
+    """A network that edits photos, and knows concepts: config["concepts"] = [{"name", "prompt"}].
+
+    One that takes text has the prompts' features too, so that using it needs no CLIP: the buffers
+    tokens (concepts, T, D) and mask (concepts, T), and the tower's name in config["clip"]."""
 
     file_kind = "generator"
 
@@ -185,8 +211,8 @@ class Generator(Network):
             self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
 
     def forward(self, photo, concept=None):
-        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, the concept's place in
-        config["concepts"] (a generator without text needs none) -> like photo."""
+        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, indices of config["concepts"] (a
+        generator without text needs none) -> the edit, like photo."""
         if not self.takes_text:
             return self.edit(photo)
         return self.edit(photo, self.tokens[concept], self.mask[concept])
@@ -197,7 +223,7 @@ class Generator(Network):
         return photo, torch.zeros(batch, dtype=torch.long, device=device)
 
     def concept_index(self, name: str) -> int:
-        """A concept's place; the last one's where an adapter brought a name that the base had."""
+        """A concept's index; the last one's where an adapter brought a name that the base had."""
         names = [concept["name"] for concept in self.config["concepts"]]
         if name not in names:
             raise UserError(f"unknown concept {name!r}; this generator knows {', '.join(names)}")
@@ -213,12 +239,15 @@ class Generator(Network):
     def set_known_concepts(self, known: list[tuple[dict, torch.Tensor | None]]) -> None:
         """Makes these all that it knows. UserError, and nothing changed, if features do not fit."""
         if self.takes_text:
-            prompts, width = [tokens for _, tokens in known], self.config["text_dim"]
-            if any(t is None or t.shape[1:] != (width,) or not len(t) for t in prompts):
-                raise UserError(f"a prompt's text features are not {width} numbers a token")
-            prompts, pad = [t.to(self.tokens) for t in prompts], nn.utils.rnn.pad_sequence
-            self.mask = pad([torch.ones_like(t[:, 0], dtype=torch.bool) for t in prompts], True)
-            self.tokens = pad(prompts, True)  # (concepts, the longest T, D)
+            width = self.config["text_dim"]
+            prompts = []
+            for _, tokens in known:
+                if tokens is None or tokens.shape[1:] != (width,) or not len(tokens):
+                    raise UserError(f"a prompt's text features are not {width} numbers a token")
+                prompts.append(tokens.to(self.tokens))
+            counts = [torch.ones(len(t), dtype=torch.bool, device=t.device) for t in prompts]
+            self.tokens = nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+            self.mask = nn.utils.rnn.pad_sequence(counts, batch_first=True)
             self.config = {**self.config, "tokens": self.tokens.shape[1]}
         self.config = {**self.config, "concepts": [concept for concept, _ in known]}
 
@@ -245,21 +274,26 @@ class E2GAN(Generator):
     def __init__(self, config):
         super().__init__(config)
         widths = all_widths(config)
-        self.stem = ConvNorm(widths, "rgb", "stem", 7, norm=False, pad="reflect")
-        self.down1 = ConvNorm(widths, "stem", "down1", stride=2, pad="reflect")
-        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2, pad="reflect")
+        reflect = {"padding_mode": "reflect"}
+        self.stem = ConvNorm(conv(widths, "rgb", "stem", 7, **reflect), norm=False)
+        self.down1 = ConvNorm(conv(widths, "stem", "down1", stride=2, **reflect))
+        self.down2 = ConvNorm(conv(widths, "down1", "trunk", stride=2, **reflect))
         self.blocks = trunk(config, centered=True)
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=UpConv)
-        self.up2 = ConvNorm(widths, "up1", "stem", up=UpConv)  # the stem's group: they are added
+        self.up1 = ConvNorm(layer(UpConv, widths, "trunk", "up1", 3, padding=1))
+        # writes the stem's group, as the stem's features are added to it
+        self.up2 = ConvNorm(layer(UpConv, widths, "up1", "stem", 3, padding=1))
         if self.takes_text:
-            self.style, self.films = layer(nn.Linear, widths, "text", "style"), nn.ModuleDict()
+            self.style = layer(nn.Linear, widths, "text", "style")
+            self.films = nn.ModuleDict()
+            # {norm: the group that it normalises}
             normed = {"down1": "down1", "down2": "trunk", "up1": "up1", "up2": "stem"}
-            for name in self.blocks.keys() - {"tb"}:
-                normed |= {f"{name}_1": name, f"{name}_2": "trunk"}
+            for name in self.blocks:
+                if name != "tb":
+                    normed[f"{name}_1"] = name
+                    normed[f"{name}_2"] = "trunk"
             for name, group in sorted(normed.items()):
                 self.films[name] = layer(nn.Linear, widths, "style", (group, group))
-        reads = ("stem", "rgb")
-        self.out = layer(ToRGB, widths, reads, "rgb", 7, padding=3, padding_mode="reflect")
+        self.out = layer(ToRGB, widths, ("stem", "rgb"), "rgb", 7, padding=3, **reflect)
 
     def edit(self, photo, tokens=None, mask=None):
         film = {}  # (B, 2C) for each norm
@@ -284,13 +318,14 @@ class ResnetGenerator(Generator):
 
     def __init__(self, config):
         super().__init__(config)
-        widths, up = all_widths(config), nn.ConvTranspose2d
-        self.stem = ConvNorm(widths, "rgb", "stem", 7, pad="reflect")
-        self.down1 = ConvNorm(widths, "stem", "down1", stride=2)
-        self.down2 = ConvNorm(widths, "down1", "trunk", stride=2)
+        widths = all_widths(config)
+        doubling = {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1}
+        self.stem = ConvNorm(conv(widths, "rgb", "stem", 7, padding_mode="reflect"))
+        self.down1 = ConvNorm(conv(widths, "stem", "down1", stride=2))
+        self.down2 = ConvNorm(conv(widths, "down1", "trunk", stride=2))
         self.blocks = trunk(config, centered=False)
-        self.up1 = ConvNorm(widths, "trunk", "up1", up=up)
-        self.up2 = ConvNorm(widths, "up1", "up2", up=up)
+        self.up1 = ConvNorm(layer(nn.ConvTranspose2d, widths, "trunk", "up1", **doubling))
+        self.up2 = ConvNorm(layer(nn.ConvTranspose2d, widths, "up1", "up2", **doubling))
         self.out = layer(ToRGB, widths, "up2", "rgb", 7, padding=3, padding_mode="reflect")
 
     def edit(self, photo, tokens=None, mask=None):
@@ -338,28 +373,47 @@ def generator_config(arch, width, size, concepts, blocks=None, **text) -> dict:
     """The config of an unpruned generator. width: the stem's channels (the paper's: 64). blocks,
     of e2gan and resnet9: "rb" or "tb" each, in order, if not the usual ones. text, for e2gan only:
     tokens (length of the longest prompt), text_dim, clip."""
-    kinds = blocks or BLOCKS.get(arch, ())
     if blocks and (arch not in BLOCKS or {*blocks} - {"rb", "tb"} or blocks.count("tb") > 1):
         raise UserError(f"--blocks {','.join(blocks)}: {' and '.join(BLOCKS)} take rb and one tb")
     if arch == "unet256":
-        depth = min(8, (size & -size).bit_length() - 1)  # how often the size can be halved
-        widths = {f"d{i}": width * min(2**i, 8) for i in range(depth)}
-        widths |= {f"u{i}": width * min(2 ** (i - 1), 8) for i in range(1, depth)}
-        shape = {"depth": depth}
+        shape, widths = unet_shape(width, size)
     else:
-        names = [k if k == "tb" else f"rb{kinds[:i].count('rb')}" for i, k in enumerate(kinds)]
-        shape = {"blocks": names}
-        widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
-        widths |= dict.fromkeys(names, 4 * width)
-        if arch == "resnet9":
-            widths |= {"up2": width}
-        if "tb" in kinds:
-            shape["heads"] = 4
-            for attention in ("self", "cross") if text else ("self",):
-                widths |= {f"{attention}_qk": width, f"{attention}_v": width}  # a head's
-            widths |= {"feed": 16 * width}
+        shape, widths = resnet_shape(arch, width, blocks or BLOCKS[arch], with_text=bool(text))
     config = {"arch": arch, "width": width, "size": size, "widths": widths, "full": widths}
     return {**config, "concepts": concepts, **shape, **text}
+
+
+def unet_shape(width: int, size: int) -> tuple[dict, dict[str, int]]:
+    """unet256's depth, and the widths of its channel groups."""
+    depth = min(8, (size & -size).bit_length() - 1)  # how often the size can be halved
+    widths = {}
+    for i in range(depth):
+        widths[f"d{i}"] = width * min(2**i, 8)
+    for i in range(1, depth):
+        widths[f"u{i}"] = width * min(2 ** (i - 1), 8)
+    return {"depth": depth}, widths
+
+
+def resnet_shape(arch, width: int, blocks, with_text: bool) -> tuple[dict, dict[str, int]]:
+    """The names of e2gan's or resnet9's blocks ("rb0", "rb1", "tb", ...), the number of heads, and
+    the widths of their channel groups."""
+    names = []
+    for block in blocks:
+        residual = sum(name != "tb" for name in names)
+        names.append("tb" if block == "tb" else f"rb{residual}")
+    shape = {"blocks": names}
+    widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
+    for name in names:
+        widths[name] = 4 * width
+    if arch == "resnet9":
+        widths["up2"] = width
+    if "tb" in names:
+        shape["heads"] = 4
+        for attention in ("self", "cross") if with_text else ("self",):
+            widths[f"{attention}_qk"] = width  # of one head
+            widths[f"{attention}_v"] = width
+        widths["feed"] = 16 * width
+    return shape, widths
 
 
 def new_generator(arch, width, size, concepts, tokens=None, clip="", blocks=None) -> Generator:
@@ -616,12 +670,14 @@ class UpConv(nn.Conv2d):
 
 
 class LoRA(nn.Module):
-    """Adds scale * B A to a weight, outputs first: A (rank, in * k * k), B (out, rank), fp32 under
-    autocast too, so that training sees the weights that merging leaves."""
+    """The parametrization that adds scale * B A to a weight, seen as a matrix (out, in * k * k):
+    A (rank, in * k * k), B (out, rank). In fp32 under autocast too, so that training sees the
+    weights that merging leaves."""
 
     def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
-        self.layer_class, self.scale = type(module), scale
+        self.layer_class = type(module)
+        self.scale = scale
         self.lora_A = nn.Parameter(lora_A.float().to(module.weight.device))
         self.lora_B = nn.Parameter(lora_B.float().to(module.weight.device))
 
@@ -635,18 +691,18 @@ class LoRA(nn.Module):
 
 
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
-    """Takes parametrizations off and leaves plain weights: the computed ones (LoRA's merge; the
-    hypernetwork's result) or, without keep_weights, the original ones."""
+    """Takes parametrizations off all layers and leaves plain weights: the computed ones (LoRA's
+    merge; what a hypernetwork made) or, without keep_weights, the original ones."""
     for _, module in named_layers(network):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_weights)
 
 
 def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int:
-    """Puts an adapter on the base that it was trained for; returns the place of its concept, which
-    the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt;
-    a second adapter's change is added to the first's. UserError, and nothing changed, if it does
-    not fit."""
+    """Puts an adapter on the base that it was trained for. Returns the index of its concept, which
+    the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt; a
+    second adapter's change is added to the first's. UserError, and nothing changed, if it does not
+    fit."""
     tensors, metadata = read_tensors(path, "adapter")
     if metadata.get("base") != generator.sha256:
         theirs, ours = str(metadata.get("base"))[:12], generator.sha256[:12]
@@ -690,23 +746,26 @@ class Hypernetwork(nn.Module):
         E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e]
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
-    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. w1 and
-    w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V that the
-    layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then a latent that shrinks fades
-    its channel out, and its gradient is the channel's first-order importance over what z started
-    at, so that z must move slowly (--lr-z); b0 stays 0, as a step of it would be a leap of W. 8
-    embeddings, but no more than a layer has k (ours: linear layers, which the paper's networks
-    lack, have 1). In memory (K, E, O, I): faster sums."""
+    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. There
+    are 8 embeddings, but no more than kernel positions (ours: linear layers, which the paper's
+    networks lack, have 1). The tensors lie in memory as (K, E, O, I), which adds up faster.
+
+    w1 and w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V
+    that the layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then a latent that shrinks
+    fades its channel out. Its gradient is the channel's first-order importance divided by what z
+    started at, so z must move slowly (--lr-z). b0 stays 0, as a step of it would be a leap of W."""
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
         self.layer_class = type(module)
-        self.z_out = lambda: torch.cat([latents[g] for g in module.writes])  # shared, not owned
-        self.z_in = lambda: torch.cat([latents[g] for g in module.reads])
+        # functions, so that the latents, which layers share, are no parameters of this module
+        self.z_out = lambda: torch.cat([latents[group] for group in module.writes])
+        self.z_in = lambda: torch.cat([latents[group] for group in module.reads])
         with torch.no_grad():
-            weight = out_first(module.weight, self.layer_class)
-            weight = weight.reshape(*weight.shape[:2], -1).movedim(-1, 0)
-            k, o, i = weight.shape
+            weight = out_first(module.weight, self.layer_class)  # (O, I), (O, I, h, w)
+            o, i = weight.shape[:2]
+            weight = weight.reshape(o, i, -1).movedim(-1, 0)  # (K, O, I)
+            k = len(weight)
             e = min(8, k)
             self.b0 = nn.Parameter(weight.new_zeros(o, i))
             self.b1 = nn.Parameter(weight.new_zeros(e, o, i))
@@ -725,7 +784,8 @@ class Hypernetwork(nn.Module):
         z = self.z_out()[:, None] * self.z_in() + self.b0  # (O, I)
         e = z * self.w1 + self.b1  # (E, O, I)
         weight = torch.stack((self.w2 * e).sum(1).unbind(), -1)  # (O, I, K)
-        return b2 + out_first(weight.view(out_first(b2, self.layer_class).shape), self.layer_class)
+        weight = weight.view(out_first(b2, self.layer_class).shape)
+        return b2 + out_first(weight, self.layer_class)
 
 
 def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
@@ -737,24 +797,27 @@ def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], train
 
 
 def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
-    """The dense, smaller network with only the channels `kept` = {group: sorted indices}; other
+    """The dense, smaller network that has only the channels `kept` = {group: sorted indices}; other
     groups stay whole."""
-    masks = {g: torch.ones(n, dtype=torch.bool) for g, n in all_widths(network.config).items()}
-    for g, indices in kept.items():
-        masks[g] = torch.isin(torch.arange(len(masks[g])), indices.cpu())
-    small_widths = {g: int(masks[g].sum()) for g in network.config["widths"]}
+    masks = {}  # {group: which of its channels stay}
+    for group, channels in all_widths(network.config).items():
+        masks[group] = torch.ones(channels, dtype=torch.bool)
+        if group in kept:
+            masks[group] = torch.isin(torch.arange(channels), kept[group].cpu())
+    small_widths = {group: int(masks[group].sum()) for group in network.config["widths"]}
     small = type(network)({**network.config, "widths": small_widths})
     state = network.state_dict()
     for name, module in network.named_modules():
         if not hasattr(module, "writes"):
             continue
-        out = torch.cat([masks[g] for g in module.writes])
+        outputs = torch.cat([masks[group] for group in module.writes])
         for key, tensor in module.state_dict(prefix=f"{name}.").items():
-            if tensor.dim() == 1:  # biases, batch norm's numbers
-                state[key] = tensor[out]
+            if tensor.dim() == 1:  # biases, a batch norm's numbers
+                state[key] = tensor[outputs]
             elif tensor.dim() > 1:
-                into = torch.cat([masks[g] for g in module.reads])
-                state[key] = out_first(out_first(tensor, type(module))[out][:, into], type(module))
+                inputs = torch.cat([masks[group] for group in module.reads])
+                weight = out_first(tensor, type(module))[outputs][:, inputs]
+                state[key] = out_first(weight, type(module))
     small.load_state_dict(state)
     return small.to(next(network.parameters()).device)
 
