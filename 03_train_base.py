@@ -31,7 +31,7 @@ import dataset
 import runs
 import training
 
-# Where seconds are short, many small steps of a narrow network learn strokes, few large ones do not.
+# In few seconds, many small steps of a narrow network learn strokes, and few large ones do not.
 DEMO = {
     "width": 16,
     "batch": 1,
