@@ -538,11 +538,15 @@ def mean_perceptual(fakes: torch.Tensor, truth: torch.Tensor, device: torch.devi
 @torch.no_grad()
 def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor:
     """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""
-    device, edits = next(generator.parameters()).device, []
-    few = max(1, 2**16 // photos[0, 0].numel())  # 256x256 pixels, as a CPU's cache is small
-    for part in photos.split(few if device.type == "cpu" else 32):
-        index = torch.full((len(part),), concept, device=device)
-        edits.append(dataset.to_uint8(generator(dataset.to_float(part.to(device)), index)).cpu())
+    device = next(generator.parameters()).device
+    batch = 32
+    if device.type == "cpu":  # whose cache is small: as many pictures as have 256x256 pixels
+        batch = max(1, 2**16 // photos[0, 0].numel())
+    edits = []
+    for part in photos.split(batch):
+        indices = torch.full((len(part),), concept, device=device)
+        edit = generator(dataset.to_float(part.to(device)), indices)
+        edits.append(dataset.to_uint8(edit).cpu())
     return torch.cat(edits)
 
 
@@ -573,7 +577,8 @@ def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) 
     """A row of measures per concept of `pairs` and, if asked for, FID to the teacher's edits. The
     generator is left in eval mode."""
     generator.eval()
-    rows, device = [], next(generator.parameters()).device
+    device = next(generator.parameters()).device
+    rows = []
     for c, concept in enumerate(pairs.concepts):
         photos, edits = pairs.pictures(c)
         fakes = run_generator(generator, photos, generator.concept_index(concept["name"]))
@@ -584,40 +589,53 @@ def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) 
 
 
 BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-PATCHES, PROJECTIONS = 128, 512  # of a picture; of a level's patches
+PATCHES = 128  # of each picture and level
+PROJECTIONS = 512  # of a level's patches
 
 
 def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018,
     arXiv 1710.10196, section 5), * 1000: how far textures of one size are from the truth's,
     wherever they stand. {"SWD 256": finest, ..., "SWD 32": what is coarser}, of uint8 pictures
-    (N, 3, H, W). Ours: patches of both lie at the same places, and the truth's normalise both."""
+    (N, 3, H, W). Ours: both have patches at the same positions; the truth's normalise both."""
     levels = 1 + sum(min(fakes.shape[-2:]) >> k >= 32 for k in (1, 2, 3))
-    patches, rng = [[] for _ in range(levels)], torch.Generator().manual_seed(0)
-    blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1)  # (3, 1, 5, 5)
+    rng = torch.Generator().manual_seed(0)
+    patches = [[] for _ in range(levels)]
     for part in zip(fakes.split(32), truth.split(32), strict=True):
-        x = dataset.to_float(torch.cat(part))  # (2n, 3, H, W): fakes, then truth
-        for k in range(levels):
-            band = x  # the last level is what is left
-            if k < levels - 1:
-                x = F.conv2d(F.pad(band, (2,) * 4, "reflect"), blur, stride=2, groups=3)
-                band = band - F.interpolate(x, band.shape[-2:], mode="bilinear")
-            patches[k].append(random_patches(band.unflatten(0, (2, -1)), rng))
-    distances, rng = {}, torch.Generator().manual_seed(0)
+        bands = laplacian_pyramid(dataset.to_float(torch.cat(part)), levels)
+        for level, band in zip(patches, bands, strict=True):
+            level.append(random_patches(band.unflatten(0, (2, -1)), rng))
+    rng = torch.Generator().manual_seed(0)
+    distances = {}
     for k, parts in enumerate(patches):
-        both = torch.cat(parts, 1)  # (2, N * PATCHES, 3, 49)
-        mean, std = both[1].mean((0, 2), keepdim=True), both[1].std((0, 2), keepdim=True)
+        both = torch.cat(parts, 1)  # (2, N * PATCHES, 3, 49): the fakes', the truth's
+        mean = both[1].mean((0, 2), keepdim=True)
+        std = both[1].std((0, 2), keepdim=True).clamp(min=1e-6)
         directions = F.normalize(torch.randn(3 * 49, PROJECTIONS, generator=rng), dim=0)
-        projections = directions.T @ ((both - mean) / std.clamp(min=1e-6)).flatten(2).mT
+        projections = directions.T @ ((both - mean) / std).flatten(2).mT  # (2, PROJECTIONS, ...)
         fake, true = np.sort(projections.numpy())  # five times as fast as torch's
         distances[f"SWD {fakes.shape[-1] >> k}"] = 1000 * float(np.abs(fake - true).mean())
     return distances
 
 
+def laplacian_pyramid(x: torch.Tensor, levels: int) -> list[torch.Tensor]:
+    """Pictures (B, 3, H, W) as bands of details, each half as large as the one before; the last is
+    what is left."""
+    blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1)  # (3, 1, 5, 5)
+    bands = []
+    for _ in range(levels - 1):
+        smaller = F.conv2d(F.pad(x, (2,) * 4, "reflect"), blur, stride=2, groups=3)
+        bands.append(x - F.interpolate(smaller, x.shape[-2:], mode="bilinear"))
+        x = smaller
+    return [*bands, x]
+
+
 def random_patches(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """(2, N, C, H, W) -> 7x7 patches (2, N * PATCHES, C, 49), of both at the same places."""
+    """Pictures (2, N, C, H, W) -> 7x7 patches (2, N * PATCHES, C, 49), of both at the same
+    positions."""
     n, _, h, w = x.shape[1:]
-    rows, columns = (torch.randint(side - 6, (n, PATCHES), generator=rng) for side in (h, w))
+    rows = torch.randint(h - 6, (n, PATCHES), generator=rng)
+    columns = torch.randint(w - 6, (n, PATCHES), generator=rng)
     windows = x.unfold(3, 7, 1).unfold(4, 7, 1).movedim(2, 4)  # (2, N, H - 6, W - 6, C, 7, 7)
     return windows[:, torch.arange(n)[:, None], rows, columns].flatten(1, 2).flatten(3)
 
@@ -627,9 +645,10 @@ def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float
     """What `python -m pytorch_fid` prints for two folders of these uint8 pictures (N, 3, H, W). It
     falls as the sets grow: compare only values of equal numbers. None where Inception's weights
     cannot be had, or for one picture."""
-    network, features = inception(device), []
+    network = inception(device)
     if network is None or min(len(fakes), len(truth)) < 2:
         return None
+    features = []
     for pictures in (fakes, truth):
         maps = [network(part.to(device) / 255)[0] for part in pictures.split(50)]
         features.append(torch.cat(maps).mean((2, 3)).cpu().double().numpy())  # (N, 2048)
@@ -652,12 +671,15 @@ def inception(device: torch.device) -> nn.Module | None:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), (M, D). With
-    S = R'R the last trace is the sum of R1 R2' 's singular values: pytorch-fid's number to six
-    digits, in a second instead of 25, and never an exception, as its roots of S1 S2 at times."""
-    r1, r2 = (np.linalg.qr(x - x.mean(0), "r") / (len(x) - 1) ** 0.5 for x in (a, b))
-    traces = (r1**2).sum() + (r2**2).sum() - 2 * np.linalg.norm(r1 @ r2.T, "nuc")
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces)
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), (M, D), m their
+    means and S their covariances. With S = R'R the last trace is the sum of the singular values of
+    R1 R2': pytorch-fid's number to six digits, in a second instead of 25, and without the
+    exceptions that its matrix roots raise at times."""
+    root_a = np.linalg.qr(a - a.mean(0), "r") / (len(a) - 1) ** 0.5
+    root_b = np.linalg.qr(b - b.mean(0), "r") / (len(b) - 1) ** 0.5
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    traces = (root_a**2).sum() + (root_b**2).sum()
+    return float(means + traces - 2 * np.linalg.norm(root_a @ root_b.T, "nuc"))
 
 
 def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
@@ -672,22 +694,22 @@ def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Ima
 
 
 def write_curve(path: Path, rows: Sequence[dict]) -> None:
-    """Draws a log over its steps: one panel for the losses, and one for each measure per concept,
-    as in {"step": 50, "G": 9.1, "D": 0.2} and {"step": 288, "PSNR dB": {"sketch": 16.2}}."""
+    """Draws a log over its steps: a panel for the losses, {"step": 50, "G": 9.1, "D": 0.2}, and one
+    for each measure per concept, {"step": 288, "PSNR dB": {"sketch": 16.2}}."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[tuple[int, dict]]] = {}  # title -> [(step, {line: value})]
     for row in rows:
-        losses = {key: value for key, value in row.items() if key != "step"}
-        measures = {key: value for key, value in losses.items() if isinstance(value, dict)}
-        for title, lines in (measures or {"loss": losses}).items():
+        values = {name: value for name, value in row.items() if name != "step"}
+        measures = {name: value for name, value in values.items() if isinstance(value, dict)}
+        for title, lines in (measures or {"loss": values}).items():
             panels.setdefault(title, []).append((row["step"], lines))
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
-        steps, values = zip(*points, strict=True)
-        for line in values[0]:
-            axes.plot(steps, [lines[line] for lines in values], label=line)
+        steps = [step for step, _ in points]
+        for line in points[0][1]:
+            axes.plot(steps, [lines[line] for _, lines in points], label=line)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
         axes.legend()
     runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
