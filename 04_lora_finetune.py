@@ -37,7 +37,7 @@ import runs
 import training
 from runs import UserError
 
-DEMO = {"batch": 1, "epochs": 8, "probe_steps": 60, "fid": "off", "save_every": 160}
+DEMO = {"batch": 1, "steps": 64, "probe_steps": 60, "fid": "off", "save_every": 64}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # --lr by --mode, where it was not given
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
 # The paper's crucial layers are the down- and upsamplings and the transformer block. Ours are the
