@@ -2,6 +2,7 @@
 collapses, and trains on two processes as on one, as does stage 5."""
 
 import statistics
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,35 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert {path.stem for path in kept} == {"generator", "discriminator", "state"}
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not (out / "result.json").exists()
+
+
+# ---- Half-size steps -----------------------------------------------------------------------------
+
+
+def test_the_first_steps_see_photo_and_edit_at_half_the_size(world, tmp_path):
+    pairs = dataset.find_pairs(world / "pairs", "train", ["dark"]).cache(tmp_path)
+    args = Namespace(batch=2, crop=0, seed=0, save_every=100)
+    network = torch.nn.Linear(2, 2)
+    loop = training.Loop(args, pairs, 3, {"g": network}, half_size_steps=2)
+    seen = []
+    for photo, edit, _ in loop:
+        seen.append((photo, edit))
+        loop.record({"L": network.weight.sum()})
+    whole = list(pairs.batches(2, range(3), 0, torch.device("cpu")))
+    for step, (photo, edit) in enumerate(seen):
+        for found, full in zip((photo, edit), whole[step][:2], strict=True):
+            wanted = full
+            if step < 2:
+                corners = [full[:, :, y::2, x::2] for y in (0, 1) for x in (0, 1)]
+                wanted = sum(corners) / 4
+            assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, steps", [(256, 4), (48, 4), (40, 0), (32, 0)], ids=lambda value: str(value)
+)
+def test_half_size_steps_only_where_half_is_a_size_for_the_networks(size, steps):
+    assert training.half_size_steps(0.4, 10, size) == steps
 
 
 # ---- Two processes -------------------------------------------------------------------------------
