@@ -1,4 +1,4 @@
-"""Prunes a GAN while it trains, to the share of its MACs that you ask for.
+"""Stage 5: prunes a GAN while it trains, to the share of its MACs that you ask for (CoroNetGAN).
 
 CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from
 latent vectors, one element a channel; after each step the latents are soft-thresholded, so channels
@@ -22,8 +22,10 @@ Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +41,17 @@ import runs
 import training
 from runs import UserError
 
-DEMO = {"width": 16, "batch": 1, "search_epochs": 1, "epochs": 3, "lr": 1e-3, "lr_search": 2e-4}
-DEMO |= {"fid": "off", "save_every": 216}
+DEMO = {
+    "width": 16,
+    "batch": 1,
+    "search_epochs": 1,
+    "epochs": 3,
+    "steps": 160,
+    "lr": 1e-3,
+    "lr_search": 2e-4,
+    "fid": "off",
+    "save_every": 120,
+}
 MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
 
@@ -149,130 +160,188 @@ class Target:
         return {g: order[g].indices[: widths[g]].sort().values for g in latents}
 
 
-# ---- CoroNetGAN: latents, soft threshold, slice, the loop ---------------------------------------
+# ---- CoroNetGAN: latents, the soft threshold, slicing --------------------------------------------
 
 
 def add_latents(network: common.Network, start: str) -> None:
-    """A vector per channel group, what the search shrinks, and hypernetworks that make all weights
-    of them. start "paper": N(0, 1), which --lr-z 1e-4 hardly changes. "weights": spread evenly over
-    two decades, 0.01 to 1, by the channels' importance, so that half can fade while the others
+    """A latent vector per channel group, which the search shrinks, and hypernetworks that make all
+    of the network's weights from them.
+
+    start "paper": latents of N(0, 1), which --lr-z 1e-4 hardly changes. "weights": spread evenly
+    over two decades, 0.01 to 1, by the channels' importance, so that half can fade while the others
     barely move (a choice of ours)."""
-    device, latents = next(network.parameters()).device, {}
+    device = next(network.parameters()).device
+    latents = {}
     for group, importance in channel_importance(network).items():
-        ranks = importance.argsort().argsort()
-        spread = 10 ** (2 * ranks / max(1, len(ranks) - 1) - 2)
-        latents[group] = torch.randn(len(ranks)) if start == "paper" else spread
-    network.latents = nn.ParameterDict(latents).to(device)  # is saved, and averaged, with it
-    ones = {g: torch.ones(n, device=device) for g, n in common.all_widths(network.config).items()}
-    common.add_hypernetwork(network, {**ones, **network.latents}, start == "weights")
+        count = len(importance)
+        if start == "paper":
+            latents[group] = torch.randn(count)
+        else:
+            rank = importance.argsort().argsort()  # 0: the least important channel
+            latents[group] = 10 ** (2 * rank / max(1, count - 1) - 2)
+    network.latents = nn.ParameterDict(latents).to(device)  # saved, and averaged, with the network
+    sources = {}  # every group's latents; ones for groups that are never pruned
+    for group, count in common.all_widths(network.config).items():
+        sources[group] = torch.ones(count, device=device)
+    sources.update(network.latents)
+    common.add_hypernetwork(network, sources, trained=start == "weights")
 
 
 def soft_threshold(network: common.Network, target: Target, share: float) -> float:
-    """The proximal step of the l1 norm, z <- sign(z) max(|z| - amount, 0); returns the MACs' share
-    that is left. The paper's amount is lambda * lr with a constant lambda; here it is the smallest
-    that brings the MACs to `share`, which falls linearly (our choice: it meets any target)."""
-    latents = scores_of(network)
-    amount = target.threshold(latents, share, MAX_SHRINK)
-    left = target.share(target.widths(latents, amount))
+    """The proximal step of the l1 norm: z <- sign(z) max(|z| - threshold, 0). Returns the share of
+    the MACs that is left.
+
+    The paper's threshold is lambda * lr with a constant lambda. Here it is the smallest that brings
+    the MACs to `share`, which falls linearly (a choice of ours: it meets any target)."""
+    latents = channel_scores(network, "coronet")
+    threshold = target.threshold(latents, share, MAX_SHRINK)
+    left = target.share(target.widths(latents, threshold))
     with torch.no_grad():
         for z in network.latents.values():
-            z.copy_(z.sign() * (z.abs() - amount).clamp(min=0))
+            z.copy_(z.sign() * (z.abs() - threshold).clamp(min=0))
     return left
 
 
-def scores_of(network: common.Network, method: str = "coronet", seed: int = 0) -> Channels:
-    """What channels are kept by, the largest first: latents, or what CoroNetGAN is compared with,
-    the size of their weights, chance, or so many that all groups are narrowed alike. On the CPU."""
+def channel_scores(network: common.Network, method: str, seed: int = 0) -> Channels:
+    """What channels are kept by, the largest first, on the CPU. coronet: the latents. To compare
+    with, magnitude: the size of their weights; random: chance; uniform: such that all groups are
+    narrowed alike."""
     if method == "coronet":
         return {group: z.detach().cpu() for group, z in network.latents.items()}
     if method == "magnitude":
         return channel_importance(network)
-    rng, widths = torch.Generator().manual_seed(seed), network.config["widths"].items()
+    widths = network.config["widths"]
     if method == "random":
-        return {group: torch.rand(n, generator=rng) for group, n in widths}
-    return {group: 1 - torch.arange(n) / n for group, n in widths}
+        rng = torch.Generator().manual_seed(seed)
+        return {group: torch.rand(count, generator=rng) for group, count in widths.items()}
+    return {group: 1 - torch.arange(count) / count for group, count in widths.items()}
 
 
-def cut(task, targets: dict[str, Target], args) -> None:
-    """Puts dense, smaller networks in the place of the task's that have a target."""
+def slice_networks(task, targets: dict[str, Target], args) -> None:
+    """Puts dense, smaller networks in the place of those that have a target."""
     for name, target in targets.items():
         network = task.networks[name]
-        kept = target.kept(scores_of(network, args.method, args.seed), args.keep)
+        kept = target.kept(channel_scores(network, args.method, args.seed), args.keep)
         if args.method == "coronet":
-            common.merge(network)
+            common.merge(network)  # the weights that the hypernetworks make
             del network.latents
         task.networks[name] = common.slice_network(network, kept)
 
 
-def search(task, targets: dict[str, Target], data, test, args, search_steps: int) -> dict:
-    """The first phase, after which the networks that have a target are small. A continued run that
-    is converging replays its end: no step is left, and the channels are the same."""
-    if args.method == "coronet":
+# ---- Training: search, then converge -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the networks' parameters take no gradients."""
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    yield
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+
+def weights_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that train, without the latents, which have an optimizer of their own."""
+    found = []
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            if parameter.requires_grad and not name.startswith("latents."):
+                found.append(parameter)
+    return found
+
+
+def gan_step(task, batch, opt_g, opt_d, precision: str) -> dict[str, torch.Tensor]:
+    """A step of the generators, then one of the discriminators; in this order the generators'
+    activations are gone when the discriminators' pass begins. Returns losses for the log.
+
+    Hypernetworks make each weight once a pass (parametrize.cached), however often it is used."""
+    device = batch[0].device
+    with frozen(task.named("discriminator").values()):
+        with parametrize.cached(), training.autocast(device, precision):
+            fakes = task.fakes(batch)
+            loss_g, losses = task.generator_loss(batch, fakes)
+        training.descend(loss_g, opt_g)
+    fakes = [fake.detach() for fake in fakes]
+    with parametrize.cached(), training.autocast(device, precision):
+        loss_d = task.discriminator_loss(batch, fakes)
+    training.descend(loss_d, opt_d)
+    return {"G": loss_g, "D": loss_d, **losses}
+
+
+def search(task, targets: dict[str, Target], data, test, args, steps: int) -> dict:
+    """The first phase: trains, shrinking latents until all targets are met, and slices. Returns its
+    pace as columns of a table.
+
+    The methods to compare with have no latents: they train and are sliced at the end, `uniform`
+    before. A run that is continued while it converges replays the end: no step is left, and the
+    channels are the same."""
+    searches = args.method == "coronet"
+    if searches:
         for name in targets:
             add_latents(task.networks[name], args.start)
-    if args.method == "uniform":  # narrow from the start
-        cut(task, targets, args)
-    pace = train(task, targets, data, test, args, "search", search_steps)
-    if args.method != "uniform":
-        cut(task, targets, args)
-    return pace
-
-
-def train(task, targets, data, test, args, phase: str, steps: int) -> dict:
-    """The loop of both phases; a search ends when its targets are met. The generators step first
-    here: their activations are gone when the discriminators' pass begins. Returns the pace."""
-    pruned = [network for network in task.networks.values() if hasattr(network, "latents")]
-    parameters = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
-    weights = [(name, p) for name, p in parameters if ".latents." not in name]
-    lr = args.lr_search if pruned else args.lr
-    opt_g = training.adam([p for name, p in weights if name.startswith("networks.g")], lr)
-    opt_d = training.adam([p for name, p in weights if name.startswith("networks.d")], args.lr_d)
+    if args.method == "uniform":
+        slice_networks(task, targets, args)
+    lr = args.lr_search if searches else args.lr
+    opt_g = training.adam(weights_of(task.named("generator").values()), lr)
+    opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
     parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
-    if pruned:
-        latents = [p for name, p in parameters if ".latents." in name]
-        opt_z = parts["opt_z"] = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
-    loop = training.Loop(args, data, steps, parts, args.out, phase, phase)
-    discriminator_parameters = [p for name, p in parameters if name.startswith("networks.d")]
+    if searches:
+        latents = [z for name in targets for z in task.networks[name].latents.values()]
+        opt_z = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
+        parts["opt_z"] = opt_z
+    loop = training.Loop(args, data, steps, parts, args.out, name="search", desc="search")
     task.distribute()
     task.train()
     for batch in loop:
-        if phase == "converge":
-            training.set_lr(opt_g, lr, loop.step, loop.steps)
-            training.set_lr(opt_d, args.lr_d, loop.step, loop.steps)
-
-        for parameter in discriminator_parameters:
-            parameter.requires_grad_(False)
-        # weights are made once, however often they are used
-        with parametrize.cached(), training.autocast(loop.device, args.precision):
-            fakes = task.fakes(batch)
-            loss_g, more = task.generator_loss(batch, fakes)
-        training.descend(loss_g, opt_g)
-        for parameter in discriminator_parameters:
-            parameter.requires_grad_(True)
-
-        fakes = [fake.detach() for fake in fakes]
-        with parametrize.cached(), training.autocast(loop.device, args.precision):
-            loss_d = task.discriminator_loss(batch, fakes)
-        training.descend(loss_d, opt_d)
-
-        done, shares = loop.step + 1, {}
-        if pruned:
-            for network in pruned:
-                nn.utils.clip_grad_norm_(network.latents.parameters(), 1.0)
+        losses = gan_step(task, batch, opt_g, opt_d, args.precision)
+        if searches:
+            for name in targets:
+                nn.utils.clip_grad_norm_(task.networks[name].latents.parameters(), 1.0)
             opt_z.step()
             opt_z.zero_grad()
-            line = 1 - (1 - args.keep) * min(1.0, done / (0.9 * loop.steps))
+            done = loop.step + 1
+            # the MACs follow a straight line, which meets the target after nine tenths of the steps
+            share = 1 - (1 - args.keep) * min(1.0, done / (0.9 * steps))
+            left = {}
             for name, target in targets.items():
-                shares[name] = soft_threshold(task.networks[name], target, line)
-            if max(shares.values()) <= args.keep:
+                left[name] = soft_threshold(task.networks[name], target, share)
+            if max(left.values()) <= args.keep:
                 loop.finish()
-            if loop.finished or done == loop.steps or done % max(1, loop.steps // 50) == 0:
-                loop.rows.append({"step": done, "MACs %": {g: 100 * x for g, x in shares.items()}})
-        if loop.record({"G": loss_g, "D": loss_d, **more}):
-            runs.write_png(args.out / f"samples/{phase}-{done:07d}.png", task.picture(test))
-            loop.save()
-            task.train()
-    return {f"{phase} steps": loop.step, f"{phase} s": loop.pace()["training s"]}
+            if loop.finished or done == steps or done % max(1, steps // 50) == 0:
+                percent = {name: 100 * part for name, part in left.items()}
+                loop.rows.append({"step": done, "MACs %": percent})
+        if loop.record(losses):
+            save_progress(loop, task, test, "search")
+    if args.method != "uniform":
+        slice_networks(task, targets, args)
+    return {"search steps": loop.step, "search s": loop.pace()["training s"]}
+
+
+def converge(task, data, test, args, steps: int) -> dict:
+    """The second phase: trains the small networks as usual. Returns its pace as columns of a
+    table."""
+    opt_g = training.adam(weights_of(task.named("generator").values()), args.lr)
+    opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
+    parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
+    loop = training.Loop(args, data, steps, parts, args.out, name="converge", desc="converge")
+    task.distribute()
+    task.train()
+    for batch in loop:
+        training.set_lr(opt_g, args.lr, loop.step, steps)
+        training.set_lr(opt_d, args.lr_d, loop.step, steps)
+        losses = gan_step(task, batch, opt_g, opt_d, args.precision)
+        if loop.record(losses):
+            save_progress(loop, task, test, "converge")
+    return {"converge steps": loop.step, "converge s": loop.pace()["training s"]}
+
+
+def save_progress(loop: training.Loop, task, test, phase: str) -> None:
+    """A picture, and the state to continue from."""
+    runs.write_png(loop.out / f"samples/{phase}-{loop.step:07d}.png", task.picture(test))
+    loop.save()
+    task.train()
 
 
 # ---- The tasks: networks, losses, measures ------------------------------------------------------
@@ -284,14 +353,18 @@ class Task(nn.Module):
 
     def __init__(self, networks: dict[str, common.Network]):
         super().__init__()
-        self.networks, self.pools = nn.ModuleDict(networks), {}
+        self.networks = nn.ModuleDict(networks)
+        self.pools = {}
 
     def distribute(self) -> None:
         """Puts the networks under DDP: self.ddp, to be called where their own loss is computed."""
-        self.ddp = {name: training.data_parallel(x) for name, x in self.networks.items()}
+        self.ddp = {}
+        for name, network in self.networks.items():
+            self.ddp[name] = training.data_parallel(network)
 
-    def named(self, kind: str) -> dict[str, common.Network]:
-        return {name: x for name, x in self.networks.items() if name.startswith(kind)}
+    def named(self, beginning: str) -> dict[str, common.Network]:
+        """The networks whose names begin so."""
+        return {name: x for name, x in self.networks.items() if name.startswith(beginning)}
 
 
 def least_squares(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -306,9 +379,11 @@ class Pix2pix(Task):
         tokens, clip = None, ""
         if args.generator == "e2gan" and not args.data and not args.no_text:
             tokens, clip = dataset.prompt_tokens(args.pairs, data.concepts)
-        new = args.generator, args.width, data.size, data.concepts, tokens, clip
-        generator = trained or common.new_generator(*new)
-        if (size := generator.config["size"]) != data.size:
+        generator = trained or common.new_generator(
+            args.generator, args.width, data.size, data.concepts, tokens, clip
+        )
+        size = generator.config["size"]
+        if size != data.size:
             raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
         discriminator = common.new_discriminator(generator)
         if trained and not args.new_discriminator:
@@ -331,10 +406,15 @@ class Pix2pix(Task):
         features = discriminator.features(photo, fakes[0], text)
         with torch.no_grad():
             real = discriminator.features(photo, edit, text) if self.args.fm else features
-        losses = {"L1": F.l1_loss(fakes[0].float(), edit)}
-        losses["FM"] = training.feature_matching(features, real)
         gan = (features[-1].float() - 1).square().mean()
-        return gan + self.args.l1 * losses["L1"] + self.args.fm * losses["FM"], losses
+        l1 = F.l1_loss(fakes[0].float(), edit)
+        fm = training.feature_matching(features, real)
+        loss = gan + self.args.l1 * l1 + self.args.fm * fm
+        losses = {"L1": l1, "FM": fm}
+        if self.args.perceptual:
+            losses["P"] = training.perceptual_distance(fakes[0], edit).mean()
+            loss = loss + self.args.perceptual * losses["P"]
+        return loss, losses
 
     def discriminator_loss(self, batch, fakes):
         photo, edit, concept = batch
@@ -536,43 +616,54 @@ def take_apart(pairs: Path, concept: str) -> list[Sets]:
 
 
 def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> list:
-    """A folder's training and held-out pictures, not decoded yet, in the task's layout; of a flat
-    folder a tenth, at most 1000, is held out. The concept bears the folder's name."""
+    """A folder's training pictures and its held-out ones, not decoded yet, in the task's layout.
+    The concept bears the folder's name."""
     if task != "dcgan" and (size % 8 or size < 24):
         raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
     concepts = [{"name": folder.resolve().name, "prompt": ""}]
     runs.check_name(concepts[0]["name"], folder)
-    names = ("train", "test", "val", "trainA", "trainB", "testA", "testB")
-    found = {name: dataset.list_pictures(folder / name) for name in names}
-    held_out = found["test"] or found["val"]
-    if task == "pix2pix" and found["train"] and held_out:
-        return [SideBySide(x, size, concepts, direction) for x in (found["train"], held_out)]
-    if task == "cyclegan" and all(found[name] for name in names[3:]):
-        sets = [found["trainA"], found["trainB"]], [found["testA"], found["testB"]]
-        return [Sets(files, size, concepts) for files in sets]
-    files = dataset.list_pictures(folder, "**/*") if task == "dcgan" else []
-    if len(files) > 3:
-        order = np.random.default_rng(0).permutation(len(files))
-        tenth = max(2, min(1000, len(files) // 10))
-        parts = ([files[i] for i in sorted(part)] for part in (order[tenth:], order[:tenth]))
-        return [Sets([part], size, concepts) for part in parts]
-    inside = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
-    raise UserError(f"--task {task} finds no {LAYOUTS[task]} in {folder} but {inside}")
+    found = []
+    if task == "pix2pix":
+        train = dataset.list_pictures(folder / "train")
+        held_out = dataset.list_pictures(folder / "test") or dataset.list_pictures(folder / "val")
+        if train and held_out:
+            found = [SideBySide(x, size, concepts, direction) for x in (train, held_out)]
+    elif task == "cyclegan":
+        train = [dataset.list_pictures(folder / name) for name in ("trainA", "trainB")]
+        held_out = [dataset.list_pictures(folder / name) for name in ("testA", "testB")]
+        if all(train) and all(held_out):
+            found = [Sets(files, size, concepts) for files in (train, held_out)]
+    else:
+        files = dataset.list_pictures(folder, "**/*")
+        if len(files) > 3:
+            found = [Sets([part], size, concepts) for part in hold_out_a_tenth(files)]
+    if not found:
+        inside = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+        raise UserError(f"--task {task} finds no {LAYOUTS[task]} in {folder} but {inside}")
+    return found
+
+
+def hold_out_a_tenth(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(files to train on, a tenth of all drawn at random, at least 2 and at most 1000)"""
+    order = np.random.default_rng(0).permutation(len(files))
+    tenth = max(2, min(1000, len(files) // 10))
+    return [files[i] for i in sorted(order[tenth:])], [files[i] for i in sorted(order[:tenth])]
 
 
 def read_data(args, trained: common.Generator | None) -> list:
-    """Training pictures and held-out ones, not decoded yet."""
-    names = list(dict.fromkeys(args.concept or []))
+    """Training pictures and held-out ones, not decoded yet: of --data, or of stage 1's pairs."""
     if args.data:
         size = args.size or (64 if args.task == "dcgan" else 256)
         return find_data(args.task, args.data, size, args.direction)
+    names = list(dict.fromkeys(args.concept or []))
     if args.task == "cyclegan" and len(names) == 1:
         return take_apart(args.pairs, names[0])
     if args.task != "pix2pix":
         raise UserError(f"give --data, {LAYOUTS[args.task]} (or one --concept, for cyclegan)")
-    if trained and not names:
+    if not names and trained:
         names = [concept["name"] for concept in trained.config["concepts"]]
-    names = names or list(dataset.read_concepts(args.pairs))
+    if not names:
+        names = list(dataset.read_concepts(args.pairs))
     return [dataset.find_pairs(args.pairs, split, names) for split in ("train", "test")]
 
 
@@ -609,24 +700,36 @@ def parse() -> argparse.Namespace:
     return parser.parse(DEMO)
 
 
-def check_generator(args) -> common.Generator | None:
-    """Fills in --generator, refuses what does not fit, and reads a trained one, on the CPU."""
-    if args.generator == "auto":
-        base = "runs/demo/base" if args.demo else "runs/base"
-        usual = "unet256" if args.data else f"{base}/generator.safetensors"
-        args.generator = {"cyclegan": "resnet9", "dcgan": "dcgan"}.get(args.task, usual)
-    fits = ["dcgan"] if args.task == "dcgan" else list(common.ARCHITECTURES)
-    trained = args.task == "pix2pix" and Path(args.generator).is_file()
-    if args.generator.endswith(".safetensors") and not Path(args.generator).is_file():
-        raise UserError(f"{args.generator} does not exist; 03_train_base.py makes one")
-    if not trained and args.generator not in fits:
-        takes = " or ".join(fits) + (" or a trained one's file" if args.task == "pix2pix" else "")
+def default_generator(args) -> str:
+    """What --generator auto means."""
+    if args.task == "cyclegan":
+        return "resnet9"
+    if args.task == "dcgan":
+        return "dcgan"
+    if args.data:
+        return "unet256"
+    folder = "runs/demo/base" if args.demo else "runs/base"
+    return f"{folder}/generator.safetensors"
+
+
+def read_generator(args) -> common.Generator | None:
+    """The trained generator in the file --generator, on the CPU; None where it is an architecture.
+    UserError for flags that do not fit it."""
+    path = Path(args.generator)
+    trained = args.task == "pix2pix" and path.is_file()
+    if path.suffix == ".safetensors" and not path.is_file():
+        raise UserError(f"{path} does not exist; 03_train_base.py makes one")
+    known = ["dcgan"] if args.task == "dcgan" else list(common.ARCHITECTURES)
+    if not trained and args.generator not in known:
+        takes = " or ".join(known)
+        if args.task == "pix2pix":
+            takes += " or a trained one's file"
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
     if trained and (args.start == "paper" or args.method == "uniform"):
         raise UserError("--start paper and --method uniform forget what a generator learned")
-    if args.concept and args.data or args.size and not args.data:
+    if (args.concept and args.data) or (args.size and not args.data):
         raise UserError("--concept goes with --pairs and --size with --data: leave one out")
-    return common.load_generator(Path(args.generator)) if trained else None
+    return common.load_generator(path) if trained else None
 
 
 def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
@@ -644,72 +747,105 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
     runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
-def result_tables(task, targets, args, pace: dict, before: list, sliced: list, after: list) -> dict:
-    """The tables: sizes and pace, task.measure's rows before, sliced and after, channels."""
-    sizes, channels = [], []
+def pruning_rows(task, targets: dict[str, Target], args) -> tuple[list[dict], list[dict]]:
+    """Two tables' rows: what each pruned network cost and costs, and its channel groups' widths."""
     data = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
+    sizes, channels = [], []
     for name, target in targets.items():
-        small, row = task.networks[name], {"data": data, "network": name}
-        row["architecture"] = target.config["arch"]
-        macs, parameters = common.count_macs(small), common.count_parameters(small)
-        row |= {"method": args.method, "keep": args.keep, "size px": target.config["size"]}
-        share = 100 * macs / target.macs
-        row |= {"GMACs before": target.macs / 1e9, "GMACs": macs / 1e9, "MACs %": share}
-        row |= {"parameters M before": target.parameters / 1e6, "parameters M": parameters / 1e6}
-        sizes.append(row)
-        for group, n in target.config["widths"].items():
-            left = small.config["widths"][group]
-            channels.append({"network": name, "group": group, "before": n, "after": left})
-    sizes[0] |= {"batch": args.batch, **pace}
-    for when, measured in (("before", before), ("sliced", sliced)):
-        for row, was in zip(after, measured, strict=bool(measured)):
-            row |= {f"{key} {when}": was[key] for key in ("PSNR dB", "FID") if key in was}
-    return {"Pruning": sizes, f"Pruned {args.task}, held-out pictures": after, "Channels": channels}
+        small = task.networks[name]
+        macs = common.count_macs(small)
+        sizes.append(
+            {
+                "data": data,
+                "network": name,
+                "architecture": target.config["arch"],
+                "method": args.method,
+                "keep": args.keep,
+                "size px": target.config["size"],
+                "GMACs before": target.macs / 1e9,
+                "GMACs": macs / 1e9,
+                "MACs %": 100 * macs / target.macs,
+                "parameters M before": target.parameters / 1e6,
+                "parameters M": common.count_parameters(small) / 1e6,
+            }
+        )
+        for group, before in target.config["widths"].items():
+            after = small.config["widths"][group]
+            row = {"network": name, "group": group, "before": before, "after": after}
+            channels.append(row)
+    return sizes, channels
+
+
+def add_earlier(rows: list[dict], earlier: list[dict], when: str) -> None:
+    """Adds columns: PSNR and FID as they were measured before, where they were."""
+    if not earlier:
+        return
+    for row, before in zip(rows, earlier, strict=True):
+        for measure in ("PSNR dB", "FID"):
+            if measure in before:
+                row[f"{measure} {when}"] = before[measure]
 
 
 def main() -> None:
     args = parse()
-    trained = check_generator(args)
+    if args.generator == "auto":
+        args.generator = default_generator(args)
+    trained = read_generator(args)
     device = training.start(args)
     data, test = read_data(args, trained)
-    task = TASKS[args.task](args, data, trained).to(device)
-    archs = {network.config["arch"] for network in task.networks.values()}
     args.l1 = training.l1_weight(args)
-    whole = bool(set(archs) & {"unet256", "dcgan"})
-    training.check_crop(args.crop, data.size, whole)
+    task = TASKS[args.task](args, data, trained).to(device)
+    architectures = {network.config["arch"] for network in task.networks.values()}
+    whole_only = bool(architectures & {"unet256", "dcgan"})
+    training.check_crop(args.crop, data.size, whole_only)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good
     test.cache(args.cache)
-    clip = next(iter(task.named("generator").values())).config.get("clip", "")  # a new one learns
-    about = {"generator": trained.sha256 if trained else args.generator, "clip": clip}
-    about["data"] = [data.data_hash, test.data_hash, *(x.sha256 for x in task.networks.values())]
-    settings = runs.settings_of(args, **about)
+    first_generator = next(iter(task.named("generator").values()))
+    settings = runs.settings_of(
+        args,
+        generator=trained.sha256 if trained else args.generator,
+        clip=first_generator.config.get("clip", ""),
+        data=[data.data_hash, test.data_hash],
+        networks=[network.sha256 for network in task.networks.values()],
+    )
     if runs.begin_run(args.out, settings, args.overwrite):
         return
 
-    first, with_fid = runs.rank() == 0, args.fid == "auto"  # the first process measures
-    before = task.measure(test, with_fid) if trained and first else []
     epochs = args.search_epochs + args.epochs
     steps = args.steps or epochs * dataset.steps_per_epoch(data.counts, args.batch)
     search_steps = max(1, round(steps * args.search_epochs / epochs))
+    measures = runs.rank() == 0  # the first process measures and writes
+    with_fid = args.fid == "auto"
+    before = task.measure(test, with_fid) if trained and measures else []
     pace = search(task, targets, data, test, args, search_steps)
-    if first:
+    if measures:
         write_pruning(args.out / "pruning.png", task, targets)
         for name, network in task.networks.items():
             common.save_network(args.out / f"sliced/{name}.safetensors", network)
-    sliced = task.measure(test, False) if first else []
+        sliced = task.measure(test, with_fid=False)
     for pool in task.pools.values():
         pool.clear()
     # what the search did not need is added: equal flags, equal steps
-    pace |= train(task, {}, data, test, args, "converge", steps - pace["search steps"])
-    if not first:
+    pace |= converge(task, data, test, args, steps - pace["search steps"])
+    if not measures:
         return
     for name, network in task.networks.items():
         common.save_network(args.out / f"{name}.safetensors", network)
     after = task.measure(test, with_fid)
-    tables = result_tables(task, targets, args, pace, before, sliced, after)
-    reads = ([] if args.data else [args.pairs]) + ([Path(args.generator).parent] if trained else [])
+    add_earlier(after, before, "before")
+    add_earlier(after, sliced, "sliced")
+    sizes, channels = pruning_rows(task, targets, args)
+    sizes[0] |= {"batch": args.batch, **pace}
+    tables = {
+        "Pruning": sizes,
+        f"Pruned {args.task}, held-out pictures": after,
+        "Channels": channels,
+    }
+    reads = [] if args.data else [args.pairs]
+    if trained:
+        reads.append(Path(args.generator).parent)
     runs.write_result(args, tables, reads)
 
 
