@@ -7,6 +7,7 @@ batch is a function of (seed, step) alone, so a run that was killed continues wi
 import functools
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections import deque
@@ -29,12 +30,13 @@ warnings.filterwarnings("ignore", module="PIL")
 
 # ---- Picture files -------------------------------------------------------------------------------
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2"}
-SUFFIXES |= {".avif", ".heic", ".ppm", ".pgm", ".tga"}
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES += (".jp2", ".avif", ".heic", ".ppm", ".pgm", ".tga")
 
 
 def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
-    """Sorted picture files, hidden ones left out; with the pattern "**/*" those of subfolders."""
+    """The picture files of a folder, sorted; with the pattern "**/*" those of its subfolders too.
+    Hidden files and folders are left out."""
     found = []
     for path in folder.glob(pattern):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -44,9 +46,11 @@ def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
 
 
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
-    """A picture file's first frame, turned as its EXIF says: RGB, white where it is transparent, or
-    RGBA there, with `alpha` (colour profiles are ignored). A JPEG may come out smaller, its sides
-    at least 2 * shrink_to: it decodes several times faster so. UserError if it cannot be read."""
+    """A picture file's first frame as RGB, turned as its EXIF says; UserError if it cannot be read.
+
+    Where it is transparent it becomes white; with `alpha` such a picture is returned as RGBA.
+    shrink_to: a JPEG may come out smaller than it is, but with sides of at least 2 * shrink_to, as
+    that is several times faster to decode. Colour profiles are ignored."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist")
     with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
@@ -54,12 +58,15 @@ def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.I
             picture.draft(None, (2 * shrink_to, 2 * shrink_to))
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
-            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+            grey = (np.asarray(picture) / 257).astype(np.uint8)
+            picture = Image.fromarray(grey)
         if not picture.has_transparency_data:
             return picture.convert("RGB")
         picture = picture.convert("RGBA")
+        if alpha:
+            return picture
         white = Image.new("RGBA", picture.size, "white")
-        return picture if alpha else Image.alpha_composite(white, picture).convert("RGB")
+        return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def read_square(path: Path, size: int) -> Image.Image:
@@ -97,21 +104,32 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def picture_grid(rows, columns: Sequence[str], labels: Sequence[str], cell=160) -> Image.Image:
-    """A labelled grid: rows of uint8 (3, H, W) pictures (None leaves a gap), a heading per column,
-    a label per row."""
-    left, top, step = 8 + 8 * max(map(len, ["", *labels])), 22, cell + 4
+def picture_grid(
+    rows: Iterable[Sequence[torch.Tensor | None]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    cell: int = 160,
+) -> Image.Image:
+    """Rows of uint8 (3, H, W) pictures, each drawn `cell` pixels wide; None leaves a gap. Above
+    each column stands its heading, left of each row its label."""
+    rows = list(rows)
+    longest_label = max([0, *map(len, labels)])
+    left = 8 + 8 * longest_label
+    top = 22
+    step = cell + 4
     sheet = Image.new("RGB", (left + len(columns) * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, column in enumerate(columns):
-        draw.text((left + x * step + 2, 5), column, fill="black", font_size=13)
+    for x, heading in enumerate(columns):
+        draw.text((left + x * step + 2, 5), heading, fill="black", font_size=13)
     for y, (label, row) in enumerate(zip(labels, rows, strict=True)):
         draw.text((4, top + y * step + cell // 2), label, fill="black", font_size=13)
         for x, pixels in enumerate(row):
-            if pixels is not None:
-                how = Image.Resampling.NEAREST if pixels.shape[-1] < cell else None
-                picture = to_pil(pixels).resize((cell, cell), how)  # bicubic where it shrinks
-                sheet.paste(picture, (left + x * step, top + y * step))
+            if pixels is None:
+                continue
+            enlarged = pixels.shape[-1] < cell
+            resampling = Image.Resampling.NEAREST if enlarged else Image.Resampling.BICUBIC
+            picture = to_pil(pixels).resize((cell, cell), resampling)
+            sheet.paste(picture, (left + x * step, top + y * step))
     return sheet
 
 
@@ -119,96 +137,139 @@ def picture_grid(rows, columns: Sequence[str], labels: Sequence[str], cell=160) 
 
 
 class Pictures:
-    """Pictures of one size, numbered. After `cache`, pixels (pictures, 3, S, S) uint8 are
-    there. A subclass has plan(step, batch, seed), a function of these alone: the indices (B, k) of
-    a batch's rows of k pictures, whether each is mirrored (B, k) bool, and concepts (B,) long."""
+    """Numbered pictures of one size, from which batches are drawn.
+
+    `cache` decodes them; after it they are in self.pixels, uint8 (pictures, 3, S, S). A subclass
+    says by plan() which pictures make up the batch of a step."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
-        self.files, self.size, self.concepts = list(files), size, concepts
+        """about: what else the pixels depend on, beside the files and the size."""
+        self.files = list(files)
+        self.size = size
+        self.concepts = concepts
         digest = hashlib.sha256(json.dumps([size, about]).encode())
         with ThreadPoolExecutor() as pool:
-            for end in pool.map(self.end, self.files):
-                digest.update(end)
-        self.cache_hash = digest.hexdigest()[:16]  # which other prompts leave as it is
+            for fingerprint in pool.map(file_fingerprint, self.files):
+                digest.update(fingerprint)
+        self.cache_hash = digest.hexdigest()[:16]  # of the pixels; other prompts leave it as it is
         digest.update(json.dumps(concepts).encode())
-        self.data_hash = digest.hexdigest()[:16]
+        self.data_hash = digest.hexdigest()[:16]  # of pixels and concepts
 
-    def end(self, path: Path) -> bytes:
-        """A file's name, length and end, enough to tell pictures apart: that of stage 1's PNGs
-        holds the checksum of all pixels."""
-        with open(path, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - 4096))
-            return f"{path.name} {length}".encode() + file.read()
+    def plan(
+        self, step: int, batch: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What a step's batch is made of, a function of the arguments alone. For each of its rows:
+        indices (B, k) long of its k pictures (of a pair: photo and edit), flips (B, k) bool,
+        whether each is mirrored, and concepts (B,) long."""
+        raise NotImplementedError
 
     def load(self, index: int) -> torch.Tensor:
         """uint8 (3, S, S), decoded from the picture's file; UserError if that is broken."""
         return read_image(self.files[index], self.size)
 
     def cache(self, folder: Path):
-        """Decodes every picture into <folder>/<hash>.u8, unless that is there, and maps it: the
-        page cache decides what stays in memory. It is never written through the mapping, where a
-        full disk would be SIGBUS and no error. Returns self."""
-        path, count = folder / f"{self.cache_hash}.u8", len(self.files) * 3 * self.size**2
+        """Decodes every picture into the file <folder>/<cache_hash>.u8, unless that is there, and
+        maps it into memory. Returns self.
+
+        The operating system decides how much of the file stays in memory. Nothing is ever written
+        through the mapping: there a full disk would be a SIGBUS and no error."""
+        path = folder / f"{self.cache_hash}.u8"
+        length = len(self.files) * 3 * self.size**2
         with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
-            if not path.exists() or path.stat().st_size != count:
+            if not path.exists() or path.stat().st_size != length:
                 runs.replace_file(path, self.write_pixels)
-        pixels = torch.from_file(str(path), size=count, dtype=torch.uint8)
+        pixels = torch.from_file(str(path), size=length, dtype=torch.uint8)
         self.pixels = pixels.view(-1, 3, self.size, self.size)
         return self
 
     def write_pixels(self, path: Path) -> None:
         indices = range(len(self.files))
         with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-            done = prefetch(pool, self.load, indices)  # pool.map would fill memory on a slow disk
-            for pixels in tqdm(done, "decoding", len(indices), leave=False, delay=2):
+            decoded = prefetch(pool, self.load, indices)  # pool.map would fill memory, if disks lag
+            for pixels in tqdm(decoded, "decoding", len(indices), leave=False, delay=2):
                 file.write(pixels.numpy())
 
-    def batches(self, batch, steps: range, seed, device: torch.device, crop=0) -> Iterator[tuple]:
-        """Yields for each step this process's share of the plan, on the device: k tensors
-        (B / world, 3, S, S) in [-1, 1] (of pairs: photo and edit), and concept (B / world,) long.
-        S: the pictures' size, or that of random crops, one corner a row of the batch. A thread
-        gathers and pins two steps ahead, so that nothing here waits on CUDA."""
+    def batches(
+        self, batch: int, steps: range, seed: int, device: torch.device, crop: int = 0
+    ) -> Iterator[tuple]:
+        """Yields for each step this process's share of its batch, on the device: k tensors
+        (B / world, 3, S, S) in [-1, 1] (of pairs: photos and edits), and concepts (B / world,)
+        long. S is the pictures' size or, if given, that of random crops.
+
+        A thread gathers and pins two steps ahead, so that nothing here waits for CUDA."""
         if batch % world():
             raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
-        side, share = crop or self.size, slice(rank(), None, world())
 
         def gather(step: int) -> list[torch.Tensor]:
-            indices, flips, concept = (x[share] for x in self.plan(step, batch, seed))
-            rng, cuts = np.random.default_rng([seed, step]), []
-            corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
-            source = self.pixels.numpy()  # torch's copies would start a second team of threads
-            for column in indices.T.tolist():
-                for index, (y, x) in zip(column, corners, strict=True):
-                    cuts.append(source[index, :, y : y + side, x : x + side])
-            parts = [torch.from_numpy(np.stack(cuts)), flips.T.flatten(), concept.clone()]
-            return [part.pin_memory() for part in parts] if device.type == "cuda" else parts
+            parts = self.gather(step, batch, seed, crop or self.size)
+            if device.type == "cuda":
+                return [part.pin_memory() for part in parts]
+            return parts
 
         with ThreadPoolExecutor(1) as thread:
             for parts in prefetch(thread, gather, steps, depth=2):
-                pixels, flips, concept = (part.to(device, non_blocking=True) for part in parts)
+                pixels, flips, concepts = [part.to(device, non_blocking=True) for part in parts]
                 pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-                yield *to_float(pixels).split(len(concept)), concept
+                yield *to_float(pixels).split(len(concepts)), concepts
+
+    def gather(self, step: int, batch: int, seed: int, side: int) -> list[torch.Tensor]:
+        """This process's share of a step's batch, copied out of self.pixels: uint8 crops
+        (k * B / world, 3, side, side), whether each is to be mirrored, and the rows' concepts.
+
+        The first B / world crops are the rows' first pictures, the next their second ones. All of a
+        row's crops have the same corner."""
+        share = slice(rank(), None, world())
+        indices, flips, concepts = self.plan(step, batch, seed)
+        rng = np.random.default_rng([seed, step])
+        corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
+        pixels = self.pixels.numpy()  # torch's copies would start a second team of threads
+        crops = []
+        for column in indices[share].T.tolist():
+            for index, (y, x) in zip(column, corners, strict=True):
+                crops.append(pixels[index, :, y : y + side, x : x + side])
+        mirrored = flips[share].T.flatten()
+        return [torch.from_numpy(np.stack(crops)), mirrored, concepts[share].clone()]
+
+
+def file_fingerprint(path: Path) -> bytes:
+    """A file's name, length and last 4 KB. They tell pictures apart: the end of a PNG that stage 1
+    wrote holds the checksum of all its pixels."""
+    with open(path, "rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - 4096))
+        return f"{path.name} {length}".encode() + file.read()
 
 
 class Pairs(Pictures):
-    """Photos and edits. indices: per concept (n, 2) long, where each pair's photo and edit are."""
+    """Photos and their edits by several concepts. indices: per concept a tensor (n, 2) long, the
+    numbers of each pair's photo and edit among the pictures."""
 
-    def __init__(self, files, size, concepts, indices: list[torch.Tensor], about: object = ""):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        size: int,
+        concepts: list[dict],
+        indices: list[torch.Tensor],
+        about: object = "",
+    ):
         super().__init__(files, size, concepts, about)
         self.indices = indices
 
     @property
     def counts(self) -> list[int]:
+        """How many pairs each concept has."""
         return [len(indices) for indices in self.indices]
 
-    def plan(self, step, batch, seed):
+    def plan(
+        self, step: int, batch: int, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         picks, flips = draw_picks(self.counts, batch, step, seed)
-        indices = torch.stack([self.indices[c][i] for c, i in picks.tolist()])
-        return indices, flips[:, None].expand(-1, 2), picks[:, 0]
+        indices = torch.stack([self.indices[concept][i] for concept, i in picks.tolist()])
+        both_flips = flips[:, None].expand(-1, 2)  # photo and edit alike
+        return indices, both_flips, picks[:, 0]
 
-    def pictures(self, concept: int, count: int | None = None) -> tuple:
-        """A concept's first photos and edits, or all, uint8 (count, 3, S, S) each."""
+    def pictures(self, concept: int, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A concept's first `count` photos and edits, or all, uint8 (count, 3, S, S) each."""
         photos, edits = self.indices[concept][:count].T
         return self.pixels[photos], self.pixels[edits]
 
@@ -224,30 +285,46 @@ def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iter
         yield future.result()
 
 
-def draw_picks(counts: Sequence[int], batch: int, step: int, seed: int) -> tuple:
-    """The batch of a step: picks (B, 2) [concept, i] and flips (B,)."""
+# ---- The order of batches ------------------------------------------------------------------------
+
+
+def draw_picks(
+    counts: Sequence[int], batch: int, step: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch of a step: picks (B, 2), a concept and the number of one of its pairs, and flips
+    (B,), whether that pair is mirrored. counts: how many pairs each concept has."""
     epoch, batch_index = divmod(step, steps_per_epoch(counts, batch))
-    order = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
-    return tuple(part[batch_index * batch : (batch_index + 1) * batch] for part in order)
+    picks, flips = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
+    rows = slice(batch_index * batch, (batch_index + 1) * batch)
+    return picks[rows], flips[rows]
 
 
 @functools.lru_cache(maxsize=1)  # once an epoch: with 600,000 pairs it takes as long as some steps
-def epoch_order(counts: tuple[int, ...], longest: int, epoch: int, seed: int) -> tuple:
-    """All of an epoch's picks and flips. Concepts take turns, so a batch holds each equally often
-    (+-1); each epoch passes over every concept in a new order, and a concept with fewer pairs than
-    `longest` starts over within the epoch."""
-    rng, orders = torch.Generator().manual_seed(seed * 1_000_003 + epoch), []
-    for n in counts:
-        passes = [torch.randperm(n, generator=rng) for _ in range(-(-longest // n))]
+def epoch_order(
+    counts: tuple[int, ...], longest: int, epoch: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All picks and flips of an epoch, `longest` pairs of each concept.
+
+    Concepts take turns, so that a batch holds each of them equally often (+-1). Each epoch passes
+    over the pairs of a concept in a new order; one with fewer pairs than `longest` starts over,
+    again in a new order."""
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    orders = []
+    for count in counts:
+        passes = []
+        for _ in range(math.ceil(longest / count)):
+            passes.append(torch.randperm(count, generator=rng))
         orders.append(torch.cat(passes)[:longest])
     flips = torch.rand(longest * len(counts), generator=rng) < 0.5
-    concepts = torch.arange(len(counts)).repeat(longest)
-    return torch.stack([concepts, torch.stack(orders, 1).flatten()], 1), flips
+    concepts = torch.arange(len(counts)).repeat(longest)  # 0 1 2  0 1 2  ...
+    numbers = torch.stack(orders, 1).flatten()  # the first of each concept, then the second ...
+    return torch.stack([concepts, numbers], 1), flips
 
 
 def epoch_length(counts: Sequence[int], batch: int) -> int:
     """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
-    return max(*counts, -(-batch // len(counts)))
+    share_of_a_batch = math.ceil(batch / len(counts))
+    return max(*counts, share_of_a_batch)
 
 
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
@@ -275,57 +352,79 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
 def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
     """Sorted file names of a concept's edits. UserError unless there are some, each of a photo."""
     names = [path.name for path in list_pictures(pairs / split / concept)]
-    photos = {path.name for path in list_pictures(pairs / split / "source")}
+    photos = [path.name for path in list_pictures(pairs / split / "source")]
     if not names:
         raise UserError(f"{pairs / split / concept} holds no edits; 01_distill_pairs.py makes them")
-    if set(names) - photos:
-        raise UserError(f"{pairs / split / 'source'} lacks {min(set(names) - photos)}")
+    lacking = set(names) - set(photos)
+    if lacking:
+        raise UserError(f"{pairs / split / 'source'} lacks {min(lacking)}")
     return names
 
 
-def find_pairs(pairs: Path, split: str, names: Sequence[str], samples=None) -> Pairs:
-    """The pairs of some concepts, not decoded yet; `samples` restricts the first concept's to
-    these photos' file names."""
+def find_pairs(
+    pairs: Path, split: str, names: Sequence[str], samples: Iterable[str] | None = None
+) -> Pairs:
+    """The pairs of some concepts, not decoded yet. samples: take only these file names of the first
+    concept's."""
     known = read_concepts(pairs)
     for name in names:
         if name not in known:
             raise UserError(f"{pairs} has no concept {name!r}; it has {', '.join(known)}")
     edits = {name: edit_names(pairs, split, name) for name in names}
     photos = sorted(set().union(*edits.values()))
+    photo_index = {photo: index for index, photo in enumerate(photos)}
     files = [pairs / split / "source" / photo for photo in photos]
-    size, indices = read_image(files[0]).shape[-1], []
+    size = read_image(files[0]).shape[-1]
     if size % 8 or size < 24:
         raise UserError(f"{pairs}: {size} pixels; the networks need a multiple of 8 from 24 on")
+    indices = []
     for name in names:
-        photo = torch.from_numpy(np.searchsorted(photos, edits[name]))
-        indices.append(torch.stack([photo, len(files) + torch.arange(len(photo))], 1))
-        files += [pairs / split / name / edit for edit in edits[name]]
+        rows = []
+        for edit in edits[name]:
+            rows.append([photo_index[edit], len(files)])
+            files.append(pairs / split / name / edit)
+        indices.append(torch.tensor(rows))
     concepts = [{"name": name, "prompt": known[name]["prompt"]} for name in names]
     found = Pairs(files, size, concepts, indices)
     if samples is not None:
-        samples = sorted(set(samples))
-        if absent := sorted(set(samples) - set(edits[names[0]])):
-            raise UserError(f"{pairs / split / names[0]} has no {absent[0]} ({len(absent)} such)")
-        found.indices[0] = indices[0][np.searchsorted(edits[names[0]], samples)]
-        found.data_hash = hashlib.sha256(f"{found.data_hash} {samples}".encode()).hexdigest()[:16]
+        choose_samples(found, edits[names[0]], samples, pairs / split / names[0])
     return found
 
 
-def prompt_tokens(pairs: Path, concepts: list[dict], clip: str = "") -> tuple[list, str]:
-    """The token features (T, D) of these concepts' prompts, and the tower that made them, which
-    must be `clip` where that is given."""
-    tensors, metadata = runs.read_tensors(pairs / "features.safetensors", "features")
-    tower = str(metadata.get("clip"))
-    if clip and tower != clip:
-        raise UserError(f"{pairs} has prompts of {tower}, and the generator was trained on {clip}")
-    with explain(f"{pairs / 'features.safetensors'} lacks a prompt (run stage 1)"):
-        return [tensors[f"tokens/{concept['name']}"] for concept in concepts], tower
+def choose_samples(found: Pairs, edits: list[str], samples: Iterable[str], folder: Path) -> None:
+    """Leaves of the first concept's pairs those whose file names are `samples`. edits: the file
+    names of all its pairs, in order, which lie in the folder."""
+    samples = sorted(set(samples))
+    absent = sorted(set(samples) - set(edits))
+    if absent:
+        raise UserError(f"{folder} has no {absent[0]} ({len(absent)} such)")
+    row_of = {name: row for row, name in enumerate(edits)}
+    rows = [row_of[name] for name in samples]
+    found.indices[0] = found.indices[0][rows]
+    digest = hashlib.sha256(f"{found.data_hash} {samples}".encode())
+    found.data_hash = digest.hexdigest()[:16]
+
+
+def prompt_tokens(
+    pairs: Path, concepts: list[dict], clip: str = ""
+) -> tuple[list[torch.Tensor], str]:
+    """The token features (T, D) of these concepts' prompts, and the CLIP that made them: it must be
+    `clip`, where that is given."""
+    path = pairs / "features.safetensors"
+    tensors, metadata = runs.read_tensors(path, "features")
+    found = str(metadata.get("clip"))
+    if clip and found != clip:
+        raise UserError(f"{pairs} has prompts of {found}, and the generator was trained on {clip}")
+    with explain(f"{path} lacks a prompt (run stage 1)"):
+        return [tensors[f"tokens/{concept['name']}"] for concept in concepts], found
 
 
 def chosen_concepts(args, role: str) -> list[str]:
-    """--concept, or the "base" or "new" concepts that stage 2 found."""
+    """The concepts to train: --concept or, where none is given, those that stage 2 found for this
+    role, "base" or "new"."""
     path = args.clusters / "concepts.json"
     names = args.concept or runs.read_json(path, maker="02_cluster.py").get(role)
-    if not isinstance(names, list) or not names or not all(isinstance(x, str) for x in names):
+    is_list_of_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list_of_names or not names:
         raise UserError(f"{path} lists no {role} concepts: name some with --concept")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(names))  # each once
