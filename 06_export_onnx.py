@@ -1,4 +1,4 @@
-"""Exports a generator as a folder to serve or to ship: a graph, its weights, kilobytes a concept.
+"""Stage 6: exports a generator as a folder to ship: a graph, its weights, kilobytes a concept.
 
 The weights lie beside the graph, in the generator's own file; a concept is a prompt in it or stage
 4's own adapter, which whoever runs it adds to the weights: editor.py, without PyTorch, or the page.
@@ -82,14 +82,24 @@ def parse() -> argparse.Namespace:
     if not args.merged:
         if args.dynamic or args.io != "float32" or args.precision != "fp32":
             raise UserError("--dynamic, --io and --precision are flags of --merged")
-        args.dynamic, args.io = True, "uint8"
-    if not args.generator:  # other generators get no adapters unasked: those need not fit
-        folder = Path("runs/demo" if args.demo else "runs")
-        made_by = ("base", "coronet") if args.demo else ("base",)
-        args.generator = [folder / stage / "generator.safetensors" for stage in made_by]
-        if not args.adapter and (folder / "lora").is_dir():
-            args.adapter = [folder / "lora"]
+        args.dynamic = True  # a folder's graph takes any size
+        args.io = "uint8"
+    if not args.generator:
+        args.generator, default_adapters = default_files(args.demo)
+        args.adapter = args.adapter or default_adapters
     return args
+
+
+def default_files(demo: bool) -> tuple[list[Path], list[Path]]:
+    """Generators and adapters to export where no --generator is given: stage 3's and 4's; in the
+    demo also the pruned one, which is compared. (Another generator gets no adapters unasked, as
+    they need not fit it.)"""
+    folder = Path("runs/demo" if demo else "runs")
+    generators = [folder / "base/generator.safetensors"]
+    if demo:
+        generators.append(folder / "coronet/generator.safetensors")
+    adapters = [folder / "lora"] if (folder / "lora").is_dir() else []
+    return generators, adapters
 
 
 # ---- The graph -----------------------------------------------------------------------------------
@@ -97,27 +107,39 @@ def parse() -> argparse.Namespace:
 
 class PhaseConv(nn.Module):
     """A transposed convolution of stride 2 as four convolutions of the small picture, one for each
-    place in a 2 x 2 block of the large one: no zeros to multiply, and fast kernels. Their weights
+    pixel of a 2 x 2 block of the large one: no zeros to multiply, and fast kernels. Their weights
     are cut from the layer's as it runs, so that adapters fit; ONNX Runtime folds the cutting."""
 
     def __init__(self, conv: common.UpConv | nn.ConvTranspose2d):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.is_up = isinstance(conv, common.UpConv)
-        self.pad, self.mode = (1, "replicate") if self.is_up else (conv.padding[0], "constant")
+        self.cut_off = 1 if self.is_up else conv.padding[0]  # rows of the result, at each side
+        self.padding_mode = "replicate" if self.is_up else "constant"
 
     def forward(self, x):
         weight = common.UpConv.kernel(self) if self.is_up else self.weight  # (in, out, k, k)
-        weight = weight.transpose(0, 1).flip(2, 3)
-        last, reads, places = weight.shape[-1] - 1, [], []
-        for at in (self.pad, self.pad + 1):  # a side's two places: first tap, pixels before, after
-            first = (last - at) % 2
-            reads.append((first, (last - first - at) // 2, at // 2))
-        for (row, top, bottom), (column, left, right) in itertools.product(reads, repeat=2):
-            padded = nn.functional.pad(x, (left, right, top, bottom), self.mode)
-            places.append(nn.functional.conv2d(padded, weight[:, :, row::2, column::2], self.bias))
-        rows = [torch.stack(pair, -1).flatten(3) for pair in (places[:2], places[2:])]
-        return torch.stack(rows, 3).flatten(2, 3)  # (B, C, 2H, 2W)
+        weight = weight.transpose(0, 1).flip(2, 3)  # of a convolution of the picture with zeros
+        kernel = weight.shape[-1]
+        pixels = []
+        for row, column in itertools.product((0, 1), repeat=2):
+            first_y, top, bottom = self.taps(row, kernel)
+            first_x, left, right = self.taps(column, kernel)
+            padded = nn.functional.pad(x, (left, right, top, bottom), self.padding_mode)
+            taps = weight[:, :, first_y::2, first_x::2]
+            pixels.append(nn.functional.conv2d(padded, taps, self.bias))
+        upper = torch.stack(pixels[:2], -1).flatten(3)  # (B, C, H, 2W)
+        lower = torch.stack(pixels[2:], -1).flatten(3)
+        return torch.stack([upper, lower], 3).flatten(2, 3)  # (B, C, 2H, 2W)
+
+    def taps(self, pixel: int, kernel: int) -> tuple[int, int, int]:
+        """Of pixel 0 or 1 of a block, along one side: the first of its taps (every other one of the
+        kernel's, the rest meet zeros), and by how many pixels the small picture is padded before
+        and after."""
+        last = kernel - 1
+        position = self.cut_off + pixel
+        first = (last - position) % 2
+        return first, (last - first - position) // 2, position // 2
 
 
 class FoldFilm(RewriteRuleClassBase):
@@ -182,14 +204,15 @@ def simplify(model: ir.Model) -> ir.Model:
     return model
 
 
-def specialize(graph: ir.Model, generator: common.Generator, place: int) -> onnx.ModelProto:
-    """The graph with this generator's weights and the prompt in this place folded in."""
+def specialize(graph: ir.Model, generator: common.Generator, concept: int) -> onnx.ModelProto:
+    """The graph with this generator's weights and the prompt of one concept (its index) folded
+    in."""
     model = graph.clone()
     for name, weight in Exported(generator).named_parameters():
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
     if generator.takes_text:
         prompt = model.graph.inputs.pop(1)
-        text = generator.known_concepts()[place][1][None]  # (1, T, D)
+        text = generator.known_concepts()[concept][1][None]  # (1, T, D)
         prompt.const_value, prompt.shape = ir.tensor(text.numpy()), ir.Shape(text.shape)
         model.graph.register_initializer(prompt)
     return ir.to_proto(simplify(model))
@@ -274,30 +297,38 @@ def median_ms(model: Editor, photo: torch.Tensor) -> float:
     return 1000 * float(np.median(timeit.repeat(run, repeat=rounds, number=1)))
 
 
-def kind(source: common.Generator) -> str:
-    name = "base" if source.config["widths"] == source.config["full"] else "pruned"
-    return name + (" + adapter" if source.config["concepts"][-1].get("adapter") else "")
+def origin(generator: common.Generator) -> str:
+    """Where a generator comes from, for tables and pictures' headings: base or pruned."""
+    whole = generator.config["widths"] == generator.config["full"]
+    return "base" if whole else "pruned"
 
 
-def limits_of(source: common.Generator) -> dict[str, int]:
-    """Of a picture's sides and pixels: attention's 8 bytes a head and pair of tokens fit 4 GB."""
-    heads, multiple = source.config.get("heads"), 2 ** source.config.get("depth", 3)
+def has_adapter(generator: common.Generator) -> bool:
+    """Whether load_concepts merged an adapter into it."""
+    return hasattr(generator, "adapter")
+
+
+def limits_of(generator: common.Generator) -> dict[str, int]:
+    """What sizes of pictures it takes: multiples of "multiple", and at most "most pixels", so that
+    attention's 8 bytes a head and pair of tokens (64 pixels each) fit into 4 GB."""
+    heads = generator.config.get("heads")
     most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else Image.MAX_IMAGE_PIXELS
-    return {"multiple": multiple, "most pixels": most}
+    return {"multiple": 2 ** generator.config.get("depth", 3), "most pixels": most}
 
 
 def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, common.Generator]:
-    """{concept: its generator}: the base, or a copy with an adapter merged, the file .adapter."""
+    """{concept: its generator}: the base for its own concepts; for an adapter's a copy into which
+    it is merged, which has the file as .adapter."""
     base = common.load_generator(base)
-    known = {concept["name"]: base for concept in base.config["concepts"]}
+    generators = {concept["name"]: base for concept in base.config["concepts"]}
     for path in adapters:
         adapted = copy.deepcopy(base)
-        place = common.load_adapter(adapted, path, strength)
+        index = common.load_adapter(adapted, path, strength)
         common.merge(adapted)
-        adapted.set_known_concepts([adapted.known_concepts()[place]])
+        adapted.set_known_concepts([adapted.known_concepts()[index]])
         adapted.adapter = path
-        known[adapted.config["concepts"][0]["name"]] = adapted
-    return known
+        generators[adapted.config["concepts"][0]["name"]] = adapted
+    return generators
 
 
 def find_photos(args) -> tuple[list[Path], list[Path]]:
@@ -306,7 +337,8 @@ def find_photos(args) -> tuple[list[Path], list[Path]]:
         files = find_pictures(args.photos)
         return files[:COMPARED], (files[COMPARED:] or files)[:CALIBRATION]
     dataset.read_concepts(args.pairs)  # an error where there are none
-    test, train = (find_pictures(args.pairs / split / "source") for split in ("test", "train"))
+    test = find_pictures(args.pairs / "test/source")
+    train = find_pictures(args.pairs / "train/source")
     return test, train[:CALIBRATION]
 
 
@@ -315,144 +347,215 @@ def read_squares(files: list[Path], size: int) -> torch.Tensor:
     return torch.stack([dataset.to_pixels(dataset.read_square(path, size)) for path in files])
 
 
-def build_folder(folder: Path, graph: ir.Model, known: dict[str, common.Generator], args) -> Editor:
-    """base.onnx, base.safetensors, adapters/, index.json and what they need in a browser."""
-    for name in ("adapters", "thumbnails"):
-        (folder / name).mkdir()
+def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Editor:
+    """Writes base.onnx, base.safetensors, adapters/, index.json and the page into an empty folder.
+    generators: {concept: its generator}."""
+    (folder / "adapters").mkdir()
+    (folder / "thumbnails").mkdir()
     shutil.copyfile(args.generator[0], folder / "base.safetensors")
     onnx.save(separate(graph, folder / "base.safetensors"), folder / "base.onnx")
     onnx.checker.check_model(folder / "base.onnx", full_check=True)
-    concepts, files, source = [], {}, next(iter(known.values()))
-    for name, source in known.items():
-        about = source.config["concepts"][source.concept_index(name)]
-        about = {"name": name, "prompt": about["prompt"]}
-        if hasattr(source, "adapter"):
+    concepts = []
+    for name, generator in generators.items():
+        index = generator.concept_index(name)
+        about = {"name": name, "prompt": generator.config["concepts"][index]["prompt"]}
+        if has_adapter(generator):
             about["adapter"] = f"adapters/{name}.safetensors"
-            shutil.copyfile(source.adapter, folder / about["adapter"])
+            shutil.copyfile(generator.adapter, folder / about["adapter"])
         else:
-            about["place"] = source.concept_index(name)
+            about["place"] = index
         concepts.append(about)
+    files = {}
     for path in sorted(folder.rglob("*.*")):
         about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
-    layers = [x for x, kind in common.named_layers(source) if isinstance(kind, nn.ConvTranspose2d)]
-    index = {"concepts": concepts, "files": files, "transposed": layers, **limits_of(source)}
-    index |= {"value range": "0..255, RGB, NHWC", "size": args.size, "strength": args.strength}
-    runs.write_json(folder / "index.json", {**index, "web": fetch_runtime(folder, args.cdn)})
+    transposed = []  # layers whose weights have their inputs first: whoever adds B A must know
+    for name, module in common.named_layers(generator):
+        if isinstance(module, nn.ConvTranspose2d):
+            transposed.append(name)
+    index = {
+        "concepts": concepts,
+        "files": files,
+        "transposed": transposed,
+        **limits_of(generator),
+        "value range": "0..255, RGB, NHWC",
+        "size": args.size,
+        "strength": args.strength,
+        "web": fetch_runtime(folder, args.cdn),
+    }
+    runs.write_json(folder / "index.json", index)
     skip = shutil.ignore_patterns("*.jpg", "styles.json", "__pycache__")
     shutil.copytree(Path(__file__).parent / "assets", folder, ignore=skip, dirs_exist_ok=True)
     return Editor(folder, args.threads)
 
 
-def merged_file(name: str, source: common.Generator, graph: ir.Model, calibrate, args) -> bytes:
-    """A file that stands alone, converted by calibrate, uint8 (N, 3, S, S)."""
-    place = source.concept_index(name)
-    proto = convert(specialize(graph, source, place), args.precision, calibrate)
-    about = {"concept": name, "prompt": source.config["concepts"][place]["prompt"]}
-    about |= {"base sha256": source.sha256, "precision": args.precision, **limits_of(source)}
-    about["value range"] = "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW"
-    about["size"] = "any" if args.dynamic else f"{args.size}x{args.size}"
+def merged_file(name: str, generator: common.Generator, graph: ir.Model, calibrate, args) -> bytes:
+    """A file that stands alone. calibrate: photos, uint8 (N, 3, S, S), to convert it by."""
+    concept = generator.concept_index(name)
+    proto = convert(specialize(graph, generator, concept), args.precision, calibrate)
+    about = {
+        "concept": name,
+        "prompt": generator.config["concepts"][concept]["prompt"],
+        "base sha256": generator.sha256,
+        "precision": args.precision,
+        **limits_of(generator),
+        "value range": "0..255, RGB, NHWC" if args.io == "uint8" else "-1..1, RGB, NCHW",
+        "size": "any" if args.dynamic else f"{args.size}x{args.size}",
+    }
     onnx.helper.set_model_props(proto, {key: str(value) for key, value in about.items()})
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
 
 
 @torch.no_grad()
-def prove(model, name: str, source: common.Generator, photos: torch.Tensor, args) -> dict:
-    """The model's distance from PyTorch on some photos, as columns; UserError beyond TOLERANCE."""
-    place, (most, least) = source.concept_index(name), TOLERANCE[args.precision]
-    fake, wanted = run_onnx(model, photos), source(dataset.to_float(photos), torch.tensor([place]))
-    if args.io == "uint8":  # what bytes can say of it; one may be rounded the other way
-        wanted, most = dataset.to_float(dataset.to_uint8(wanted)), most + 2 / 255
+def prove(model, name: str, generator: common.Generator, photos: torch.Tensor, args) -> dict:
+    """How far the model is from PyTorch on some photos, as columns of a table. UserError beyond
+    TOLERANCE."""
+    most, least = TOLERANCE[args.precision]
+    fake = run_onnx(model, photos)
+    concept = torch.full((len(photos),), generator.concept_index(name))
+    wanted = generator(dataset.to_float(photos), concept)
+    if args.io == "uint8":  # compared as bytes, of which one may be rounded the other way
+        wanted = dataset.to_float(dataset.to_uint8(wanted))
+        most += 2 / 255
     difference = (fake - wanted).abs().max().item()
     quality = training.psnr(fake, wanted).mean().item()
-    if not (difference <= most and quality >= least):  # NaN is not
+    if not (difference <= most and quality >= least):  # so written, NaN fails too
         distance = f"by {difference:.2g} at most, {quality:.1f} dB; {least:.0f} are needed"
         raise UserError(f"{name}: the {args.precision} graph differs from PyTorch {distance}")
     return {"max difference": difference, "dB to PyTorch": quality}
 
 
+def find_adapters(paths: list[Path]) -> list[Path]:
+    """Adapter files: those given, and all below the folders given."""
+    found = []
+    for path in paths:
+        found += runs.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
+    return found
+
+
 def export_all(args) -> list[Path]:
     """Exports every concept, unless the folder holds this run already. Returns what to apply."""
-    adapters = []
-    for path in args.adapter or []:
-        adapters += runs.files_below(path, "adapter.safetensors") if path.is_dir() else [path]
-    known = load_concepts(args.generator[0], adapters, args.strength)
+    adapters = find_adapters(args.adapter or [])
+    generators = load_concepts(args.generator[0], adapters, args.strength)
     others = [common.load_generator(path) for path in args.generator[1:]]
-    if unknown := set(args.concept or []) - known.keys():
-        raise UserError(f"unknown concept {min(unknown)!r}; known are {', '.join(known)}")
-    known = {name: known[name] for name in args.concept or known}
-    multiple = max(limits_of(source)["multiple"] for source in [*known.values(), *others])
+    unknown = set(args.concept or []) - generators.keys()
+    if unknown:
+        known = ", ".join(generators)
+        raise UserError(f"unknown concept {min(unknown)!r}; known are {known}")
+    if args.concept:
+        generators = {name: generators[name] for name in args.concept}
+    multiple = max(limits_of(each)["multiple"] for each in [*generators.values(), *others])
     if args.size < 16 or args.size % multiple:  # a norm needs more than 1x1
         raise UserError(f"--size {args.size}: give a multiple of {multiple} from 16 on")
     test, train = find_photos(args)
-    photos, calibrate = (read_squares(files, args.size) for files in (test, train))
+    photos = read_squares(test, args.size)
+    calibrate = read_squares(train, args.size)
     reads = [runs.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
     settings = runs.settings_of(args, reads=reads)
-    for key in {"generator", "adapter", "apply", "model", "serve"} & settings.keys():
-        del settings[key]  # paths, and what changes nothing of the export
-    written = [args.out / f"{name}.onnx" for name in known] if args.merged else [args.out]
+    for key in ("generator", "adapter", "apply", "model", "serve"):
+        settings.pop(key, None)  # paths, and what changes nothing of the export
+    written = [args.out / f"{name}.onnx" for name in generators] if args.merged else [args.out]
     if runs.begin_run(args.out, settings, args.overwrite):
         return written
     logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
     with tempfile.TemporaryDirectory() as scratch:
-        rows = export_to(Path(scratch), known, others, test, photos, calibrate, args)
+        rows = export_to(Path(scratch), generators, others, test, photos, calibrate, args)
         for path in sorted(Path(scratch).rglob("*.*")):
             copy_file = functools.partial(shutil.copyfile, path)
             runs.replace_file(args.out / path.relative_to(scratch), copy_file)
     folders = [path.parent for path in [*args.generator, *adapters]]
-    folders += [] if args.photos else [args.pairs]
+    if not args.photos:
+        folders.append(args.pairs)
     runs.write_result(args, {"ONNX files": rows}, folders)
     return written
 
 
-def export_to(folder: Path, known, others, test: list[Path], photos, calibrate, args) -> list[dict]:
+def export_to(
+    folder: Path, generators: dict, others, test: list[Path], photos, calibrate, args
+) -> list[dict]:
     """Exports {concept: generator} to an empty folder, each proved on photos, uint8 (N, 3, S, S),
-    of the files `test`; other generators are drawn beside it. Returns the table's rows."""
-    rows, pictures, base = [], {}, next(iter(known.values()))
-    kinds = dict.fromkeys(kind(source).split()[0] for source in [*known.values(), *others])
-    columns = ["photo", "teacher", *kinds, "ONNX"]  # an adapter's edit stands with its base's
+    of the files `test`. Returns the table's rows."""
+    base = next(iter(generators.values()))
     graph = trace(base, args.size, args.io, args.dynamic)
-    editor = None if args.merged else build_folder(folder, graph, known, args)
-    for name, source in known.items():
+    editor = None if args.merged else build_folder(folder, graph, generators, args)
+    rows, edits = [], {}
+    for name, generator in generators.items():
         if args.merged:
-            data = merged_file(name, source, graph, calibrate, args)
+            data = merged_file(name, generator, graph, calibrate, args)
             (folder / f"{name}.onnx").write_bytes(data)
             model, size = open_file(data, args.threads), len(data)
         else:
             model = editor.use(name, args.strength)
-            size = source.adapter.stat().st_size if hasattr(source, "adapter") else 0
-        row = {"concept": name, "from": kind(source), "precision": args.precision}
-        row |= {"KB": size / 1000, "GMACs": common.count_macs(source, args.size) / 1e9}
-        row |= prove(model, name, source, photos[:COMPARED], args)
-        if args.dynamic and not rows:  # once: they are one graph
-            larger = photos[:1].tile(1, 1, 2, 2)[:, :, : args.size + limits_of(source)["multiple"]]
-            prove(model, name, source, larger, args)
-        fakes = dataset.to_uint8(run_onnx(model, photos))
-        edits = [] if args.photos else [args.pairs / "test" / name / path.name for path in test]
-        shown = {"photo": photos[0], "ONNX": fakes[0]}
-        if places := [place for place, path in enumerate(edits) if path.exists()]:
-            truth = read_squares([edits[place] for place in places], args.size)
-            row |= training.measure(fakes[places], photos[places], truth)
-            shown |= {"teacher": truth[0]} if places[0] == 0 else {}
-        rows.append(row)
-        print(f"{name} ({row['from']}): {row['KB']:.0f} KB, {row['dB to PyTorch']:.0f} dB")
-        for each in [source, *others]:
-            if name in {concept["name"] for concept in each.config["concepts"]}:
-                edit = training.run_generator(each, photos[:1], each.concept_index(name))[0]
-                shown[kind(each).split()[0]] = edit
-        pictures[name + " (adapter)" * hasattr(source, "adapter")] = [*map(shown.get, columns)]
-        if not args.merged:
-            dataset.to_pil(fakes[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
-    sheet = dataset.picture_grid(pictures.values(), columns, [*pictures], max(160, args.size))
-    runs.write_png(folder / "comparison.png", sheet)
-    ms = median_ms(model, photos[:1])  # of all: they are one graph
+            size = generator.adapter.stat().st_size if has_adapter(generator) else 0
+        proof = prove(model, name, generator, photos[:COMPARED], args)
+        if args.dynamic and not rows:  # another shape; once, as all concepts share the graph
+            wider = args.size + limits_of(generator)["multiple"]
+            prove(model, name, generator, photos[:1].tile(1, 1, 2, 2)[:, :, :wider], args)
+        edits[name] = dataset.to_uint8(run_onnx(model, photos))
+        rows.append(
+            {
+                "concept": name,
+                "from": origin(generator) + " + adapter" * has_adapter(generator),
+                "precision": args.precision,
+                "KB": size / 1000,
+                "GMACs": common.count_macs(generator, args.size) / 1e9,
+                **proof,
+                **compare_with_teacher(name, edits[name], photos, test, args),
+            }
+        )
+        print(f"{name} ({rows[-1]['from']}): {size / 1000:.0f} KB, {proof['dB to PyTorch']:.0f} dB")
+    ms = median_ms(model, photos[:1])  # of all concepts: they share the graph
     for row in rows:
         row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
-    if editor:
+    sheet = comparison(generators, others, edits, test, photos, args)
+    runs.write_png(folder / "comparison.png", sheet)
+    if not args.merged:  # what the page shows
         dataset.to_pil(photos[0]).save(folder / "photo.jpg", quality=95)
+        for name, pictures in edits.items():
+            dataset.to_pil(pictures[0]).resize((96, 96)).save(folder / f"thumbnails/{name}.jpg")
     return rows
+
+
+def teacher_edits(name: str, test: list[Path], args) -> dict[int, Path]:
+    """{number of a test photo: the teacher's edit of it}, where stage 1's pairs have one."""
+    if args.photos:
+        return {}
+    paths = {i: args.pairs / "test" / name / photo.name for i, photo in enumerate(test)}
+    return {i: path for i, path in paths.items() if path.exists()}
+
+
+def compare_with_teacher(name: str, edits: torch.Tensor, photos, test: list[Path], args) -> dict:
+    """Measures of the export's edits, as columns of a table; none without the teacher's."""
+    found = teacher_edits(name, test, args)
+    if not found:
+        return {}
+    numbers = list(found)
+    truth = read_squares(list(found.values()), args.size)
+    return training.measure(edits[numbers], photos[numbers], truth)
+
+
+def comparison(
+    generators: dict, others, edits: dict, test: list[Path], photos, args
+) -> Image.Image:
+    """A sheet of the first photo: a row a concept, and columns for the photo, the teacher, each
+    generator as PyTorch runs it (an adapter's edit stands with its base's), and the export."""
+    origins = dict.fromkeys(origin(each) for each in [*generators.values(), *others])
+    columns = ["photo", "teacher", *origins, "ONNX"]
+    rows, labels = [], []
+    for name, generator in generators.items():
+        shown = {"photo": photos[0], "ONNX": edits[name][0]}
+        found = teacher_edits(name, test, args)
+        if 0 in found:
+            [shown["teacher"]] = read_squares([found[0]], args.size)
+        for each in [generator, *others]:
+            if name in {concept["name"] for concept in each.config["concepts"]}:
+                concept = each.concept_index(name)
+                [shown[origin(each)]] = training.run_generator(each, photos[:1], concept)
+        rows.append([shown.get(column) for column in columns])
+        labels.append(f"{name} (adapter)" if has_adapter(generator) else name)
+    return dataset.picture_grid(rows, columns, labels, max(160, args.size))
 
 
 # ---- Pictures of any size ------------------------------------------------------------------------
@@ -474,29 +577,40 @@ def edit_picture(model: Editor, picture: Image.Image) -> Image.Image:
     return Image.fromarray(model.edit(np.asarray(inner))).resize(picture.size)
 
 
+def open_models(args, paths: list[Path]) -> dict[str, Editor]:
+    """{name of the folder that its edits go to: model} of exported files and folders."""
+    models = {}
+    for path in paths:
+        if not path.is_dir():
+            models[path.stem] = open_file(path)
+    for path in paths:
+        if path.is_dir():
+            index = runs.read_json(path / "index.json", "06_export_onnx.py")
+            with runs.explain(f"{path} cannot be used"):
+                for name in args.concept or [concept["name"] for concept in index["concepts"]]:
+                    key = f"{path.name}-{name}" if name in models else name
+                    models[key] = Editor(path).use(name, args.strength)
+    return models
+
+
 def apply_files(args, paths: list[Path]) -> None:
     """Writes <out>-applied/<model>/<picture's path>.png, with the picture's own alpha channel."""
-    pictures, out = find_pictures(args.apply), args.out.with_name(f"{args.out.name}-applied")
+    pictures = find_pictures(args.apply)
+    out = args.out.with_name(f"{args.out.name}-applied")
     root = args.apply if args.apply.is_dir() else args.apply.parent
-    models = {path.stem: open_file(path) for path in paths if not path.is_dir()}
-    for path in filter(Path.is_dir, paths):
-        index = runs.read_json(path / "index.json", "06_export_onnx.py")
-        with runs.explain(f"{path} cannot be used"):
-            for name in args.concept or [concept["name"] for concept in index["concepts"]]:
-                key = f"{path.name}-{name}" if name in models else name
-                models[key] = Editor(path).use(name, args.strength)
+    models = open_models(args, paths)
     taken = Counter(path.with_suffix("") for path in pictures)
     for path in tqdm(pictures, unit="picture"):
         name = path.relative_to(root).with_suffix(".png")
         if taken[path.with_suffix("")] > 1:  # a.jpg and a.png become a.jpg.png and a.png.png
             name = name.with_name(path.name + ".png")
         picture = dataset.read_picture(path, alpha=True)
-        for stem, model in models.items():
+        for folder, model in models.items():
             with runs.explain(f"{path} cannot be edited (make it smaller)"):
                 edit = edit_picture(model, picture.convert("RGB"))
             if picture.mode == "RGBA":
                 edit.putalpha(picture.getchannel("A"))
-            runs.write_png(out / stem / name, edit)
+            runs.write_png(out / folder / name, edit)
     print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
 
 
