@@ -46,11 +46,11 @@ DEMO = {
     "batch": 1,
     "search_epochs": 1,
     "epochs": 3,
-    "steps": 160,
+    "steps": 280,
     "lr": 1e-3,
     "lr_search": 2e-4,
     "fid": "off",
-    "save_every": 120,
+    "save_every": 210,
 }
 MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
 POOL = 50  # CycleGAN's number of earlier fakes
