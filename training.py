@@ -64,7 +64,7 @@ def add_flags(parser: runs.Parser) -> None:
         "--fm",
         type=runs.weight,
         default=10.0,
-        help="weight of feature matching; 0: the papers' plain loss",
+        help="weight of feature matching; 0 leaves it out",
     )
     flag(
         "--perceptual",

@@ -136,7 +136,9 @@ def memory(folder: Path, count: int) -> dict:
 
 # ---- A target, not a rate ------------------------------------------------------------------------
 
-SHORT = "--crop 128 --perceptual 0 --batch 1 --lr-d 5e-4 --fid off --save-every 1000000 --device cpu"
+SHORT = (
+    "--crop 128 --perceptual 0 --batch 1 --lr-d 5e-4 --fid off --save-every 1000000 --device cpu"
+)
 WAYS = {
     "from scratch": "03 --half-size 0 --no-text --width 16 --lr 1e-3",
     "adapter on a base": "04 --lr 3e-3 --samples all",
