@@ -1,4 +1,4 @@
-"""Stage 1: data distillation. A teacher edits photos; its edits become the training pairs.
+"""Makes the training pairs: a teacher edits photos, and CLIP looks at both and at the prompts.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
 concept, a short name and a prompt; more concepts join the same folder. --teacher is one of these:
@@ -79,7 +79,7 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
 
 def list_files(folder: Path) -> dict[str, Path]:
     """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
-    paths = dataset.list_pictures(folder, "**/*")
+    paths = dataset.list_pictures(folder, subfolders=True)
     names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
     return {name.decode(): path for name, path in zip(names, paths, strict=True)}
 
@@ -143,7 +143,12 @@ def make_sources(args, files: dict) -> None:
             if len(photos["train"]) == args.train:
                 break
     if not photos["train"]:
-        raise UserError(f"--images {args.images} holds too few photos that can be used")
+        reasons = Counter()
+        for name, trouble in photos["skipped"].items():
+            reasons[trouble.removeprefix(f"{files[name]} ")] += 1
+        why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
+        few = f"--images {args.images} holds too few photos that can be used"
+        raise UserError(f"{few} ({len(files)} files{why and f', {why}'})")
     runs.write_json(args.out / "photos.json", photos)
 
 
@@ -195,7 +200,10 @@ def load_teacher(args, device: torch.device) -> Callable:
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
         what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
         with runs.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
-            edits = pipe(image=images, prompt=prompts, generator=noise, **options).images
+            given = dict(options)
+            if isinstance(given.get("negative_prompt"), str):  # of each prompt in a list
+                given["negative_prompt"] = [given["negative_prompt"]] * len(images)
+            edits = pipe(image=images, prompt=prompts, generator=noise, **given).images
         if len(edits) != len(images):  # some take several as one edit's references
             raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
         return edits
@@ -260,16 +268,40 @@ class Clip:
     def __init__(self, name: str, device: torch.device):
         import open_clip  # 2 seconds
 
-        model, _, weights = name.partition(":")
-        weights = None if weights == "random" else weights or "no WEIGHTS"
+        if name.startswith("hf-hub:"):  # hf-hub:org/name: a model with its weights
+            model, weights = name, None
+        else:
+            model, _, weights = name.partition(":")
+            weights = None if weights == "random" else weights or "no WEIGHTS"
+        # open_clip only warns where weights were trained with QuickGELU and the model has GELU
+        trained_with = open_clip.get_pretrained_cfg(model, weights) if weights else {}
+        quick_gelu = bool(trained_with.get("quick_gelu"))
         hint = "give open_clip's MODEL:WEIGHTS or, offline, the stand-in ViT-S-32:random"
         with runs.explain(f"--clip {name} cannot be loaded ({hint})"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                self.model = open_clip.create_model(model, weights).to(device).eval()
+                self.model = open_clip.create_model(model, weights, force_quick_gelu=quick_gelu)
+                self.model.to(device).eval()
             self.tokenizer = open_clip.get_tokenizer(model)
         self.name, self.device = name, device
         self.config = open_clip.get_model_preprocess_cfg(self.model)
+
+    def check_prompts(self, concepts: dict) -> None:
+        """Says which prompts are cut, as the text tower reads a fixed number of tokens (CLIP: 77).
+        UserError if two concepts' prompts differ only in what is cut, and would be the same."""
+        concept_of = {}
+        for name, concept in concepts.items():
+            [ids] = self.tokenizer([concept["prompt"]]).tolist()
+            [uncut] = self.tokenizer([concept["prompt"]], context_length=10_000).tolist()
+            tokens = len(uncut) - uncut.count(0)
+            if tokens > len(ids):
+                print(f"{name}: its prompt has {tokens} tokens; {self.name} reads {len(ids)}")
+            other = concept_of.setdefault(tuple(ids), name)
+            if concepts[other]["prompt"] != concept["prompt"] and tokens > len(ids):
+                both = f"the prompts of {other!r} and {name!r}"
+                raise UserError(
+                    f"{both} begin alike for {len(ids)} tokens: {self.name} reads no more"
+                )
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
@@ -384,10 +416,10 @@ def finish(concepts: dict, photos: dict, clip: Clip, args) -> None:
     for row in table:
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
-    for name, trouble in photos["skipped"].items():
-        print(f"skipped {name}: {trouble}")
     marks = ["stand-in CLIP (random weights)"] if clip.name.endswith(":random") else []
     runs.write_result(args, {"Pairs": table}, marks=marks)
+    for name, trouble in photos["skipped"].items():
+        print(f"skipped {name}: {trouble}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -446,14 +478,17 @@ def wanted_concepts(args) -> dict[str, dict]:
 
 
 def known_concepts(args, concepts: dict) -> dict[str, dict]:
-    """The folder's concepts. UserError if it has one of these, made otherwise."""
+    """The folder's concepts. UserError if it has edits of one of these that were made otherwise. A
+    concept without edits, as a first try that failed leaves it, may be another one now."""
     if args.overwrite or not (args.out / "concepts.json").exists():
         return {}
     known = dataset.read_concepts(args.out)
     for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
-        if known[name].get(key) != concepts[name][key]:
+        edits = [path for split in SPLITS for path in find_edits(args.out, split, name)]
+        if edits and known[name].get(key) != concepts[name][key]:
             differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
-            raise UserError(f"{args.out} has another {name!r} ({differ}): give it another name")
+            advice = f"give it another name, or delete {name}/ in train, test and rejected"
+            raise UserError(f"{args.out} has another {name!r} ({differ}): {advice}")
     return known
 
 
@@ -472,7 +507,10 @@ def main() -> None:
         features, hashes = fitting_features(args.out, known, args.clip)
         if features.keys() == hashes.keys() and runs.begin_run(args.out, settings, False):
             return
-    clip = Clip(args.clip, device) if first else None  # its troubles come before hours of teaching
+    clip = None
+    if first:  # its troubles come before hours of teaching
+        clip = Clip(args.clip, device)
+        clip.check_prompts(known | concepts)
     teacher = load_teacher(args, device)
     runs.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:

@@ -178,7 +178,10 @@ def chosen_samples(args, concept: str) -> list[str] | None:
         if not path.exists():
             print(f"stage 2 chose no photos for {concept} ({path} does not exist): using all")
             return None
-    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    text = ""
+    if path.is_file():
+        with runs.explain(f"{path} is no text"):
+            text = runs.read_text(path)
     names = [name for name in text.split("\n") if name.strip()]
     if not names:
         raise UserError(f"--samples: {path} does not exist, or lists no photos")

@@ -634,7 +634,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
         if all(train) and all(held_out):
             found = [Sets(files, size, concepts) for files in (train, held_out)]
     else:
-        files = dataset.list_pictures(folder, "**/*")
+        files = dataset.list_pictures(folder, subfolders=True)
         if len(files) > 3:
             found = [Sets([part], size, concepts) for part in hold_out_a_tenth(files)]
     if not found:

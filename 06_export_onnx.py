@@ -563,7 +563,7 @@ def comparison(
 
 def find_pictures(path: Path) -> list[Path]:
     """A picture file itself, or all below a folder, by their suffixes, sorted."""
-    found = dataset.list_pictures(path, "**/*") if path.is_dir() else [path]
+    found = dataset.list_pictures(path, subfolders=True) if path.is_dir() else [path]
     if not found:
         raise UserError(f"{path} holds no pictures")
     return found

@@ -6,6 +6,7 @@ batch is a function of (seed, step) alone, so a run that was killed continues wi
 
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,13 +19,14 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import runs
 from runs import UserError, explain, rank, world
 
-Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow refuses twice as many, 1.4 GB once decoded
+MAX_PIXELS = 50_000_000  # twice as many are refused: 1.4 GB once decoded
+Image.MAX_IMAGE_PIXELS = None  # read_picture has its own limit
 warnings.filterwarnings("ignore", module="PIL")
 
 
@@ -34,39 +36,110 @@ SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", "
 SUFFIXES += (".jp2", ".avif", ".heic", ".ppm", ".pgm", ".tga")
 
 
-def list_pictures(folder: Path, pattern: str = "*") -> list[Path]:
-    """The picture files of a folder, sorted; with the pattern "**/*" those of its subfolders too.
-    Hidden files and folders are left out."""
+# What file servers and packers leave beside people's photos: thumbnails, deleted files.
+NOT_PHOTOS = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
+
+
+def list_pictures(folder: Path, subfolders: bool = False) -> list[Path]:
+    """The picture files of a folder, sorted; with `subfolders` also those below it.
+
+    Hidden files and folders are left out, and folders named in NOT_PHOTOS. Links to folders are
+    followed, but no folder is read twice, so that a link to a folder above it makes no loop."""
     found = []
-    for path in folder.glob(pattern):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
-            found.append(path)
+    seen = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        for name in files:
+            path = Path(parent, name)
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not name.startswith("."):
+                found.append(path)
+        below = []
+        # folders before links, so that a folder that is reached both ways keeps its own path
+        for name in sorted(folders, key=lambda name: (Path(parent, name).is_symlink(), name)):
+            real = os.path.realpath(Path(parent, name))
+            if real in seen or name.startswith(".") or name in NOT_PHOTOS:
+                continue
+            seen.add(real)
+            below.append(name)
+        folders[:] = below if subfolders else []  # where os.walk goes from here
     return sorted(found)
 
 
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
-    """A picture file's first frame as RGB, turned as its EXIF says; UserError if it cannot be read.
+    """A picture file's first frame in sRGB, turned as EXIF says; UserError if it cannot be read.
 
     Where it is transparent it becomes white; with `alpha` such a picture is returned as RGBA.
     shrink_to: a JPEG may come out smaller than it is, but with sides of at least 2 * shrink_to, as
-    that is several times faster to decode. Colour profiles are ignored."""
-    if not Path(path).exists():
+    that is several times faster to decode."""
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"{path} does not exist")
+    if path.suffix.lower() == ".heic" and ".heic" not in Image.registered_extensions():
+        raise UserError(f"{path} is a HEIC file: `pip install pillow-heif` reads them")
     with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
         if shrink_to:
             picture.draft(None, (2 * shrink_to, 2 * shrink_to))
+        if picture.width * picture.height > 2 * MAX_PIXELS:
+            raise ValueError(f"{picture.width}x{picture.height} are too many pixels")
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip
-            grey = (np.asarray(picture) / 257).astype(np.uint8)
-            picture = Image.fromarray(grey)
-        if not picture.has_transparency_data:
-            return picture.convert("RGB")
-        picture = picture.convert("RGBA")
-        if alpha:
+        if picture.mode.startswith("I") or picture.mode == "F":
+            picture = grey_to_bytes(picture)
+        transparent = picture.has_transparency_data
+        picture = to_srgb(picture, "RGBA" if transparent else "RGB", path)
+        if alpha or not transparent:
             return picture
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def grey_to_bytes(picture: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or of floats as 8 bits, which Pillow's convert would clip.
+
+    A file does not say what is white. Here it is the smallest usual value that no pixel exceeds: 1
+    of floats, 255, 65535 or 2^31 - 1. Numbers below 0 are spread over the whole range."""
+    values = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds numbers that are not finite")
+    if picture.mode.startswith("I;16"):
+        black, white = 0, 65535
+    else:
+        usual = [255, 65535, 2**31 - 1]
+        if picture.mode == "F":
+            usual.insert(0, 1)
+        enough = [value for value in usual if values.max() <= value]
+        if values.min() >= 0 and enough:
+            black, white = 0, enough[0]
+        else:
+            black, white = values.min(), values.max()
+    scaled = (values - black) * 255 / max(white - black, 1e-30)
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def to_srgb(picture: Image.Image, mode: str, path: Path) -> Image.Image:
+    """The picture in this mode, RGB or RGBA, its colours converted from its profile's to sRGB.
+    Phones and cameras write Display P3 and Adobe RGB."""
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture.convert(mode)
+    if picture.mode not in ("RGB", "RGBA", "CMYK", "L"):  # a palette, among others
+        picture = picture.convert(mode)
+    if picture.mode == "L" and mode == "RGBA":
+        picture = picture.convert(mode)
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(theirs):  # most files: nothing to convert
+            return picture.convert(mode)
+        srgb = ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, theirs, srgb, outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
+        tell_of_profile(path, str(error))
+        return picture.convert(mode)
+    converted.info.pop("icc_profile", None)
+    return converted
+
+
+@functools.cache  # once a file, though it is read several times
+def tell_of_profile(path: Path, reason: str) -> None:
+    tqdm.write(f"{path}: its colour profile cannot be used and is left out ({reason})")
 
 
 def read_square(path: Path, size: int) -> Image.Image:
@@ -190,11 +263,18 @@ class Pictures:
                 file.write(pixels.numpy())
 
     def batches(
-        self, batch: int, steps: range, seed: int, device: torch.device, crop: int = 0
+        self,
+        batch: int,
+        steps: range,
+        seed: int,
+        device: torch.device,
+        crop: int = 0,
+        flip: bool = True,
     ) -> Iterator[tuple]:
         """Yields for each step this process's share of its batch, on the device: k tensors
         (B / world, 3, S, S) in [-1, 1] (of pairs: photos and edits), and concepts (B / world,)
         long. S is the pictures' size or, if given, that of random crops.
+        flip: whether rows are mirrored at random.
 
         A thread gathers and pins two steps ahead, so that nothing here waits for CUDA."""
         if batch % world():
@@ -209,7 +289,8 @@ class Pictures:
         with ThreadPoolExecutor(1) as thread:
             for parts in prefetch(thread, gather, steps, depth=2):
                 pixels, flips, concepts = [part.to(device, non_blocking=True) for part in parts]
-                pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+                if flip:
+                    pixels = torch.where(flips.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
                 yield *to_float(pixels).split(len(concepts)), concepts
 
     def gather(self, step: int, batch: int, seed: int, side: int) -> list[torch.Tensor]:

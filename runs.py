@@ -7,9 +7,11 @@ network or a picture.
 """
 
 import argparse
+import codecs
 import contextlib
 import gc
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -105,12 +107,20 @@ def run(main: Callable[[], None]) -> None:
     """Calls a stage's main(). Bad input, a full disk or a missing permission end in one `error:`
     line and status 2; Ctrl-C and SIGTERM in one line that says how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console that has no letter for a file's name
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
         if torch.distributed.is_initialized():
             gc.collect()  # networks under DDP hold the process group
             torch.distributed.destroy_process_group()  # its threads must end before Python does
         return
+    except BrokenPipeError:  # `| head` has read enough
+        close_bars()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes
+        sys.exit(1)
     except (UserError, OSError) as error:
         close_bars()
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -191,12 +201,21 @@ def write_png(path: Path, image: Image.Image) -> None:
     replace_file(path, lambda part: image.save(part, format="PNG", compress_level=4))
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 if it begins so, as PowerShell writes it. A byte order
+    mark is left out."""
+    data = Path(path).read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    return data.decode("utf-8-sig")
+
+
 def read_json(path: Path, maker: str = "") -> dict:
     """The JSON object in a file. UserError if it is missing (`maker` makes it) or broken."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist{maker and f'; {maker} makes it'}")
     with explain(f"{path} cannot be read as JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON dict, not a {type(value).__name__}")
     return value
@@ -343,8 +362,6 @@ def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=No
         if (folder / "result.json").exists():
             found = read_json(folder / "result.json").get("marks")
             all_marks.extend(map(str, found) if isinstance(found, list) else [])
-    for title, rows in tables.items():
-        print("\n" + markdown(title, rows))
     seconds = time.time() - (out / "settings.json").stat().st_mtime
     result = {
         "stage": args.stage,
@@ -352,7 +369,9 @@ def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=No
         "seconds": round(seconds, 1),
         "tables": tables,
     }
-    write_json(out / "result.json", result)
+    write_json(out / "result.json", result)  # before anything is printed, which may fail
+    for title, rows in tables.items():
+        print("\n" + markdown(title, rows))
 
 
 # ---- Tables: python runs.py [folder] -------------------------------------------------------------

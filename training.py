@@ -47,6 +47,11 @@ def add_flags(parser: runs.Parser) -> None:
         help="decoded pictures, shared by stages, seeds and processes; delete it when none runs",
     )
     flag(
+        "--no-flip",
+        action="store_true",
+        help="do not mirror pairs at random: for edits with a left and a right, such as a stamp",
+    )
+    flag(
         "--crop",
         type=runs.number(int, 0),
         default=0,
@@ -265,7 +270,9 @@ class Loop:
     def __iter__(self) -> Iterator[tuple]:
         args = self.args
         left = range(self.step, self.step if self.finished else self.steps)
-        batches = self.data.batches(args.batch, left, args.seed, self.device, args.crop)
+        batches = self.data.batches(
+            args.batch, left, args.seed, self.device, args.crop, flip=not args.no_flip
+        )
         self.bar = tqdm(desc=self.desc, initial=self.step, total=self.steps, disable=rank() > 0)
         with deferred_signals() as signals, self.bar:
             self.step_began = time.time()

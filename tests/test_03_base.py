@@ -100,7 +100,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 def test_the_first_steps_see_photo_and_edit_at_half_the_size(world, tmp_path):
     pairs = dataset.find_pairs(world / "pairs", "train", ["dark"]).cache(tmp_path)
-    args = Namespace(batch=2, crop=0, seed=0, save_every=100)
+    args = Namespace(batch=2, crop=0, no_flip=False, seed=0, save_every=100)
     network = torch.nn.Linear(2, 2)
     loop = training.Loop(args, pairs, 3, {"g": network}, half_size_steps=2)
     seen = []

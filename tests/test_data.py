@@ -1,11 +1,19 @@
 """Pairs and their pictures: which pictures a batch holds, the file that they are decoded into, and
 what is said of a folder that cannot be used."""
 
+import io
+import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import tiny_pipelines
 import torch
+from conftest import ROOT
+from PIL import Image, ImageCms
 
 import dataset
 import runs
@@ -189,3 +197,109 @@ def test_bf16_only_where_pytorch_may_use_its_units(monkeypatch):
     for level, wanted in (("AVX512", True), ("AVX2", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda level=level: level)
         assert training.has_bf16(CPU) == wanted
+
+
+# ---- Picture files as people have them -----------------------------------------------------------
+
+
+def test_folders_that_servers_and_packers_leave_are_no_photos(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    for name in ("a.png", "sub/b.png", "sub/@eaDir/b.png", "#recycle/c.png", ".x/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name)
+    for name in ("$RECYCLE.BIN", "__MACOSX"):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "e.png")
+    assert dataset.list_pictures(tmp_path) == [tmp_path / "a.png"]
+    both = [tmp_path / "a.png", tmp_path / "sub/b.png"]
+    assert dataset.list_pictures(tmp_path, subfolders=True) == both
+
+
+def test_linked_folders_are_followed_without_loops(tmp_path):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for folder in (photos / "own", elsewhere):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "a.png")
+    (photos / "link").symlink_to(elsewhere)
+    (photos / "own/up").symlink_to(photos)
+    (photos / "again").symlink_to(photos / "own")
+    found = dataset.list_pictures(photos, subfolders=True)
+    assert found == [photos / "link/a.png", photos / "own/a.png"]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32, "below 0"])
+def test_grey_of_floats_and_32_bits_is_neither_black_nor_noise(tmp_path, kind):
+    grey = np.linspace(0.1, 0.9, 64).reshape(8, 8)
+    values, wanted = grey.astype(np.float32), grey * 255
+    if kind is np.int32:
+        values = (grey * 65535).astype(np.int32)
+    if kind == "below 0":
+        values, wanted = (grey * 2 - 1).astype(np.float32), (grey - 0.1) / 0.8 * 255
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    found = np.asarray(dataset.read_picture(tmp_path / "a.tiff"))[..., 0]
+    assert np.abs(found - wanted).max() <= 1
+
+
+def test_grey_that_is_not_finite_is_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(runs.UserError, match="a.tiff .*not finite"):
+        dataset.read_picture(tmp_path / "a.tiff")
+
+
+def test_colours_are_those_of_the_profile(tmp_path):
+    """A photo in sRGB, written by another profile's numbers, comes back as it was."""
+    photo = tiny_pipelines.scene(64, 64)
+    profile = tiny_pipelines.display_p3()
+    theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    wide = ImageCms.profileToProfile(photo, ImageCms.createProfile("sRGB"), theirs)
+    wide.save(tmp_path / "a.png", icc_profile=profile)
+    found = np.asarray(dataset.read_picture(tmp_path / "a.png")).astype(float)
+    assert np.abs(np.asarray(wide).astype(float) - np.asarray(photo)).max() > 8
+    assert np.abs(found - np.asarray(photo)).max() <= 4  # rounded twice
+
+
+def test_a_broken_profile_is_left_out_and_named(tmp_path, capsys):
+    photo = tiny_pipelines.scene(16, 16)
+    photo.save(tmp_path / "a.png", icc_profile=b"no profile" * 20)
+    assert dataset.read_picture(tmp_path / "a.png").tobytes() == photo.tobytes()
+    assert "a.png: its colour profile cannot be used" in capsys.readouterr().out
+
+
+def test_a_large_jpeg_is_read_where_draft_makes_it_small(tmp_path):
+    Image.new("RGB", (12_000, 9_000), "red").save(tmp_path / "a.jpg")
+    assert dataset.read_square(tmp_path / "a.jpg", 64).size == (64, 64)
+    with pytest.raises(runs.UserError, match="12000x9000 are too many pixels"):
+        dataset.read_picture(tmp_path / "a.jpg")
+
+
+def test_no_flip_mirrors_nothing(made, tmp_path):
+    pairs = find(made).cache(tmp_path)
+    plain = list(pairs.batches(4, range(9), 3, CPU, flip=False))
+    mirrored = 0
+    for step, (batch, usual) in enumerate(zip(plain, draw(pairs), strict=True)):
+        flips = dataset.draw_picks([7, 6], 4, step, 3)[1]
+        for own, other, flip in zip(batch[0], usual[0], flips, strict=True):
+            assert torch.equal(own, other.flip(-1) if flip else other)
+            mirrored += int(flip)
+    assert mirrored > 5
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.json").write_text('{"é": 1}', encoding=encoding)
+    assert runs.read_json(tmp_path / "a.json") == {"é": 1}
+
+
+def test_a_console_without_the_letters_decides_nothing(tmp_path):
+    """Nor a reader that has read enough."""
+    program = "import runs; runs.run(lambda: print('\u96ea' * 10**6))"
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith(b"\\u96ea") and not done.stderr
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT
+    )
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1

@@ -2,6 +2,7 @@
 thousand random weights, saved as folders that `from_pretrained` loads; readers of its output."""
 
 import json
+import struct
 from pathlib import Path
 
 import diffusers
@@ -31,6 +32,40 @@ def write_made(root):
         for path, picture in (("photos" / Path(name), photo), ("edits/negative" / other, edit)):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(root / path, quality=95)
+
+
+def display_p3() -> bytes:
+    """An ICC profile of Display P3's primaries with a gamma of 2.2."""
+
+    def fixed(*numbers):
+        return b"".join(struct.pack(">i", round(number * 65536)) for number in numbers)
+
+    def xyz(*numbers):
+        return b"XYZ " + bytes(4) + fixed(*numbers)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)) + bytes(2)
+    text = b"Display P3\0"
+    description = b"desc" + bytes(4) + struct.pack(">I", len(text)) + text + bytes(79)
+    tags = {
+        b"desc": description + bytes(-len(description) % 4),
+        b"wtpt": xyz(0.9642, 1, 0.8249),
+        b"rXYZ": xyz(0.51512, 0.24120, -0.00105),
+        b"gXYZ": xyz(0.29198, 0.69225, 0.04189),
+        b"bXYZ": xyz(0.15710, 0.06657, 0.78407),
+        b"rTRC": curve,
+        b"gTRC": curve,
+        b"bTRC": curve,
+    }
+    table = struct.pack(">I", len(tags))
+    body = b""
+    start = 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data
+    size = struct.pack(">I", start + len(body))
+    header = size + bytes(4) + struct.pack(">I", 0x02400000) + b"mntrRGB XYZ " + bytes(12)
+    header += b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return header.ljust(128, b"\0") + table + body
 
 
 def pixels(path):
