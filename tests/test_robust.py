@@ -161,9 +161,9 @@ def stop_in_step_3(rank, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     meeting = f"file://{out}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    args = Namespace(batch=2, crop=0, seed=0, save_every=100)
+    args = Namespace(batch=2, crop=0, seed=0, save_every=100, no_flip=False)
     network = torch.nn.Linear(2, 2)
-    data = Namespace(batches=lambda *_: [torch.rand(2, 3, 8, 8)] * 6)
+    data = Namespace(batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
     loop = training.Loop(args, data, 6, {"g": network}, out)
     try:
         for _ in loop:
