@@ -14,6 +14,7 @@ Writes  runs/clusters/concepts.json             {"base": [...], "new": [...]}
     python 02_cluster.py --pairs runs/pairs --base 10 --samples 400       (a second)
 """
 
+import argparse
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -68,7 +69,8 @@ def contact_sheet(path: Path, clusters, labels: list[str], shown: int, strips: i
 
 def cluster_concepts(points: dict[str, torch.Tensor], args) -> tuple[list[list[str]], list[dict]]:
     """Clusters of concept names, each from its pick on, and the table's rows."""
-    names, rows = list(points), []
+    names = list(points)
+    rows = []
     means = torch.stack([part.mean(0) for part in points.values()])
     clusters = [[i] for i in range(len(names))]
     if args.base < len(names):
@@ -78,66 +80,102 @@ def cluster_concepts(points: dict[str, torch.Tensor], args) -> tuple[list[list[s
     unit = F.normalize(means, dim=1)
     for number, members in enumerate(clusters, 1):
         for i in members:
-            row = {"concept": names[i], "role": "base" if i == members[0] else "new"}
-            row |= {"cluster": number, "edits": len(points[names[i]])}
-            rows.append(row | {"cosine to the cluster's pick": (unit[i] @ unit[members[0]]).item()})
+            rows.append(
+                {
+                    "concept": names[i],
+                    "role": "base" if i == members[0] else "new",
+                    "cluster": number,
+                    "edits": len(points[names[i]]),
+                    "cosine to the cluster's pick": (unit[i] @ unit[members[0]]).item(),
+                }
+            )
     return [[names[i] for i in members] for members in clusters], rows
 
 
 def cluster_photos(files: dict[str, list[str]], features: dict, args) -> tuple[dict, list[dict]]:
     """{file names: clusters of them, each from its pick on} for every set of photos that a concept
     has edits of, and the table's rows."""
-    clusters, rows = {}, []
+    clusters = {}
+    rows = []
     for group, sharing in Counter(map(tuple, files.values())).most_common():
         points = vectors_of(args.pairs, "source", list(group), features)
         found = cluster(points, args.samples, args.seed, "samples")
         rng = torch.Generator().manual_seed(args.seed)
         random = torch.randperm(len(group), generator=rng)[: len(found)].tolist()
         clusters[group] = [[group[i] for i in members] for members in found]
-        row = {"concepts": sharing, "photos": len(group), "samples": len(found)}
-        row |= {"largest cluster": len(found[0])}
-        chosen = {"mean cosine to the nearest sample": [members[0] for members in found]}
-        chosen["same for random samples"] = random
-        for what, picks in chosen.items():
-            row[what] = (points @ points[picks].T).max(1).values.mean().item()
-        rows.append(row)
+        picks = [members[0] for members in found]
+        rows.append(
+            {
+                "concepts": sharing,
+                "photos": len(group),
+                "samples": len(found),
+                "largest cluster": len(found[0]),
+                "mean cosine to the nearest sample": nearest_cosine(points, picks),
+                "same for random samples": nearest_cosine(points, random),
+            }
+        )
     return clusters, rows
 
 
-def main() -> None:
+def nearest_cosine(points: torch.Tensor, picks: list[int]) -> float:
+    """The mean, over unit vectors (N, D), of the cosine to the nearest of the picks."""
+    return (points @ points[picks].T).max(1).values.mean().item()
+
+
+def parse() -> argparse.Namespace:
     parser = runs.Parser(__doc__, out="runs/clusters")
     flag = parser.add_argument
     flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
     flag("--base", type=runs.count, default=10, help="concepts that train the base")
     flag("--samples", type=runs.count, default=400, help="photos to choose for each concept")
     flag("--edits", type=runs.count, default=200, help="edits whose mean stands for a concept")
-    args = parser.parse(DEMO)
-    out, train, files, points = args.out, args.pairs / "train", {}, {}
-    names = dataset.read_concepts(args.pairs)
+    return parser.parse(DEMO)
+
+
+def draw_concepts(args, concepts: list[list[str]], files: dict[str, list[str]]) -> None:
+    """concepts.png: each cluster's pick, then its members, by their first training edits."""
+    rows, labels = [], []
+    for members in concepts:
+        rows.append([args.pairs / "train" / name / files[name][0] for name in members])
+        labels.append(", ".join(members[:3]) + (" ..." if len(members) > 3 else ""))
+    shown = min(8, max(map(len, concepts))) - 1
+    contact_sheet(args.out / "concepts.png", rows, labels, shown, strips=1, cell=112)
+
+
+def draw_photos(args, clusters: list[list[str]]) -> None:
+    """photos.png: each cluster's pick, then its members."""
+    folder = args.pairs / "train/source"
+    rows = [[folder / name for name in members] for members in clusters]
+    strips = 4 if len(rows) > 16 else 1
+    contact_sheet(args.out / "photos.png", rows, [], 3, strips, cell=56)
+
+
+def main() -> None:
+    args = parse()
     features, _ = runs.read_tensors(args.pairs / "features.safetensors", "features")
-    for name in names:
-        files[name] = own = dataset.edit_names(args.pairs, "train", name)
-        even = np.linspace(0, len(own) - 1, min(args.edits, len(own))).round().astype(int)
-        points[name] = vectors_of(args.pairs, name, [own[i] for i in even], features)
+    files = {}  # {concept: names of its training edits}
+    points = {}  # {concept: CLIP's vectors of some of them}
+    for name in dataset.read_concepts(args.pairs):
+        files[name] = dataset.edit_names(args.pairs, "train", name)
+        count = min(args.edits, len(files[name]))
+        even = np.linspace(0, len(files[name]) - 1, count).round().astype(int)
+        some = [files[name][i] for i in even]
+        points[name] = vectors_of(args.pairs, name, some, features)
     listed = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
     data = [runs.sha256(args.pairs / "features.safetensors")[:16], listed]
-    if runs.begin_run(out, runs.settings_of(args, data=data), args.overwrite):
+    if runs.begin_run(args.out, runs.settings_of(args, data=data), args.overwrite):
         return
+
     concepts, concept_rows = cluster_concepts(points, args)
     photos, photo_rows = cluster_photos(files, features, args)
     for name, group in files.items():
         picks = sorted(members[0] for members in photos[tuple(group)])
-        runs.write_text(out / "samples" / f"{name}.txt", "\n".join(picks) + "\n")
-    new = [name for members in concepts for name in members[1:]]
+        runs.write_text(args.out / "samples" / f"{name}.txt", "\n".join(picks) + "\n")
     base = [members[0] for members in concepts]
-    runs.write_json(out / "concepts.json", {"base": base, "new": new})
-    firsts = [[train / name / files[name][0] for name in members] for members in concepts]
-    labels = [", ".join(members[:3]) + " ..." * (len(members) > 3) for members in concepts]
-    shown = min(8, max(map(len, concepts))) - 1
-    contact_sheet(out / "concepts.png", firsts, labels, shown, strips=1, cell=112)
-    shared = next(iter(photos.values()))  # the photos that most concepts have edits of
-    paths = [[train / "source" / name for name in members] for members in shared]
-    contact_sheet(out / "photos.png", paths, [], 3, strips=4 if len(paths) > 16 else 1, cell=56)
+    new = [name for members in concepts for name in members[1:]]
+    runs.write_json(args.out / "concepts.json", {"base": base, "new": new})
+    draw_concepts(args, concepts, files)
+    draw_photos(args, next(iter(photos.values())))  # those that most concepts have edits of
     tables = {"Concepts, clustered": concept_rows, "Training photos, clustered": photo_rows}
     runs.write_result(args, tables, reads=[args.pairs])
 
