@@ -312,7 +312,7 @@ def limits_of(generator: common.Generator) -> dict[str, int]:
     """What sizes of pictures it takes: multiples of "multiple", and at most "most pixels", so that
     attention's 8 bytes a head and pair of tokens (64 pixels each) fit into 4 GB."""
     heads = generator.config.get("heads")
-    most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else Image.MAX_IMAGE_PIXELS
+    most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else dataset.MAX_PIXELS
     return {"multiple": 2 ** generator.config.get("depth", 3), "most pixels": most}
 
 
