@@ -6,8 +6,10 @@ the PatchGAN discriminator photo, edit and prompt. The loss is that of a least-s
 --perceptual 0 is the papers' GAN + 100 * L1. Adam, pix2pix's schedule, whole pictures, of which the
 first steps see half-size ones.
 
-To try another loss, copy this file and edit `train_base`. What it calls: training.autocast (bf16
-where the device has it), training.descend (a step down a loss), Loop.record (ends a step).
+To try another loss, copy this file to 03_NAME.py, edit `train_base` and give `--out runs/NAME`.
+What it calls: training.autocast (bf16 where the device has it), training.descend (a step down a
+loss), Loop.record (ends a step; call it once in each). Code is no setting that a run's folder
+remembers: after a change of it say --overwrite.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features

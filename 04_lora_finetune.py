@@ -4,12 +4,13 @@ E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weigh
 W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
 The discriminator is the base's, which tells strokes from blur from the first step on (ours).
 
-Two searches choose otherwise, by short trainings (probes), judged by SWD and L1 on training
-photos that the concept does not train on (up to 100 outside stage 2's choice; else each fifth of
-the chosen, which the probes leave out). `--layers search` adapts each layer group alone at rank 1
-and goes through them by the fall of the error per trained weight: crucial are those that lower it
-by more than --rank-threshold when added to the crucial ones before. Later runs use what it found.
-`--rank auto` starts all at rank 1 and doubles one's as often as that lowers the error by as much.
+Layers and ranks are fixed, unless a search chooses them by short trainings (probes). Their error
+is training.error (perceptual distance + RMSE / 50) on training photos that the concept does not
+train on: up to 100 outside stage 2's choice, else each fifth of the chosen, which the probes leave
+out. `--layers search` adapts each layer group alone at rank 1, sorts the groups by how much a
+trained weight lowers the error, adds them in that order, and keeps one if it lowers the error by
+more than --rank-threshold. Later runs use what it found. `--rank auto` starts every group at rank 1
+and doubles a group's rank as long as that lowers the error by more than --rank-threshold.
 
 Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen photos)
 Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B, prompt, the base's SHA-256
@@ -40,15 +41,14 @@ from runs import UserError
 DEMO = {"batch": 1, "steps": 64, "probe_steps": 60, "fid": "off", "save_every": 64}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # --lr by --mode, where it was not given
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
-# The paper's crucial layers are the down- and upsamplings and the transformer block. Ours are the
-# first and the last, which alone see how bright the photo is, and those by which the prompt scales
-# and shifts what comes out of norms (an adapter has one prompt): without them little is learned.
-PAPER_RANKS = {
+PAPER_RANKS = {  # the down- and upsamplings and the transformer block are the paper's
     "down1": 1,
     "down2": 4,
     "tb": 1,
     "up1": 8,
     "up2": 8,
+    # Ours, without which little is learned: the first and the last layer, which alone see how
+    # bright the photo is, and those by which the prompt scales and shifts what comes out of norms.
     "stem": 4,
     "films": 1,
     "out": 3,
@@ -76,8 +76,13 @@ def parse() -> argparse.Namespace:
     flag("--layers", default="crucial", help="crucial, search (finds them), all, or down1,tb,...")
     flag("--rank", type=rank_flag, default="paper", help="paper, auto (searches), or a number")
     flag("--alpha", type=runs.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
-    flag("--rank-threshold", type=runs.weight, default=0.01, help="least fall of the error")
-    flag("--probe-steps", type=runs.count, default=500, help="steps of each of their probes")
+    flag(
+        "--rank-threshold",
+        type=runs.weight,
+        default=0.01,
+        help="by what share a step of a search must lower the error",
+    )
+    flag("--probe-steps", type=runs.count, default=500, help="steps of a search's short training")
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
     flag("--lr", type=runs.positive, help="the generator's learning rate (default: by --mode)")
     args = parser.parse(DEMO)
@@ -203,7 +208,9 @@ def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
     held_out = sorted(set(names) - set(chosen))
     if held_out:
         return chosen, held_out[:: math.ceil(len(held_out) / VALIDATION)]
-    return sorted(set(chosen) - set(chosen[::5])) or chosen, chosen[::5]
+    judged = chosen[::5]
+    trained = [name for name in chosen if name not in judged]
+    return trained or chosen, judged
 
 
 # ---- Training ------------------------------------------------------------------------------------

@@ -237,9 +237,11 @@ def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
-    yield
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def weights_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -695,8 +697,13 @@ def parse() -> argparse.Namespace:
     flag("--lr", type=runs.positive, default=2e-4, help="the generator's while converging")
     flag("--lr-search", type=runs.positive, default=1e-4, help="its rate in the search")
     flag("--lr-z", type=runs.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
-    flag("--cycle", type=runs.weight, default=10.0, help="cyclegan: of the L1 of coming back")
-    flag("--identity", type=runs.weight, default=0.5, help="cyclegan: of no change, * --cycle")
+    flag("--cycle", type=runs.weight, default=10.0, help="cyclegan: weight of the cycle loss")
+    flag(
+        "--identity",
+        type=runs.weight,
+        default=0.5,
+        help="cyclegan: weight of the identity loss, times --cycle",
+    )
     return parser.parse(DEMO)
 
 

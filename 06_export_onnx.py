@@ -17,6 +17,7 @@ Writes  runs/onnx/base.onnx        bytes (N, H, W, 3), prompt (1, T, D) -> edit,
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import itertools
@@ -57,6 +58,7 @@ COMPARED = 4  # test photos on which PyTorch runs too
 
 
 def parse() -> argparse.Namespace:
+    """The flags; without --merged also --dynamic and --io as a folder's graph has them."""
     parser = runs.Parser(__doc__, "runs/onnx")
     flag, paths = parser.add_argument, {"type": Path, "action": "append"}
     flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
@@ -357,27 +359,28 @@ def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Edito
     onnx.checker.check_model(folder / "base.onnx", full_check=True)
     concepts = []
     for name, generator in generators.items():
-        index = generator.concept_index(name)
-        about = {"name": name, "prompt": generator.config["concepts"][index]["prompt"]}
+        concept = generator.concept_index(name)
+        entry = {"name": name, "prompt": generator.config["concepts"][concept]["prompt"]}
         if has_adapter(generator):
-            about["adapter"] = f"adapters/{name}.safetensors"
-            shutil.copyfile(generator.adapter, folder / about["adapter"])
+            entry["adapter"] = f"adapters/{name}.safetensors"
+            shutil.copyfile(generator.adapter, folder / entry["adapter"])
         else:
-            about["place"] = index
-        concepts.append(about)
+            entry["place"] = concept
+        concepts.append(entry)
     files = {}
     for path in sorted(folder.rglob("*.*")):
         about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
+    any_generator = next(iter(generators.values()))  # they share the graph
     transposed = []  # layers whose weights have their inputs first: whoever adds B A must know
-    for name, module in common.named_layers(generator):
+    for name, module in common.named_layers(any_generator):
         if isinstance(module, nn.ConvTranspose2d):
             transposed.append(name)
     index = {
         "concepts": concepts,
         "files": files,
         "transposed": transposed,
-        **limits_of(generator),
+        **limits_of(any_generator),
         "value range": "0..255, RGB, NHWC",
         "size": args.size,
         "strength": args.strength,
@@ -617,7 +620,9 @@ def apply_files(args, paths: list[Path]) -> None:
 def main() -> None:
     args = parse()
     if args.serve is not None:
-        serve(args.out, args.serve)
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how one stops it
+            serve(args.out, args.serve)
+        return
     paths = args.model or export_all(args)
     if args.apply:
         apply_files(args, paths)

@@ -703,6 +703,8 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt; a
     second adapter's change is added to the first's. UserError, and nothing changed, if it does not
     fit."""
+    if not 0 <= strength <= 1.5:
+        raise UserError(f"{path}: a strength of {strength}; give 0 to 1.5")
     tensors, metadata = read_tensors(path, "adapter")
     if metadata.get("base") != generator.sha256:
         theirs, ours = str(metadata.get("base"))[:12], generator.sha256[:12]

@@ -58,7 +58,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the flags of all stages. Defaults are the paper's."""
+    """argparse with one-line errors and the flags of all stages."""
 
     def __init__(self, doc: str, out: str):
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)

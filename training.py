@@ -128,8 +128,8 @@ def add_half_size_flag(parser: runs.Parser) -> None:
 
 
 def half_size_steps(share: float, steps: int, size: int) -> int:
-    """How many steps --half-size means. None where half of `size`, the pictures' or the crops', is
-    no size for the networks: a multiple of 8 from 24 on."""
+    """How many steps --half-size means; 0 where half of `size`, the pictures' or the crops', is no
+    size for the networks, which take multiples of 8 from 24 on."""
     if size % 16 or size < 48:
         return 0
     return round(share * steps)
@@ -558,8 +558,9 @@ def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor
 
 
 def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor, device=None) -> dict:
-    """Of edits, the teacher's and the photos, uint8 (N, 3, H, W): mean PSNR in dB, also of the
-    photo left as it is, mean absolute error (0..255), perceptual distance, SWD."""
+    """Compares a network's edits (fakes) with the teacher's (edits), uint8 (N, 3, H, W) each: mean
+    PSNR in dB, mean absolute error (0..255), perceptual distance, SWD. "photo unchanged dB" is the
+    PSNR of doing nothing."""
     parts = zip(fakes.split(32), edits.split(32), strict=True)
     absolute = sum((fake.short() - edit).abs().sum().item() for fake, edit in parts)
     return {
