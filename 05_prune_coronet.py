@@ -128,20 +128,26 @@ class Target:
         return macs_of(self.terms, widths) / self.macs
 
     def widths(self, latents: Channels, threshold: float) -> dict[str, int]:
-        """Channels with |z| above the threshold, per group; never under the floor."""
-        above = {g: int((z.abs() > threshold).sum()) for g, z in latents.items()}
-        return {**self.full, **{g: max(n, self.floor[g]) for g, n in above.items()}}
+        """How many channels of each group have a latent above the threshold, never fewer than the
+        floor. Groups without latents stay whole."""
+        widths = dict(self.full)
+        for group, z in latents.items():
+            above = int((z.abs() > threshold).sum())
+            widths[group] = max(above, self.floor[group])
+        return widths
 
     def threshold(self, latents: Channels, share: float, most: float) -> float:
         """The smallest threshold (to 1/1000 of `most`) that brings the MACs to `share` or less;
         `most` if none does."""
         if self.share(self.widths(latents, 0.0)) <= share:
             return 0.0
-        low, high = -most / 1000, most  # below 0: nothing is dropped
+        low, high = -most / 1000, most  # 0 itself is known not to be enough
         while high - low > most / 1000:
             middle = (low + high) / 2
-            enough = self.share(self.widths(latents, middle)) <= share
-            low, high = (low, middle) if enough else (middle, high)
+            if self.share(self.widths(latents, middle)) <= share:
+                high = middle
+            else:
+                low = middle
         return high
 
     def kept(self, latents: Channels, share: float) -> Channels:
@@ -149,15 +155,23 @@ class Target:
         less: to the last channel that fits, which may be a hundredth of all MACs."""
         most = max(z.abs().max().item() for z in latents.values())
         widths = self.widths(latents, self.threshold(latents, share, most))
-        order = {g: z.abs().sort(descending=True) for g, z in latents.items()}
+        order = {group: z.abs().sort(descending=True) for group, z in latents.items()}
 
-        def fits(g: str) -> bool:
-            more = {**widths, g: widths[g] + 1}
-            return widths[g] < self.full[g] and self.share(more) <= share
+        def one_more_fits(group: str) -> bool:
+            more = {**widths, group: widths[group] + 1}
+            return widths[group] < self.full[group] and self.share(more) <= share
 
-        while candidates := [g for g in latents if fits(g)]:
-            widths[max(candidates, key=lambda g: order[g].values[widths[g]].item())] += 1
-        return {g: order[g].indices[: widths[g]].sort().values for g in latents}
+        def next_latent(group: str) -> float:
+            return order[group].values[widths[group]].item()
+
+        candidates = list(filter(one_more_fits, latents))
+        while candidates:
+            widths[max(candidates, key=next_latent)] += 1
+            candidates = list(filter(one_more_fits, latents))
+        kept = {}
+        for group in latents:
+            kept[group] = order[group].indices[: widths[group]].sort().values
+        return kept
 
 
 # ---- CoroNetGAN: latents, the soft threshold, slicing --------------------------------------------
