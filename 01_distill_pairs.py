@@ -63,6 +63,7 @@ MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, besi
 GATE = ("image_similarity", "directional_similarity")
 THREADS = 4  # decode photos and encode PNGs while the teacher works
 BATCH = 64  # pictures that CLIP embeds at a time
+EMBEDDING = 2  # counts up when the same tower embeds otherwise: 2 has the right activation
 
 # ---- Photos --------------------------------------------------------------------------------------
 
@@ -405,7 +406,7 @@ def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, T
     hashes = {}
     for name, split in itertools.product(sorted({"source", *concepts}), SPLITS):
         prompt = concepts[name]["prompt"] if name in concepts else None
-        pictures = dataset.Pictures(find_edits(out, split, name), 0, [], [tower, prompt])
+        pictures = dataset.Pictures(find_edits(out, split, name), 0, [], [tower, prompt, EMBEDDING])
         hashes[f"{split}/{name}"] = pictures.data_hash
     fitting = {key: tensors[key] for key in hashes if hashes[key] == before.get(key)}
     return fitting, hashes
