@@ -3,12 +3,15 @@ for another concept and nothing else, and what fails leaves the last edit as it 
 
 import base64
 import io
+import json
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from conftest import run_python, script, write_adapter
 from PIL import Image
 
@@ -24,8 +27,8 @@ FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-fo
 
 @pytest.fixture(scope="module")
 def folder(good, tmp_path_factory):
-    """An exported folder: `dark` of the base, `inverted` of an adapter; then two bad concepts, of
-    an adapter cut short, and of another base's."""
+    """An exported folder: `dark` of the base, `inverted` of an adapter; then three bad
+    concepts, of an adapter cut short, of another base's, and of one in bf16."""
     out = tmp_path_factory.mktemp("browser") / "onnx"
     flags = f"--pairs {good}/pairs --generator {good}/base.safetensors --size 32 --threads 1"
     adapter = good / "adapter.safetensors"
@@ -38,7 +41,8 @@ def folder(good, tmp_path_factory):
     other.sha256 = "of another"
     write_adapter(out / "adapters/foreign.safetensors", other, "foreign", {"down1.conv": 2})
     (out / "adapters/cut.safetensors").write_bytes(whole)
-    for name in ("cut", "foreign"):
+    write_bf16(whole, out / "adapters/bf16.safetensors")
+    for name in ("cut", "foreign", "bf16"):
         path = out / f"adapters/{name}.safetensors"
         index["concepts"].append({"name": name, "prompt": name, "adapter": f"adapters/{path.name}"})
         about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
@@ -46,6 +50,15 @@ def folder(good, tmp_path_factory):
     (out / "adapters/cut.safetensors").write_bytes(whole[:-100])
     runs.write_json(out / "index.json", index)
     return out
+
+
+def write_bf16(adapter: bytes, path) -> None:
+    """The adapter with all its tensors in bf16."""
+    length = int.from_bytes(adapter[:8], "little")
+    metadata = json.loads(adapter[8 : 8 + length])["__metadata__"]
+    tensors = safetensors.torch.load(adapter)
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path, metadata)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +113,7 @@ def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page)
     page.on("response", lambda response: fetched.append(response.url.rsplit("/", 1)[1]))
     page.get_by_role("radio", name="inverted").check(force=True)
     wait(page)
+    fetched = [name for name in fetched if name != "icon.svg"]  # asked for when the link changes
     assert fetched == ["inverted.safetensors"]
     inverted = made(folder, page, "inverted")
     assert np.abs(shown(page) - inverted).max() <= 1
@@ -112,7 +126,10 @@ def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page)
     assert (np.asarray(Image.open(download.value.path()).convert("RGB")) == shown(page)).all()
 
 
-@pytest.mark.parametrize("name, words", [("cut", "is damaged"), ("foreign", "another base")])
+BAD = {"cut": "is damaged", "foreign": "another base", "bf16": "is BF16, not F16 or F32"}
+
+
+@pytest.mark.parametrize("name, words", BAD.items())
 def test_a_bad_adapter_is_a_sentence(folder, page, name, words):
     before = shown(page)
     page.get_by_role("radio", name=name).click(force=True)  # check() wants it to stay so
@@ -162,3 +179,77 @@ def test_keyboard_width_and_what_is_no_picture(page, tmp_path):
     (tmp_path / "words.png").write_text("no picture")
     page.get_by_label("Photo", exact=True).set_input_files(tmp_path / "words.png")
     page.wait_for_function("document.getElementById('error').textContent.includes('no picture')")
+
+
+def open_again(page, address, link=""):
+    """The page from its start, at a link, once it has edited its sample photo."""
+    page.goto("about:blank")
+    page.goto(address + link)
+    wait(page)
+    assert page.get_by_role("alert").inner_text() == ""
+
+
+def test_a_link_mixes_two_styles_and_their_share_is_a_slider(folder, page, address):
+    open_again(page, address, "/#inverted=0.8&dark=0.25")
+    assert page.get_by_label("Strength").input_value() == "0.8"
+    assert page.get_by_label("Mix with").input_value() == "dark"
+    page.get_by_label("Pixels").select_option("128")
+    page.get_by_label("Photo", exact=True).set_input_files(page.photo)
+    page.wait_for_function("document.getElementById('before').height === 96")
+    wait(page)
+    mixed = shown(page)
+    assert np.abs(mixed - made(folder, page, "dark")).max() > 1
+    page.get_by_label("Share").fill("1")  # the second style alone
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
+    assert page.url.endswith("#inverted=0.8&dark=1")
+    page.get_by_label("Share").fill("0")
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "inverted", 0.8)).max() <= 1
+    assert "inverted" in page.locator("#news").inner_text()
+
+
+def test_a_long_picture_keeps_its_shape_and_is_saved_at_its_own_size(page, tmp_path):
+    Image.new("RGB", (2000, 100), "teal").save(tmp_path / "long.png")
+    page.get_by_label("Photo", exact=True).set_input_files(tmp_path / "long.png")
+    page.wait_for_function("document.getElementById('before').height === 6")  # 128 x 6
+    wait(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save").click()
+    assert Image.open(download.value.path()).size == (2000, 100)
+
+
+def test_the_camera_is_recorded_and_its_end_is_told(page):
+    assert page.get_by_role("button", name="Record").is_hidden()
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Record").click()
+    page.wait_for_timeout(1000)  # ms of video
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Stop").click()
+    assert download.value.suggested_filename.startswith("dark.")
+    assert download.value.path().stat().st_size > 1000
+    page.evaluate("""() => {
+        const [track] = document.getElementById("video").srcObject.getTracks();
+        track.dispatchEvent(new Event("ended"));
+    }""")
+    wait(page)
+    assert "camera has ended" in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("button", name="Record").is_hidden()
+
+
+def test_what_is_dropped_without_a_picture_is_a_sentence(page):
+    page.evaluate("""() => {
+        const dataTransfer = new DataTransfer();
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
+    }""")
+    assert "holds no picture" in page.get_by_role("alert").inner_text()
+
+
+def test_offline_after_the_first_visit(folder, page, address):
+    page.wait_for_function("navigator.serviceWorker.controller !== null")
+    page.context.set_offline(True)
+    open_again(page, address)
+    page.get_by_role("radio", name="inverted").check(force=True)  # was never chosen before
+    wait(page)
+    assert page.get_by_role("alert").inner_text() == ""
+    page.context.set_offline(False)
