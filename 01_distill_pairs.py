@@ -22,12 +22,15 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -39,6 +42,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,7 +63,8 @@ DEMO = {
 }
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
 SPLITS = ("test", "train")  # the first photos are held out
-MADE = ("teacher", "teacher_size", "arguments")  # what an edit depends on, beside its prompt
+# what an edit depends on, beside its prompt
+MADE = ("teacher", "teacher_size", "arguments", "teacher_lora")
 GATE = ("image_similarity", "directional_similarity")
 THREADS = 4  # decode photos and encode PNGs while the teacher works
 BATCH = 64  # pictures that CLIP embeds at a time
@@ -221,6 +226,61 @@ def style_teacher() -> Teacher:
     return teacher
 
 
+class Lora(NamedTuple):
+    """A LoRA for the teacher: a style of one's own, say."""
+
+    path: Path
+    scale: float
+    sha256: str
+
+
+def read_lora(text: str) -> Lora:
+    """Of --teacher-lora FILE[:scale]. In `C:\\style.safetensors` the colon belongs to the path."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("--teacher-lora needs the package peft: pip install peft")
+    path, scale = Path(text), 1.0
+    before, _, after = text.rpartition(":")
+    with contextlib.suppress(ValueError):  # raised where what follows the colon is no number
+        scale = float(after)
+        path = Path(before)
+    if not path.is_file():
+        raise UserError(f"--teacher-lora {path} does not exist")
+    if path.suffix != ".safetensors":
+        raise UserError(f"--teacher-lora {path}: only .safetensors are read, no pickles")
+    if not math.isfinite(scale):
+        raise UserError(f"--teacher-lora {path}: its scale {scale} is no number to multiply with")
+    damaged = f"--teacher-lora {path} is no safetensors file, or truncated"
+    with runs.explain(damaged), safe_open(path, "pt"):  # compares its header and its length
+        pass
+    return Lora(path, scale, runs.sha256(path))
+
+
+def add_loras(pipe, loras: list[Lora]) -> None:
+    """Puts LoRAs on a diffusers pipeline. UserError if one fits no layer of it."""
+    pipeline = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights"):
+        raise UserError(f"--teacher-lora: {pipeline} takes no LoRA")
+    names = []
+    for number, lora in enumerate(loras):
+        name = f"lora{number}"
+        misfit = (
+            f"--teacher-lora {lora.path} does not fit {pipeline}: it was made for another model"
+        )
+        with runs.explain(misfit):
+            pipe.load_lora_weights(
+                lora.path.parent,
+                weight_name=lora.path.name,
+                adapter_name=name,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        adapted = itertools.chain.from_iterable(pipe.get_list_adapters().values())
+        if name not in adapted:  # diffusers only warns
+            raise UserError(f"{misfit} (none of its layers is here)")
+        names.append(name)
+    pipe.set_adapters(names, [lora.scale for lora in loras])
+
+
 def pipeline_teacher(args, device: torch.device) -> Teacher:
     """A diffusers pipeline that takes a photo and a prompt, or whose image-to-image form does."""
     from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
@@ -233,6 +293,9 @@ def pipeline_teacher(args, device: torch.device) -> Teacher:
         pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
         if "image" not in inspect.signature(pipe.__call__).parameters:
             pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    if args.teacher_lora:
+        add_loras(pipe, args.teacher_lora)
+    with runs.explain(f"--teacher {args.teacher} does not fit on {device} (--offload)"):
         if args.offload:
             pipe.enable_model_cpu_offload(device=device)
         else:
@@ -554,6 +617,8 @@ def parse() -> argparse.Namespace:
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
     flag("--train", type=runs.count, default=1000, help="photos for training")
     flag("--test", type=runs.count, default=100, help="photos held out")
+    lora = "a LoRA for the pipeline, such as a style of your own; can be repeated"
+    flag("--teacher-lora", type=read_lora, action="append", metavar="FILE[:SCALE]", help=lora)
     flag("--steps", type=runs.count, help="of denoising (default: the pipeline's own)")
     flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
     flag("--batch", type=runs.count, default=8, help="photos per call; edits do not depend on it")
@@ -571,8 +636,9 @@ def parse() -> argparse.Namespace:
         args.teacher_size = args.size
     if args.size % 8 or args.teacher_size % 8:
         raise UserError("--size and --teacher-size: give a multiple of 8")
-    if args.arguments and (made_folder(args) or args.teacher == "styles"):
-        raise UserError(f"--teacher {args.teacher} does not take {', '.join(args.arguments)}")
+    for_pipelines = [*args.arguments, *(["--teacher-lora"] if args.teacher_lora else [])]
+    if for_pipelines and (made_folder(args) or args.teacher == "styles"):
+        raise UserError(f"--teacher {args.teacher} does not take {', '.join(for_pipelines)}")
     return args
 
 
@@ -590,7 +656,10 @@ def prompts_of(args) -> dict[str, str | None]:
 
 def wanted_concepts(args) -> dict[str, dict]:
     """{name: its entry in concepts.json}, what its edits and their selection depend on."""
-    entry = {key: getattr(args, key) for key in MADE}
+    entry = {"teacher": args.teacher, "teacher_size": args.teacher_size}
+    entry["arguments"] = args.arguments
+    if args.teacher_lora:  # by their bytes, as a file may be moved, or trained again
+        entry["teacher_lora"] = sorted(f"{lora.sha256}:{lora.scale}" for lora in args.teacher_lora)
     for measure in GATE:
         entry[f"min_{measure}"] = getattr(args, f"min_{measure}")
     concepts = {}
@@ -614,8 +683,9 @@ def known_concepts(args, concepts: dict) -> dict[str, dict]:
     known = dataset.read_concepts(args.out)
     for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
         edits = [path for split in SPLITS for path in find_edits(args.out, split, name)]
-        if edits and known[name].get(key) != concepts[name][key]:
-            differ = f"{key} {known[name].get(key)!r} there, {concepts[name][key]!r} here"
+        there, here = known[name].get(key), concepts[name].get(key)
+        if edits and there != here:
+            differ = f"{key} {there!r} there, {here!r} here"
             advice = f"give it another name, or delete {name}/ in train, test and rejected"
             raise UserError(f"{args.out} has another {name!r} ({differ}): {advice}")
     return known

@@ -6,7 +6,9 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -17,6 +19,7 @@ import torch
 from conftest import Tower, run_main, script, torchrun
 from matplotlib.cbook import get_sample_data
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_pipelines import contents, features, pixels, psnr, rows, scene, write_made
 
 import runs
@@ -200,6 +203,83 @@ def test_text_to_image_checkpoint_edits_image_to_image(here, error_of, edit, tmp
     line = error_of("01", *edit("text_to_image", tmp_path / "a", "--arguments", '{"colour": 1}'))
     assert "Img2ImgPipeline does not take colour; it takes" in line and "guidance_scale" in line
     assert not (tmp_path / "a").exists()
+
+
+def test_lora_of_ones_own(here, edit, error_of, tmp_path):
+    """It changes the edits by its scale, whatever its trainer called the layers; another file of
+    the same name is not taken for the same concept."""
+    made = {}
+    own = tiny_pipelines.write_lora(tmp_path / "own.safetensors")
+    kohya = tiny_pipelines.write_lora(tmp_path / "kohya.safetensors", form="kohya")
+    for name, loras in (
+        ("none", ()),
+        ("zero", (f"{own}:0",)),
+        ("own", (own,)),
+        ("half", (f"{own}:0.5",)),
+        ("kohya", (kohya,)),
+        ("twice", (f"{own}:0.5", f"{kohya}:0.5")),
+    ):
+        flags = [flag for lora in loras for flag in ("--teacher-lora", lora)]
+        here(*edit("instruct_pix2pix", tmp_path / name, *flags))
+        made[name] = pixels(tmp_path / name / "train/starry/00000.png")
+    assert psnr(made["none"], made["zero"]) > 60 and psnr(made["own"], made["kohya"]) > 60
+    assert psnr(made["own"], made["twice"]) > 60
+    assert psnr(made["none"], made["own"]) < psnr(made["none"], made["half"]) < 50
+    entry = runs.read_json(tmp_path / "half/concepts.json")["starry"]
+    assert entry["teacher_lora"] == [f"{runs.sha256(own)}:0.5"]
+    again = edit("instruct_pix2pix", tmp_path / "own", "--teacher-lora", own)
+    before = contents(tmp_path / "own")
+    here(*again, Clip=None, load_teacher=None)  # done already
+    tiny_pipelines.write_lora(own, seed=1)
+    assert "(teacher_lora ['" in error_of("01", *again)
+    assert contents(tmp_path / "own") == before
+
+
+def test_loras_that_cannot_be_used(edit, error_of, tmp_path, monkeypatch):
+    file = tiny_pipelines.write_lora(tmp_path / "own.safetensors")
+    wide = tiny_pipelines.write_lora(tmp_path / "wide.safetensors", width=24)
+    other, cut, pickled = (
+        tmp_path / name for name in ("other.safetensors", "cut.safetensors", "p.pt")
+    )
+    flux = {f"transformer.x.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
+    save_file(flux, other)
+    cut.write_bytes(file.read_bytes()[:-9])
+    torch.save({"lora": torch.zeros(2)}, pickled)
+    out = tmp_path / "out"
+    for lora, words in (
+        (wide, "wide.safetensors does not fit StableDiffusionInstructPix2Pix"),
+        (other, "other.safetensors does not fit StableDiffusionInstructPix2Pix"),
+        (cut, "cut.safetensors is no safetensors file, or truncated"),
+        (pickled, "p.pt: only .safetensors are read, no pickles"),
+        (f"{file}:much", "own.safetensors:much does not exist"),
+        (f"{file}:nan", "its scale nan is no number"),
+    ):
+        line = error_of("01", *edit("instruct_pix2pix", out, "--teacher-lora", lora))
+        assert words in line, line
+    line = error_of("01", *DEMO, *TWO, "--out", out, "--teacher-lora", file)
+    assert "--teacher styles does not take --teacher-lora" in line
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = error_of("01", *edit("instruct_pix2pix", out, "--teacher-lora", file))
+    assert "needs the package peft: pip install peft" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text, path, scale",
+    [
+        ("style.safetensors", "style.safetensors", 1),
+        ("style.safetensors:0.8", "style.safetensors", 0.8),
+        (r"C:\\x.safetensors", r"C:\\x.safetensors", 1),
+        (r"C:\\x.safetensors:-1", r"C:\\x.safetensors", -1),
+        ("a:b.safetensors", "a:b.safetensors", 1),
+    ],
+)
+def test_paths_and_scales_of_loras(load_stage, tmp_path, monkeypatch, text, path, scale):
+    """The colon after a drive's letter is none before a scale."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pipelines.write_lora(Path(path))
+    lora = load_stage("01").read_lora(text)
+    assert (str(lora.path), lora.scale) == (path, scale)
 
 
 def test_teachers_and_towers_that_cannot_be_loaded(error_of, edit, tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 import runs
 
@@ -148,3 +149,23 @@ def instruct_pix2pix(folder: Path) -> Path:
 def text_to_image(folder: Path) -> Path:
     scheduler = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     return save_unet_pipeline(diffusers.StableDiffusionPipeline, 4, scheduler, folder)
+
+
+def write_lora(path: Path, seed: int = 0, form: str = "diffusers", width: int = 16) -> Path:
+    """A LoRA of large random numbers for `unet`, as diffusers names its layers or as kohya's
+    trainer does; with another width it fits no layer."""
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {}
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+    for part in ("to_q", "to_k", "to_v"):
+        down, up = torch.randn(2, width, generator=rng), torch.randn(width, 2, generator=rng)
+        if form == "diffusers":
+            tensors[f"unet.{layer}.{part}.lora_A.weight"] = down
+            tensors[f"unet.{layer}.{part}.lora_B.weight"] = up
+        else:
+            name = f"lora_unet_{layer}.{part}".replace(".", "_")
+            tensors[f"{name}.lora_down.weight"] = down
+            tensors[f"{name}.lora_up.weight"] = up
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)  # the rank: a factor of 1
+    save_file(tensors, path)
+    return path
