@@ -38,6 +38,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,7 +50,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dataset
-import runs
 import training
 from runs import UserError, rank, world
 

@@ -19,12 +19,14 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import dataset
-import runs
 
 DEMO = {"base": 4, "samples": 16, "edits": 24}
 

@@ -26,11 +26,13 @@ import math
 import statistics
 from pathlib import Path
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import torch
 
 import common
 import dataset
-import runs
 import training
 
 # In few seconds, many small steps of a narrow network learn strokes, and few large ones do not.

@@ -28,13 +28,15 @@ import json
 import math
 from pathlib import Path
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
 import common
 import dataset
-import runs
 import training
 from runs import UserError
 

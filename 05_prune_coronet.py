@@ -28,6 +28,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn as nn
@@ -37,7 +40,6 @@ from torch.nn.utils import parametrize
 
 import common
 import dataset
-import runs
 import training
 from runs import UserError
 

@@ -29,6 +29,9 @@ import timeit
 from collections import Counter
 from pathlib import Path
 
+import runs  # before torch, which reads how threads wait when it is imported
+
+# isort: split
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -44,7 +47,6 @@ from tqdm import tqdm
 
 import common
 import dataset
-import runs
 import training
 from assets.editor import Editor, Merged
 from assets.serve import fetch_runtime, serve

@@ -21,6 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+# OpenMP's threads wait for each other at each of a thousand operators a step. They do so in a loop
+# that does nothing, unless told otherwise, also when another process needs the core. Read when
+# torch is imported, so stages import this file before it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import filelock
 import numpy as np
 import torch

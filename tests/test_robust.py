@@ -4,6 +4,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import ROOT, run_main, table
+from conftest import ROOT, run_main, script, table
 
 import runs
 import training
@@ -193,3 +195,23 @@ def test_data_at_the_edge_trains(write_pairs, run_stage, tmp_path, edit, photos,
     assert run_stage(train(tmp_path / "pairs", tmp_path / "base", "--epochs 4"))[0] == 0
     [row] = table(tmp_path / "base", "Base concepts, held-out photos")
     assert all(isinstance(value, str | float) and value == value for value in row.values())
+
+
+# ---- Beside other work ---------------------------------------------------------------------------
+
+
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
+    """OpenMP itself prints what it read when torch was imported."""
+    for asked, wanted in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        env |= {"OMP_DISPLAY_ENV": "TRUE", **asked}
+        command = [sys.executable, script("03"), "--help"]
+        printed = subprocess.run(command, env=env, text=True, capture_output=True).stderr
+        policies = re.findall(r"OMP_WAIT_POLICY *= *'?(\w+)", printed)
+        assert policies and set(policies) == {wanted}, printed
+
+
+def test_stages_import_runs_before_torch():
+    for path in ROOT.glob("0?_*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert text.index("\nimport runs") < text.index("\nimport torch"), path.name
