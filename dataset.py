@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +63,38 @@ def list_pictures(folder: Path, subfolders: bool = False) -> list[Path]:
             below.append(name)
         folders[:] = below if subfolders else []  # where os.walk goes from here
     return sorted(found)
+
+
+def named_pictures(folder: Path) -> dict[str, Path]:
+    """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
+    files = {}
+    for path in list_pictures(folder, subfolders=True):
+        name = path.relative_to(folder).as_posix()
+        files[name.encode(errors="replace").decode()] = path
+    return files
+
+
+def match_names(photos: Iterable[str], edits: dict[str, Path]) -> dict[str, Path]:
+    """{photo: its edit} of the photos that have one: of the same name or, failing that, of the same
+    name with another suffix, or that without regard to case and to how accents are written (macOS
+    writes them apart): IMG_0.JPG finds img_0.png. No edit is taken twice."""
+
+    def without_suffix(name: str) -> str:
+        return name.rpartition(".")[0]
+
+    def folded(name: str) -> str:
+        return unicodedata.normalize("NFC", without_suffix(name)).casefold()
+
+    found = {}
+    left = dict(edits)
+    for key in (str, without_suffix, folded):
+        edit_of = {}
+        for name in left:
+            edit_of.setdefault(key(name), name)
+        for photo in photos:
+            if photo not in found and key(photo) in edit_of:
+                found[photo] = left.pop(edit_of.pop(key(photo)))
+    return found
 
 
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
@@ -145,6 +178,27 @@ def tell_of_profile(path: Path, reason: str) -> None:
 def read_square(path: Path, size: int) -> Image.Image:
     """The middle square of a picture, RGB, scaled to size x size."""
     return ImageOps.fit(read_picture(path, size), (size, size), Image.Resampling.LANCZOS)
+
+
+def read_edit(path: Path, photo_size: tuple[int, int], size: int) -> Image.Image:
+    """Of an edit, scaled to size x size, the part that a photo's middle square becomes. photo_size:
+    the photo's width and height.
+
+    The edit may be smaller or larger than its photo. Its shape may differ by 7 per cent, as tools
+    scale both sides to multiples of 8 or 64. UserError beyond that: it may show another part."""
+    edit = read_picture(path)
+    width, height = photo_size
+    shape = edit.width * height / (edit.height * width)  # 1: the photo's
+    if not 0.93 <= shape <= 1 / 0.93:
+        what = f"{path} is {edit.width}x{edit.height}, but its photo {width}x{height}"
+        raise UserError(f"{what}: give the edit its photo's shape")
+    side = min(width, height)
+    x = edit.width / width
+    y = edit.height / height
+    left = (width - side) / 2
+    top = (height - side) / 2
+    box = (left * x, top * y, (left + side) * x, (top + side) * y)
+    return edit.resize((size, size), Image.Resampling.LANCZOS, box)
 
 
 def read_image(path: Path, size: int | None = None) -> torch.Tensor:

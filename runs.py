@@ -132,7 +132,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         close_bars()
-        without = " without --overwrite" if "--overwrite" in sys.argv else ""
+        undoing = [flag for flag in ("--overwrite", "--redo") if flag in sys.argv]
+        without = f" without {' and '.join(undoing)}" if undoing else ""
         if rank() == 0:  # torchrun's processes stop together
             print(f"\nstopped: the same command{without} continues", file=sys.stderr)
         sys.exit(130)
