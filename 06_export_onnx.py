@@ -378,6 +378,7 @@ def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Edito
     for name, module in common.named_layers(any_generator):
         if isinstance(module, nn.ConvTranspose2d):
             transposed.append(name)
+    web = fetch_runtime(folder, args.cdn)
     index = {
         "concepts": concepts,
         "files": files,
@@ -386,7 +387,8 @@ def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Edito
         "value range": "0..255, RGB, NHWC",
         "size": args.size,
         "strength": args.strength,
-        "web": fetch_runtime(folder, args.cdn),
+        "web": web,
+        "web bytes": {path.name: path.stat().st_size for path in sorted(folder.glob("ort/*"))},
     }
     runs.write_json(folder / "index.json", index)
     skip = shutil.ignore_patterns("*.jpg", "styles.json", "__pycache__")

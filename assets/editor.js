@@ -16,7 +16,7 @@ const SMALLEST_SIDE = 32; // instance norm needs more than one place in the smal
 export class Editor {
   // Loads the base and ONNX Runtime. It runs on a GPU through WebGPU where there is one, else on
   // threads, which need cross-origin isolation, else on one thread.
-  // onProgress(file, loaded, total) hears of bytes; total is undefined where it is not known.
+  // onProgress(file, loaded, total) hears of bytes; total is undefined for a runtime on a CDN.
   static async load(onProgress = () => {}) {
     const response = await fetch(new URL("index.json", FOLDER)).catch(() => null);
     if (!response?.ok) {
@@ -50,7 +50,9 @@ export class Editor {
     const ort = await import(new URL(`ort.${provider}.min.mjs?${threads}`, folder));
     ort.env.logLevel = "error";
     ort.env.wasm.wasmPaths = folder.href;
-    ort.env.wasm.wasmBinary = await this.download(new URL(`ort-wasm-simd-${build}.wasm`, folder));
+    const binary = `ort-wasm-simd-${build}.wasm`;
+    const bytes = this.index["web bytes"][binary];
+    ort.env.wasm.wasmBinary = await this.download(new URL(binary, folder), bytes);
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.proxy = provider === "wasm"; // in a worker, so that the page stays responsive
     this.ort = ort;
@@ -61,16 +63,14 @@ export class Editor {
     await this.edit(new ImageData(64, 64));
   }
 
-  // The bytes at an address, as an ArrayBuffer; onProgress hears how far it is.
-  async download(address) {
+  // What lies at an address, as an ArrayBuffer; onProgress hears how far it is. total: its bytes,
+  // of which a server that compresses says nothing.
+  async download(address, total) {
     const file = decodeURIComponent(address.pathname.slice(address.pathname.lastIndexOf("/") + 1));
     const response = await fetch(address).catch(() => null);
     if (!response?.ok) {
       throw Error(`${file} cannot be fetched.`);
     }
-    const isCompressed = response.headers.has("Content-Encoding"); // then the length is another one
-    const length = Number(response.headers.get("Content-Length"));
-    const total = isCompressed || !length ? undefined : length;
     const parts = [];
     let loaded = 0;
     const reader = response.body.getReader();
@@ -89,8 +89,8 @@ export class Editor {
   // The bytes of one of the folder's files, if it is the one that index.json describes.
   async fetchChecked(file) {
     const path = file.split("/").map(encodeURIComponent).join("/");
-    const data = await this.download(new URL(path, FOLDER));
     const { bytes, sha256 } = this.index.files[file];
+    const data = await this.download(new URL(path, FOLDER), bytes);
     // Browsers have crypto.subtle over https and on localhost alone; elsewhere the length must do.
     const isSame = data.byteLength === bytes && (!crypto.subtle || (await hexSha256(data)) === sha256);
     if (!isSame) {

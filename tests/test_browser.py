@@ -2,11 +2,14 @@
 for another concept and nothing else, and what fails leaves the last edit as it was."""
 
 import base64
+import gzip
 import io
 import json
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -126,7 +129,11 @@ def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page)
     assert (np.asarray(Image.open(download.value.path()).convert("RGB")) == shown(page)).all()
 
 
-BAD = {"cut": "is damaged", "foreign": "another base", "bf16": "is BF16, not F16 or F32"}
+BAD = {
+    "cut": "is damaged",
+    "foreign": "adapters/foreign.safetensors belongs to another base.",
+    "bf16": "adapters/bf16.safetensors: down1.conv.lora_A is BF16, not F16 or F32.",
+}
 
 
 @pytest.mark.parametrize("name, words", BAD.items())
@@ -219,15 +226,52 @@ def test_a_long_picture_keeps_its_shape_and_is_saved_at_its_own_size(page, tmp_p
     assert Image.open(download.value.path()).size == (2000, 100)
 
 
-def test_the_camera_is_recorded_and_its_end_is_told(page):
+def frame_size(page, video) -> list[int]:
+    """Width and height of a video file, as the browser itself plays it."""
+    data = base64.b64encode(video.path().read_bytes()).decode()
+    suffix = video.suggested_filename.rsplit(".", 1)[1]
+    return page.evaluate(
+        """async (address) => {
+            const video = document.createElement("video");
+            video.src = address;
+            await new Promise((resolve, reject) => {
+                video.onloadeddata = resolve;
+                video.onerror = reject;
+            });
+            return [video.videoWidth, video.videoHeight];
+        }""",
+        f"data:video/{suffix};base64,{data}",
+    )
+
+
+def test_on_a_phone_the_camera_mixes_two_styles_is_recorded_and_saved(page):
     assert page.get_by_role("button", name="Record").is_hidden()
     page.get_by_role("button", name="Camera").click()
+    page.get_by_label("Mix with").select_option("inverted")
+    page.get_by_label("Share").fill("0.4")
+    mixed = "The camera is edited: dark mixed with 40 % inverted."
+    page.wait_for_function(
+        "text => document.getElementById('news').textContent === text", arg=mixed
+    )
     page.get_by_role("button", name="Record").click()
-    page.wait_for_timeout(1000)  # ms of video
+    page.wait_for_timeout(2000)  # ms of video
     with page.expect_download() as download:
         page.get_by_role("button", name="Stop").click()
-    assert download.value.suggested_filename.startswith("dark.")
-    assert download.value.path().stat().st_size > 1000
+    assert download.value.suggested_filename.startswith("dark+inverted.")
+    assert frame_size(page, download.value) == [640, 480]
+    for is_live in (True, False):  # the camera's picture of this moment, then the one that stays
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save").click()
+        assert Image.open(download.value.path()).size == (640, 480)
+        assert page.evaluate("document.getElementById('video').srcObject !== null") == is_live
+        if is_live:
+            page.get_by_role("button", name="Camera").click()
+            wait(page)
+
+
+def test_the_end_of_the_camera_is_told_and_its_last_picture_stays(page):
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Record").wait_for()
     page.evaluate("""() => {
         const [track] = document.getElementById("video").srcObject.getTracks();
         track.dispatchEvent(new Event("ended"));
@@ -235,6 +279,21 @@ def test_the_camera_is_recorded_and_its_end_is_told(page):
     wait(page)
     assert "camera has ended" in page.get_by_role("alert").inner_text()
     assert page.get_by_role("button", name="Record").is_hidden()
+    assert page.evaluate("document.getElementById('before').height") == 96  # of 128 x 96
+
+
+@pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 800)])
+def test_all_buttons_are_on_the_screen_while_two_styles_are_mixed(page, width, height):
+    page.set_viewport_size({"width": width, "height": height})
+    page.get_by_label("Mix with").select_option("inverted")
+    page.get_by_role("button", name="Camera").click()
+    for name in ("Camera", "Save", "Record"):
+        button = page.get_by_role("button", name=name)
+        button.wait_for()
+        box = button.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width
+        assert box["y"] >= 0 and box["y"] + box["height"] <= height
+    assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 def test_what_is_dropped_without_a_picture_is_a_sentence(page):
@@ -243,6 +302,19 @@ def test_what_is_dropped_without_a_picture_is_a_sentence(page):
         document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
     }""")
     assert "holds no picture" in page.get_by_role("alert").inner_text()
+
+
+def test_the_runtime_travels_compressed(folder, address):
+    name = "ort-wasm-simd-threaded.wasm"
+    request = urllib.request.Request(f"{address}/ort/{name}", headers={"Accept-Encoding": "gzip"})
+    with urllib.request.urlopen(request) as response:
+        data = response.read()
+    whole = (folder / "ort" / name).read_bytes()
+    assert gzip.decompress(data) == whole and 3 * len(data) < len(whole)
+    assert runs.read_json(folder / "index.json")["web bytes"][name] == len(whole)
+    request.add_header("If-None-Match", response.headers["ETag"])
+    with pytest.raises(urllib.error.HTTPError, match="304"):  # the browser has it
+        urllib.request.urlopen(request)
 
 
 def test_offline_after_the_first_visit(folder, page, address):
