@@ -860,7 +860,8 @@ def main() -> None:
         tell_changes(args, files, sets[images])
     if known == together and not args.redo:  # the folder may hold all of it already
         features, hashes = fitting_features(args.out, known, args.clip)
-        if features.keys() == hashes.keys() and runs.begin_run(args.out, settings, False):
+        complete = runs.from_first(features.keys() == hashes.keys())
+        if complete and runs.begin_run(args.out, settings, False):
             return
     clip = None
     if first:  # its troubles come before hours of teaching

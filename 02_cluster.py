@@ -155,10 +155,10 @@ def draw_photos(args, clusters: list[list[str]]) -> None:
 def main() -> None:
     args = parse()
     features, _ = runs.read_tensors(args.pairs / "features.safetensors", "features")
-    files = {}  # {concept: names of its training edits}
-    points = {}  # {concept: CLIP's vectors of some of them}
-    for name in dataset.read_concepts(args.pairs):
-        files[name] = dataset.edit_names(args.pairs, "train", name)
+    concepts = dataset.read_concepts(args.pairs)
+    files = dataset.edit_names(args.pairs, "train", concepts)
+    points = {}  # {concept: CLIP's vectors of some of its training edits}
+    for name in concepts:
         count = min(args.edits, len(files[name]))
         even = np.linspace(0, len(files[name]) - 1, count).round().astype(int)
         some = [files[name][i] for i in even]

@@ -157,6 +157,7 @@ def size_row(generator, args) -> dict:
 
 def main() -> None:
     args = parse()
+    device = training.start(args)
     concepts = dataset.chosen_concepts(args, "base")
     train = dataset.find_pairs(args.pairs, "train", concepts).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", concepts).cache(args.cache)
@@ -168,7 +169,6 @@ def main() -> None:
     if args.arch == "unet256":
         args.half_size = 0.0  # its innermost map is one pixel at the full size
     blocks = args.blocks.split(",") if args.blocks else None
-    device = training.start(args)
     generator = common.new_generator(
         args.arch, args.width, train.size, train.concepts, tokens, clip, blocks
     ).to(device)

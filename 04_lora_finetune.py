@@ -173,7 +173,7 @@ def chosen_samples(args, concept: str) -> list[str] | None:
     if args.samples == "all":
         return None
     if args.samples.startswith("random:"):
-        names = dataset.edit_names(args.pairs, "train", concept)
+        names = dataset.edit_names(args.pairs, "train", [concept])[concept]
         count = args.samples.removeprefix("random:")
         if not count.isdecimal() or not 0 < int(count) <= len(names):
             raise UserError(f"--samples {args.samples}: give a number from 1 to {len(names)}")
@@ -205,7 +205,7 @@ def training_pairs(args, concept: str) -> dataset.Pairs:
 
 def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
     """(photos that probes train on, photos that judge them), as the docstring says."""
-    names = dataset.edit_names(args.pairs, "train", concept)
+    names = dataset.edit_names(args.pairs, "train", [concept])[concept]
     chosen = chosen_samples(args, concept) or names
     held_out = sorted(set(names) - set(chosen))
     if held_out:

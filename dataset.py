@@ -270,13 +270,17 @@ class Pictures:
     says by plan() which pictures make up the batch of a step."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
-        """about: what else the pixels depend on, beside the files and the size."""
+        """about: what else the pixels depend on, beside the files and the size.
+
+        Of torchrun's processes the first reads the files for the hashes. The others, whose hashes
+        mean nothing, hear from it in `cache` which file it maps."""
         self.files = list(files)
         self.size = size
         self.concepts = concepts
         digest = hashlib.sha256(json.dumps([size, about]).encode())
         with ThreadPoolExecutor() as pool:
-            for fingerprint in pool.map(file_fingerprint, self.files):
+            to_read = self.files if rank() == 0 else []
+            for fingerprint in prefetch(pool, file_fingerprint, to_read):
                 digest.update(fingerprint)
         self.cache_hash = digest.hexdigest()[:16]  # of the pixels; other prompts leave it as it is
         digest.update(json.dumps(concepts).encode())
@@ -296,17 +300,21 @@ class Pictures:
 
     def cache(self, folder: Path):
         """Decodes every picture into the file <folder>/<cache_hash>.u8, unless that is there, and
-        maps it into memory. Returns self.
+        maps it into memory. Returns self. All processes of torchrun call it together.
 
-        The operating system decides how much of the file stays in memory. Nothing is ever written
-        through the mapping: there a full disk would be a SIGBUS and no error."""
+        The operating system decides how much of the file stays in memory, which may be more than
+        the machine has. The mapping is one to read: a write would be a SIGSEGV."""
+        self.cache_hash = runs.hash_from_first(self.cache_hash)
         path = folder / f"{self.cache_hash}.u8"
-        length = len(self.files) * 3 * self.size**2
-        with filelock.FileLock(path.with_suffix(".lock")):  # one process decodes for all
-            if not path.exists() or path.stat().st_size != length:
+        shape = len(self.files), 3, self.size, self.size
+        lock = filelock.FileLock(path.with_suffix(".lock"))
+        with runs.take_lock(lock, "--cache"):  # one process decodes for all
+            if not path.exists() or path.stat().st_size != math.prod(shape):
                 runs.replace_file(path, self.write_pixels)
-        pixels = torch.from_file(str(path), size=length, dtype=torch.uint8)
-        self.pixels = pixels.view(-1, 3, self.size, self.size)
+        mapped = np.memmap(path, np.uint8, "r", shape=shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.pixels = torch.from_numpy(mapped)
         return self
 
     def write_pixels(self, path: Path) -> None:
@@ -484,16 +492,20 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
     return concepts
 
 
-def edit_names(pairs: Path, split: str, concept: str) -> list[str]:
-    """Sorted file names of a concept's edits. UserError unless there are some, each of a photo."""
-    names = [path.name for path in list_pictures(pairs / split / concept)]
-    photos = [path.name for path in list_pictures(pairs / split / "source")]
-    if not names:
-        raise UserError(f"{pairs / split / concept} holds no edits; 01_distill_pairs.py makes them")
-    lacking = set(names) - set(photos)
-    if lacking:
-        raise UserError(f"{pairs / split / 'source'} lacks {min(lacking)}")
-    return names
+def edit_names(pairs: Path, split: str, concepts: Iterable[str]) -> dict[str, list[str]]:
+    """Sorted file names of each concept's edits. UserError unless it has some, each of a photo."""
+    photos = {path.name for path in list_pictures(pairs / split / "source")}
+    found = {}
+    for concept in concepts:
+        folder = pairs / split / concept
+        names = [path.name for path in list_pictures(folder)]
+        if not names:
+            raise UserError(f"{folder} holds no edits; 01_distill_pairs.py makes them")
+        lacking = set(names) - photos
+        if lacking:
+            raise UserError(f"{pairs / split / 'source'} lacks {min(lacking)}")
+        found[concept] = names
+    return found
 
 
 def find_pairs(
@@ -505,7 +517,7 @@ def find_pairs(
     for name in names:
         if name not in known:
             raise UserError(f"{pairs} has no concept {name!r}; it has {', '.join(known)}")
-    edits = {name: edit_names(pairs, split, name) for name in names}
+    edits = edit_names(pairs, split, names)
     photos = sorted(set().union(*edits.values()))
     photo_index = {photo: index for index, photo in enumerate(photos)}
     files = [pairs / split / "source" / photo for photo in photos]

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 # OpenMP's threads wait for each other at each of a thousand operators a step. They do so in a loop
 # that does nothing, unless told otherwise, also when another process needs the core. Read when
@@ -109,8 +110,8 @@ weight = number(float, 0)  # of a loss: 0 leaves it out
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a stage's main(). Bad input, a full disk or a missing permission end in one `error:`
-    line and status 2; Ctrl-C and SIGTERM in one line that says how to go on."""
+    """Calls a stage's main(). Bad input, a full disk, a missing permission or too little memory end
+    in one `error:` line and status 2; Ctrl-C and SIGTERM in one line that says how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that has no letter for a file's name
@@ -127,9 +128,12 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes
         sys.exit(1)
     except (UserError, OSError) as error:
-        close_bars()
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        flags = "a smaller --batch, --crop, --size or --width, where the stage has them"
+        fail(f"not enough memory: give {flags} ({error!s:.200})")
     except KeyboardInterrupt:
         close_bars()
         undoing = [flag for flag in ("--overwrite", "--redo") if flag in sys.argv]
@@ -137,6 +141,22 @@ def run(main: Callable[[], None]) -> None:
         if rank() == 0:  # torchrun's processes stop together
             print(f"\nstopped: the same command{without} continues", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the process with status 2 and one line."""
+    close_bars()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory was not enough. Of PyTorch's only CUDA's has a type."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    on_cpu = "can't allocate memory", "not enough memory"  # Linux and macOS, Windows
+    elsewhere = "out of memory", "ALLOC_FAILED"  # MPS, cuDNN and cuBLAS
+    return any(words in str(error) for words in (*on_cpu, *elsewhere))
 
 
 def close_bars() -> None:
@@ -173,6 +193,13 @@ def from_first(number: float) -> float:
     """Tells all processes the first one's number: the mean of `world() * number` and zeros."""
     mine = torch.tensor(world() * float(number)) if rank() == 0 else torch.tensor(0.0)
     return average(mine).item()
+
+
+def hash_from_first(digits: str) -> str:
+    """Tells all processes the first one's hash, of as many hex digits as theirs."""
+    numbers = torch.tensor([float(int(digit, 16)) for digit in digits])
+    mine = world() * numbers if rank() == 0 else 0 * numbers
+    return "".join(f"{int(number):x}" for number in average(mine))
 
 
 def barrier() -> None:
@@ -324,9 +351,21 @@ def lock_folder(out: Path) -> None:
     path = out.with_name(f".{out.name}.lock")
     lock = LOCKS.setdefault(path, filelock.FileLock(path))
     try:
-        lock.acquire(timeout=0)
+        take_lock(lock, "--out", timeout=0)
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}: wait until it ends") from None
+
+
+def take_lock(lock: filelock.FileLock, flag: str, timeout: float = -1):
+    """Acquires a lock; what this returns frees it at the end of a `with`. UserError where that
+    cannot be done, as on network shares without locks. flag: names the lock's folder."""
+    try:
+        return lock.acquire(timeout=timeout)
+    except filelock.Timeout:  # an OSError too
+        raise
+    except (NotImplementedError, OSError) as error:
+        where = f"give {flag} on a disk that you may write to, and which has locks"
+        raise UserError(f"{lock.lock_file} cannot be locked: {where} ({error})") from None
 
 
 def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_a_batch_is_the_pngs_that_the_picks_name(made, tmp_path):
         assert torch.equal(concepts, picks[:, 0])
         for photo, edit, (c, i), flip in zip(photos, edits, picks.tolist(), flips, strict=True):
             name = list(EDITS)[c]
-            file = dataset.edit_names(made, "train", name)[i]
+            file = dataset.edit_names(made, "train", [name])[name][i]
             for found, kind in ((photo, "source"), (edit, name)):
                 pixels = dataset.read_image(made / "train" / kind / file)
                 assert torch.equal(found, dataset.to_float(pixels.flip(-1) if flip else pixels))
@@ -154,6 +155,43 @@ def test_the_cache_is_shared_and_used_again(made, folder, tmp_path, monkeypatch)
     monkeypatch.setattr(dataset.Pairs, "load", lambda *_: pytest.fail("decoded again"))
     again = find(folder).cache(tmp_path / "cache")  # the same pictures in another place
     assert equal(draw(again), draw(pairs))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells how it maps")
+def test_the_cache_is_mapped_shared_and_only_to_read(made, tmp_path):
+    """A private mapping of a file counts as memory that may be needed, and one that is larger than
+    memory and swap is refused."""
+    pairs = find(made).cache(tmp_path)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    ways = [line.split()[1] for line in maps if line.endswith(f"{pairs.cache_hash}.u8")]
+    assert ways and set(ways) == {"r--s"}
+
+
+def test_files_are_hashed_a_few_at_a_time(tmp_path, monkeypatch):
+    """Seen by how many are read before an error ends it."""
+    read = []
+
+    def fingerprint(path):
+        read.append(path)
+        raise OSError("gone")
+
+    monkeypatch.setattr(dataset, "file_fingerprint", fingerprint)
+    with pytest.raises(OSError):
+        dataset.Pictures([tmp_path] * 10_000, 32, [])
+    assert len(read) < 100
+
+
+def test_only_the_first_process_reads_files_to_hash_them(made, monkeypatch):
+    monkeypatch.setattr(dataset, "rank", lambda: 1)
+    monkeypatch.setattr(dataset, "file_fingerprint", lambda path: pytest.fail("read"))
+    assert len(find(made).files) == 7 + 7 + 6
+
+
+def test_photos_are_listed_once_for_all_concepts(made, monkeypatch):
+    plain, listed = dataset.list_pictures, []
+    monkeypatch.setattr(dataset, "list_pictures", lambda x: listed.append(x.name) or plain(x))
+    find(made)
+    assert sorted(listed) == ["night", "sketch", "source"]
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x + b"0", lambda x: b""])

@@ -10,6 +10,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 import torch.multiprocessing
@@ -195,6 +196,57 @@ def test_data_at_the_edge_trains(write_pairs, run_stage, tmp_path, edit, photos,
     assert run_stage(train(tmp_path / "pairs", tmp_path / "base", "--epochs 4"))[0] == 0
     [row] = table(tmp_path / "base", "Base concepts, held-out photos")
     assert all(isinstance(value, str | float) and value == value for value in row.values())
+
+
+# ---- Too little memory, disks without locks ------------------------------------------------------
+
+
+def test_memory_that_is_not_enough_is_one_line(pairs, error_of, tmp_path):
+    line = error_of("03", *train(pairs, tmp_path / "out", "--width 100000"))  # 720 GB
+    assert "--batch" in line and "--crop" in line and "--width" in line, line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("MPS backend out of memory"),
+    ],
+)
+def test_devices_say_in_other_words_that_memory_is_not_enough(error, capsys):
+    with pytest.raises(SystemExit) as stop:
+        runs.run(lambda: throw(error))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory: give a smaller --batch")
+
+
+def throw(error):
+    raise error
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        runs.run(lambda: throw(RuntimeError("shapes differ")))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("flock"), OSError(37, "No locks available")])
+@pytest.mark.parametrize("flag", ["--out", "--cache"])
+def test_a_disk_without_locks_is_one_line(pairs, error_of, tmp_path, monkeypatch, error, flag):
+    plain = filelock.FileLock.acquire
+    folder = tmp_path / "no locks"
+
+    def acquire(lock, *more, **options):
+        if Path(lock.lock_file).parent == folder:
+            raise error
+        return plain(lock, *more, **options)
+
+    monkeypatch.setattr(filelock.BaseFileLock, "acquire", acquire)
+    folder.mkdir()
+    flags = [*train(pairs, tmp_path / "out"), flag, folder / "out" if flag == "--out" else folder]
+    line = error_of("03", *flags)
+    assert f"give {flag} on a disk" in line and str(error) in line, line
 
 
 # ---- Beside other work ---------------------------------------------------------------------------
