@@ -27,6 +27,7 @@ from runs import UserError, check_name, explain, read_tensors, sha256, write_ten
 
 # Groups that are never pruned, beside "text". "style" is what all FiLM layers read.
 FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1, "style": 64}
+NORM_LIMIT = 8.0  # standard deviations, see ConvNorm
 
 
 def all_widths(config: dict) -> dict[str, int]:
@@ -68,7 +69,12 @@ def conv(widths, reads, writes, kernel=3, stride=1, padding_mode="zeros") -> nn.
 
 class ConvNorm(nn.Module):
     """A convolution, an instance norm and a ReLU. The norm has no parameters, so that dropping a
-    channel leaves the others as they were."""
+    channel leaves the others as they were.
+
+    What a norm gives is cut off at NORM_LIMIT standard deviations. Without that (a choice of ours)
+    a long training learns spikes: a few pixels in a dark place grow to 30 and 100 deviations, as
+    they set the norm's scale for all others, and show as a grid of dots (StyleGAN2's "droplets",
+    Karras et al. 2020, arXiv 1912.04958)."""
 
     def __init__(self, conv: nn.Module, norm=True, relu=True):
         super().__init__()
@@ -85,6 +91,8 @@ class ConvNorm(nn.Module):
         if film is not None:
             scale, shift = film[..., None, None].chunk(2, 1)
             x = x * (1 + scale) + shift
+        if self.norm:
+            x = x.clamp(-NORM_LIMIT, NORM_LIMIT)
         if skip is not None:
             x = x + skip
         return F.relu(x) if self.relu else x

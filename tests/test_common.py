@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import random_rows, write_adapter
 from safetensors import safe_open
@@ -446,3 +447,13 @@ def test_uint8_and_float_are_inverse():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(dataset.to_uint8(dataset.to_float(pixels)), pixels)
     assert dataset.to_float(pixels).min() == -1 and dataset.to_float(pixels).max() == 1
+
+
+def test_no_pixel_outgrows_the_norm():
+    """A spike of one pixel, which would be 32 standard deviations, is cut off at NORM_LIMIT."""
+    block = common.ConvNorm(nn.Identity(), relu=False)
+    x = torch.zeros(1, 1, 32, 32)
+    x[..., 5, 5] = 1.0
+    assert block(x).max() == common.NORM_LIMIT
+    scaled = block(x, torch.full((1, 2), 3.0))  # FiLM cannot pass it either
+    assert scaled.max() == common.NORM_LIMIT
