@@ -120,13 +120,12 @@ def read_photo(args, files: dict, name: str, size: int, edits: dict | None = Non
     given. UserError if it is broken, smaller than --size, or an edit that is not shaped so."""
     if args.images == "builtin":
         return builtin_photo(args, name, size)
-    shrink_to = 0 if edits else max(size, args.size)  # shapes are compared exactly
-    picture = dataset.read_picture(files[name], shrink_to)
+    if edits:
+        return dataset.read_edit(edits[name], dataset.picture_size(files[name]), size)
+    picture = dataset.read_picture(files[name], max(size, args.size))
     width, height = picture.size
     if min(width, height) < args.size:
         raise UserError(f"{width}x{height} is smaller than {args.size} pixels")
-    if edits:
-        return dataset.read_edit(edits[name], picture.size, size)
     return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
 
 

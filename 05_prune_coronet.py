@@ -8,8 +8,9 @@ dense, smaller network, no hypernetwork left. Converging: that one trains on as 
 `--task pix2pix` (paired): `--generator FILE` goes on with a trained base and its discriminator; an
 architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and dcgan (noise).
 
-Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: pix2pix's
-        (train, val or test, A|B side by side), CycleGAN's (trainA ...), or of pictures (dcgan)
+Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: of A|B
+        side by side (train, test or val), of A and of B (trainA testA, train_A, A/train, or A
+        alone), paired by their names or not, or of pictures (dcgan). Of each the middle square
 Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
         discriminator.safetensors           what stage 4 goes on with
         sliced/*.safetensors, pruning.png   what the search left of these; channels
@@ -491,7 +492,7 @@ class CycleGan(Task):
 
     def measure(self, test, with_fid: bool) -> list[dict]:
         """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
-        rows, (a, b) = [], test.pixels.split(test.sets)
+        rows, a, b = [], test.pictures(0), test.pictures(1)
         for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
             there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
             fake, row = training.run_generator(there, x, 0), {"direction": way}
@@ -507,7 +508,8 @@ class CycleGan(Task):
 
     def picture(self, test):
         rows, labels = [], []
-        for way, x in zip(("AtoB", "BtoA"), test.pixels.split(test.sets), strict=True):
+        for number, way in enumerate(("AtoB", "BtoA")):
+            x = test.pictures(number)
             fake = training.run_generator(self.networks[f"generator_{way}"].eval(), x[:4], 0)
             rows += zip(x[:4], fake, strict=True)
             labels += [way] * len(fake)
@@ -556,15 +558,16 @@ class Dcgan(Task):
     def measure(self, test, with_fid: bool) -> list[dict]:
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
         colours and layout, no more."""
-        fake, thumbnails = self.samples(len(test.pixels)), []
-        for pictures in (fake, test.pixels):
+        real = test.pictures(0)
+        fake, thumbnails = self.samples(len(real)), []
+        for pictures in (fake, real):
             x = F.adaptive_avg_pool2d(dataset.to_float(pictures), 8)
             thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)
         distance = training.frechet_distance(*thumbnails)
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
         if with_fid:
-            row["FID"] = training.fid(fake, test.pixels, next(self.parameters()).device)
-        return [row | training.swd(fake, test.pixels)]
+            row["FID"] = training.fid(fake, real, next(self.parameters()).device)
+        return [row | training.swd(fake, real)]
 
     def picture(self, test):
         rows = self.samples(64).split(8)
@@ -576,49 +579,132 @@ TASKS = {"pix2pix": Pix2pix, "cyclegan": CycleGan, "dcgan": Dcgan}
 
 # ---- Data: the pairs, or the field's usual layouts ----------------------------------------------
 
-LAYOUTS = {
-    "pix2pix": "train/ and test/ or val/, pictures that hold A|B side by side",
-    "cyclegan": "trainA/, trainB/, testA/, testB/",
+WANTED = {
+    "pix2pix": "A|B in train/, or equal names in trainA/ and trainB/ (or train_A/, A/train/, A/)",
+    "cyclegan": "pictures in trainA/ and trainB/ (or train_A/, A/train/, A/)",
     "dcgan": "four or more pictures",
 }
+FEWEST = 4  # pictures of which some can be held out
+# of the two kinds' folders: CycleGAN's, img2img-turbo's, pix2pix's before they are combined
+SIDES = (("{}A", "{}B"), ("{}_A", "{}_B"), ("A/{}", "B/{}"), ("{}/A", "{}/B"))
 
 
-class SideBySide(dataset.Pairs):
-    """pix2pix's layout: a file holds two squares, A and B. AtoB: A is the photo, B its edit."""
+class Downloaded(dataset.Pictures):
+    """Pictures as people have them, of which some cannot be read: these are skipped and named.
+
+    A subclass reads one by read(index), and forgets some by leave_out(indices). The cache holds
+    black pictures in their place and, beside it, a list that says what is wrong with them."""
+
+    def load(self, index: int) -> torch.Tensor:
+        try:
+            return dataset.to_pixels(self.read(index))
+        except UserError as error:
+            self.troubles[index] = str(error)
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
+    def write_pixels(self, path: Path) -> None:
+        self.troubles = {}
+        super().write_pixels(path)
+        runs.write_json(self.list_of_troubles(path.parent), self.troubles)
+
+    def list_of_troubles(self, folder: Path) -> Path:
+        return folder / f"{self.cache_hash}.skipped.json"
+
+    def cache(self, folder: Path):
+        super().cache(folder)
+        path = self.list_of_troubles(folder)
+        troubles = runs.read_json(path) if path.exists() else {}
+        if not troubles:
+            return self
+        self.leave_out(torch.tensor([int(index) for index in troubles]))
+        if min(self.counts) == 0:
+            raise UserError(f"no picture is left: {next(iter(troubles.values()))}")
+        if runs.rank() == 0:
+            for trouble in dict.fromkeys(troubles.values()):
+                print(f"skipped: {trouble}")
+        return self
+
+
+class DownloadedPairs(Downloaded, dataset.Pairs):
+    """Pairs of a photo and its edit, of which both must be readable."""
+
+    def leave_out(self, broken: torch.Tensor) -> None:
+        [pairs] = self.indices
+        self.indices = [pairs[~torch.isin(pairs, broken).any(1)]]
+
+
+class SideBySide(DownloadedPairs):
+    """pix2pix's layout: the left half of a file is A, its right half B; of each the middle square
+    counts. AtoB: A is the photo, B its edit."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
         indices = torch.arange(2 * len(files)).view(2, -1).T
         super().__init__([*files, *files], size, concepts, [indices], direction)
         self.direction = direction
 
-    def load(self, index):
+    def read(self, index: int) -> Image.Image:
         picture = dataset.read_picture(self.files[index])
         width, height = picture.size
-        if width != 2 * height:
-            raise UserError(f"{self.files[index]} is {width}x{height}, no two squares side by side")
-        left = 0 if (index < len(self.indices[0])) == (self.direction == "AtoB") else height
-        half = picture.crop((left, 0, left + height, height))
-        half = ImageOps.fit(half, (self.size, self.size), Image.Resampling.LANCZOS)
-        return dataset.to_pixels(half)
+        is_photo = index < len(self.files) // 2
+        half = width // 2
+        left = 0 if is_photo == (self.direction == "AtoB") else width - half
+        picture = picture.crop((left, 0, left + half, height))
+        return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
 
 
-class Sets(dataset.Pictures):
+class TwoFolders(DownloadedPairs):
+    """Photos in one folder and their edits in another. pairs: (photo, edit) files."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], size: int, concepts: list[dict]):
+        photos, edits = zip(*pairs, strict=True)
+        indices = torch.arange(2 * len(pairs)).view(2, -1).T
+        super().__init__([*photos, *edits], size, concepts, [indices], "two folders")
+
+    def read(self, index: int) -> Image.Image:
+        count = len(self.files) // 2
+        if index < count:
+            return dataset.read_square(self.files[index], self.size)
+        photo_size = dataset.picture_size(self.files[index - count])
+        return dataset.read_edit(self.files[index], photo_size, self.size)
+
+
+class Sets(Downloaded):
     """One set of pictures' middle squares, or two, A and B: a row of a batch is then one of each,
     drawn and mirrored independently. `paired`: B[i] is what A[i] should become."""
 
     def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
-        self.sets, self.paired = [len(files) for files in sets], paired
-        super().__init__([*itertools.chain(*sets)], size, concepts, self.sets)
-        self.counts, self.starts = [max(self.sets)], [0, self.sets[0]][: len(sets)]
+        lengths = [len(files) for files in sets]
+        super().__init__([*itertools.chain(*sets)], size, concepts, lengths)
+        self.paired = paired
+        self.indices = list(torch.arange(sum(lengths)).split(lengths))  # of each set's pictures
 
-    def load(self, index):
-        return dataset.to_pixels(dataset.read_square(self.files[index], self.size))
+    @property
+    def counts(self) -> list[int]:
+        """As many rows as the largest set has pictures; 0 where a set has none."""
+        lengths = [len(indices) for indices in self.indices]
+        return [max(lengths) if all(lengths) else 0]
+
+    def read(self, index: int) -> Image.Image:
+        return dataset.read_square(self.files[index], self.size)
+
+    def leave_out(self, broken: torch.Tensor) -> None:
+        kept = [~torch.isin(indices, broken) for indices in self.indices]
+        if self.paired:
+            kept = [kept[0] & kept[1]] * 2
+        self.indices = [indices[keep] for indices, keep in zip(self.indices, kept, strict=True)]
+
+    def pictures(self, number: int) -> torch.Tensor:
+        """A set's pictures, uint8 (N, 3, S, S)."""
+        return self.pixels[self.indices[number]]
 
     def plan(self, step, batch, seed):
-        k = len(self.sets)
-        picks, flips = dataset.draw_picks(self.sets, k * batch, step, seed)  # they take turns
-        indices = picks[:, 1].view(batch, k) + torch.tensor(self.starts)
-        return indices, flips.view(batch, k), torch.zeros(batch, dtype=torch.long)
+        k = len(self.indices)
+        lengths = [len(indices) for indices in self.indices]
+        picks, flips = dataset.draw_picks(lengths, k * batch, step, seed)  # they take turns
+        numbers = picks[:, 1].view(batch, k)
+        columns = [self.indices[i][numbers[:, i]] for i in range(k)]
+        concepts = torch.zeros(batch, dtype=torch.long)
+        return torch.stack(columns, 1), flips.view(batch, k), concepts
 
 
 def take_apart(pairs: Path, concept: str) -> list[Sets]:
@@ -633,6 +719,83 @@ def take_apart(pairs: Path, concept: str) -> list[Sets]:
     return [Sets(train, data.size, data.concepts), held_out]
 
 
+def list_below(folder: Path) -> list[Path]:
+    return dataset.list_pictures(folder, subfolders=True)
+
+
+def find_sides(folder: Path, *splits: str) -> list[Path]:
+    """The folders of A's and B's pictures, as SIDES names them, of the first split that has some;
+    [] if none has. The split "" is A/ and B/ themselves."""
+    for split, names in itertools.product(splits, SIDES):
+        sides = [folder / name.format(split) for name in names]
+        if all(map(list_below, sides)):
+            return sides
+    return []
+
+
+def find_combined(folder: Path, *splits: str) -> list[Path]:
+    """The files of A|B side by side, of the first split that has some; else []."""
+    for split in splits:
+        files = dataset.list_pictures(folder / split)
+        if not files and not find_sides(folder, split):
+            files = list_below(folder / split)
+        if files:
+            return files
+    return []
+
+
+def pair_files(photos: Path, edits: Path) -> list[tuple[Path, Path]]:
+    """(photo, edit) files of equal names in two folders. Photos without an edit are counted."""
+    photo_files = dataset.named_pictures(photos)
+    edit_files = dataset.match_names(photo_files, dataset.named_pictures(edits))
+    lacking = sorted(photo_files.keys() - edit_files.keys())
+    if not edit_files:
+        raise UserError(f"{edits} holds no picture named as one in {photos}, such as {lacking[0]}")
+    if lacking and runs.rank() == 0:
+        count = f"{len(lacking)} of {len(photo_files)} pictures in {photos}"
+        print(f"{count} are left out, as {edits} holds none of their names: {lacking[0]} ...")
+    return [(photo_files[name], edit_files[name]) for name in photo_files if name in edit_files]
+
+
+def find_paired(folder: Path, size: int, concepts: list[dict], direction: str) -> list:
+    """Training pairs and held-out ones: pictures of A|B or, where there are none, folders of A and
+    B. [] where there are neither."""
+    combined = find_combined(folder, "train")
+    if combined:
+        parts = with_held_out(combined, find_combined(folder, "test", "val"), folder)
+        return [SideBySide(files, size, concepts, direction) for files in parts]
+    train, held_out = find_train_and_held_out_sides(folder)
+    if not train:
+        return []
+    if direction == "BtoA":
+        train.reverse()
+        held_out.reverse()
+    held_out_pairs = pair_files(*held_out) if held_out else []
+    parts = with_held_out(pair_files(*train), held_out_pairs, folder)
+    return [TwoFolders(pairs, size, concepts) for pairs in parts]
+
+
+def find_unpaired(folder: Path) -> list[list[list[Path]]]:
+    """[A's and B's training pictures, A's and B's held-out ones]; [] where there are none."""
+    train, held_out = find_train_and_held_out_sides(folder)
+    if not train:
+        return []
+    parts = []
+    for i in (0, 1):
+        others = list_below(held_out[i]) if held_out else []
+        parts.append(with_held_out(list_below(train[i]), others, train[i]))
+    return [list(sides) for sides in zip(*parts, strict=True)]
+
+
+def find_train_and_held_out_sides(folder: Path) -> tuple[list[Path], list[Path]]:
+    """find_sides of both; all of A/ and B/ train where no pictures are held out."""
+    train = find_sides(folder, "train")
+    held_out = find_sides(folder, "test", "val")
+    if not train and not held_out:
+        train = find_sides(folder, "")
+    return train, held_out
+
+
 def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> list:
     """A folder's training pictures and its held-out ones, not decoded yet, in the task's layout.
     The concept bears the folder's name."""
@@ -640,32 +803,49 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
         raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
     concepts = [{"name": folder.resolve().name, "prompt": ""}]
     runs.check_name(concepts[0]["name"], folder)
-    found = []
     if task == "pix2pix":
-        train = dataset.list_pictures(folder / "train")
-        held_out = dataset.list_pictures(folder / "test") or dataset.list_pictures(folder / "val")
-        if train and held_out:
-            found = [SideBySide(x, size, concepts, direction) for x in (train, held_out)]
+        found = find_paired(folder, size, concepts, direction)
     elif task == "cyclegan":
-        train = [dataset.list_pictures(folder / name) for name in ("trainA", "trainB")]
-        held_out = [dataset.list_pictures(folder / name) for name in ("testA", "testB")]
-        if all(train) and all(held_out):
-            found = [Sets(files, size, concepts) for files in (train, held_out)]
+        found = [Sets(sides, size, concepts) for sides in find_unpaired(folder)]
     else:
-        files = dataset.list_pictures(folder, subfolders=True)
-        if len(files) > 3:
-            found = [Sets([part], size, concepts) for part in hold_out_a_tenth(files)]
+        files = list_below(folder)
+        parts = hold_out_a_tenth(files) if len(files) >= FEWEST else []
+        found = [Sets([part], size, concepts) for part in parts]
     if not found:
-        inside = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
-        raise UserError(f"--task {task} finds no {LAYOUTS[task]} in {folder} but {inside}")
+        wanted = f"--task {task} wants {WANTED[task]}"
+        raise UserError(f"--data {folder} holds {describe(folder)}; {wanted}")
     return found
 
 
-def hold_out_a_tenth(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """(files to train on, a tenth of all drawn at random, at least 2 and at most 1000)"""
-    order = np.random.default_rng(0).permutation(len(files))
-    tenth = max(2, min(1000, len(files) // 10))
-    return [files[i] for i in sorted(order[tenth:])], [files[i] for i in sorted(order[:tenth])]
+def describe(folder: Path) -> str:
+    """What a folder holds: the first names in it, and how many pictures are in folders."""
+    names = []
+    for path in sorted(folder.glob("*"))[:8]:
+        if path.is_dir():
+            names.append(f"{path.name}/ ({len(list_below(path))} pictures)")
+        else:
+            names.append(path.name)
+    return ", ".join(names) or "nothing"
+
+
+def with_held_out(train: list, held_out: list, folder: Path) -> list[list]:
+    """[train, held_out]; where nothing is held out, a tenth of `train` is. UserError where that is
+    too few."""
+    if held_out:
+        return [train, held_out]
+    if len(train) < FEWEST:
+        raise UserError(f"{folder}: {len(train)} pictures are too few to hold some out for a test")
+    train, held_out = hold_out_a_tenth(train)
+    if runs.rank() == 0:
+        print(f"{folder} has no test pictures: {len(held_out)} of its others are held out")
+    return [train, held_out]
+
+
+def hold_out_a_tenth(items: list) -> tuple[list, list]:
+    """(what to train on, a tenth of all drawn at random, at least 2 and at most 1000)"""
+    order = np.random.default_rng(0).permutation(len(items))
+    tenth = max(2, min(1000, len(items) // 10))
+    return [items[i] for i in sorted(order[tenth:])], [items[i] for i in sorted(order[:tenth])]
 
 
 def read_data(args, trained: common.Generator | None) -> list:
@@ -677,7 +857,7 @@ def read_data(args, trained: common.Generator | None) -> list:
     if args.task == "cyclegan" and len(names) == 1:
         return take_apart(args.pairs, names[0])
     if args.task != "pix2pix":
-        raise UserError(f"give --data, {LAYOUTS[args.task]} (or one --concept, for cyclegan)")
+        raise UserError(f"give --data with {WANTED[args.task]} (or one --concept, for cyclegan)")
     if not names and trained:
         names = [concept["name"] for concept in trained.config["concepts"]]
     if not names:

@@ -20,7 +20,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageOps
 from tqdm import tqdm
 
 import runs
@@ -178,6 +178,15 @@ def tell_of_profile(path: Path, reason: str) -> None:
 def read_square(path: Path, size: int) -> Image.Image:
     """The middle square of a picture, RGB, scaled to size x size."""
     return ImageOps.fit(read_picture(path, size), (size, size), Image.Resampling.LANCZOS)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """A picture's width and height, turned as EXIF says, without decoding it; UserError if its file
+    does not say."""
+    with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
+        width, height = picture.size
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
 def read_edit(path: Path, photo_size: tuple[int, int], size: int) -> Image.Image:

@@ -286,7 +286,7 @@ def test_unpaired_rows_are_drawn_and_mirrored_apart(find, tmp_path):
     assert len({(a[0], b[0]) for a, b in rows}) > 20  # of 35 couples, not the same again and again
     assert dataset.steps_per_epoch(train.counts, 7) == 1  # an epoch passes over the larger set
     assert len({known[b] for _, b in rows_of(train, 7, range(1))}) == 7
-    a, b = test.pixels.split(test.sets)
+    a, b = test.pictures(0), test.pictures(1)
     assert torch.equal(a[2], dataset.read_image(folder / "testA/2.jpg"))
     assert torch.equal(b[0], dataset.read_image(folder / "testB/0.jpg"))
 
@@ -297,10 +297,10 @@ def test_pairs_taken_apart_share_no_photo(five, data):
     assert not {x.name for x in a} & {x.name for x in b} and len(b) == 12
     assert {x.parent.name for x in a} == {"source"} and {x.parent.name for x in b} == {"dark"}
     test.cache(data / "cache")
-    assert test.paired and test.sets == [6, 6]
-    for kind, pixels in zip(("source", "dark"), test.pixels.split(6), strict=True):
+    assert test.paired and len(test.pictures(0)) == len(test.pictures(1)) == 6
+    for number, kind in enumerate(("source", "dark")):
         wanted = dataset.read_image(data / f"pairs/test/{kind}/00004.png")
-        assert torch.equal(pixels[4], wanted)
+        assert torch.equal(test.pictures(number)[4], wanted)
 
 
 def test_a_flat_folder_holds_a_tenth_out(find, tmp_path):
@@ -337,19 +337,24 @@ def test_hashes_change_with_the_data(five, tmp_path):
 
 
 BAD_FOLDERS = [
-    ("dcgan", "", "finds no four or more pictures in .* but nothing"),
-    ("dcgan", "0.png 1.png 2.png", "four or more pictures in .* but 0.png, 1.png, 2.png"),
-    ("pix2pix", "train/0.png", r"train/ and test/ or val/.*but train$"),
-    ("cyclegan", "trainA/0.png trainB/0.png testA/0.png", "but testA, trainA, trainB"),
-    ("pix2pix", "train/0.png val/0.png train/odd.png", "odd.png is 60x32, no two squares"),
-    ("pix2pix", "train/0.png val/0.png train/bad.png", "bad.png is not a picture"),
+    ("dcgan", "", "data holds nothing; --task dcgan wants four or more pictures"),
+    ("dcgan", "0.png 1.png 2.png", "holds 0.png, 1.png, 2.png; --task dcgan wants four or more"),
+    ("pix2pix", "test/0.png", r"holds test/ \(1 pictures\); --task pix2pix wants A|B in train/"),
+    ("pix2pix", "train/0.png", "1 pictures are too few to hold some out"),
+    (
+        "cyclegan",
+        "trainA/0.png testA/0.png",
+        r"holds testA/ \(1 pictures\), trainA/ \(1 pictures\)",
+    ),
+    ("pix2pix", "train/bad.png val/0.png", "no picture is left: .*bad.png is not a picture"),
+    ("pix2pix", "A/0.png B/1.png", "B holds no picture named as one in .*A, such as 0.png"),
 ]
 
 
 @pytest.mark.parametrize("task, names, words", BAD_FOLDERS)
 def test_bad_folders(find, tmp_path, task, names, words):
     for name in names.split():
-        save_random(tmp_path / "data" / name, 60 if "odd" in name else 64, 32)
+        save_random(tmp_path / "data" / name, 64, 32)
         if "bad" in name:
             (tmp_path / "data" / name).write_bytes(b"GIF89a")
     with pytest.raises(runs.UserError, match=words):
