@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tiny_pipelines
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -230,6 +231,69 @@ def test_checkpoints_of_gigabytes(tmp_path):
     for length in (2**63, 2**40, 10**9):
         (tmp_path / "h").write_bytes(length.to_bytes(8, "little") + b"{}" * 50)
         refused(common.load_generator, tmp_path / "h")
+
+
+# ---- Teachers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory):
+    """The folder of a diffusers pipeline."""
+    return tiny_pipelines.instruct_pix2pix(tmp_path_factory.mktemp("editor"))
+
+
+def load_editor(stage, folder: Path):
+    args = Namespace(teacher=str(folder), teacher_config=None, no_safety_checker=False)
+    return stage.load_pipeline(args, torch.float32)
+
+
+CODE = """
+from pathlib import Path
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+Path(__file__).with_name("run").touch()
+class Own(StableDiffusionInstructPix2PixPipeline): pass
+class OwnUnet(UNet2DConditionModel): pass
+"""
+
+
+@pytest.mark.parametrize(
+    "file, changes",
+    [
+        ("own.py", {"_class_name": ["own", "Own"]}),
+        ("pipeline.py", {"_class_name": "Own"}),
+        ("unet/own.py", {"unet": ["own", "OwnUnet"]}),
+        ("own.py", {"unet": ["os", "system"]}),
+    ],
+)
+def test_code_in_a_pipelines_folder_is_not_run(load_stage, editor, tmp_path, file, changes):
+    folder = shutil.copytree(editor, tmp_path / "editor")
+    (folder / file).write_text(CODE)
+    index = runs.read_json(folder / "model_index.json")
+    runs.write_json(folder / "model_index.json", {**index, **changes})
+    assert "cannot be loaded" in refused(load_editor, load_stage("01"), folder)
+    assert not [*folder.rglob("run")]
+
+
+@pytest.mark.parametrize("value", ABSURD)
+def test_absurd_pipelines(load_stage, editor, tmp_path, value):
+    stage = load_stage("01")
+    for file, key in (("model_index.json", "_class_name"), ("unet/config.json", "in_channels")):
+        folder = shutil.copytree(editor, tmp_path / key)
+        path = folder / file
+        runs.write_json(path, changed(runs.read_json(path), key, value))
+        refused(load_editor, stage, folder)
+
+
+@settings(quick, max_examples=10)
+@seeds
+def test_damaged_loras_and_checkpoints(load_stage, editor, tmp_path, seed):
+    stage, pipe = load_stage("01"), load_editor(load_stage("01"), editor)
+    for form in ("diffusers", "kohya"):
+        data = tiny_pipelines.write_lora(tmp_path / "l.safetensors", form=form).read_bytes()
+        (tmp_path / "d.safetensors").write_bytes(damaged(data, seed))
+        ends_well(lambda: stage.add_loras(pipe, [stage.read_lora(str(tmp_path / "d.safetensors"))]))
+        pipe.unload_lora_weights()
+    refused(stage.load_single_file, str(tmp_path / "d.safetensors"), str(editor), {})
 
 
 # ---- JSON of the wrong form, names, whole stages -------------------------------------------------
