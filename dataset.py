@@ -4,6 +4,7 @@ Pictures in memory are float (B, 3, H, W) in [-1, 1], or uint8 (N, 3, H, W) whil
 batch is a function of (seed, step) alone, so a run that was killed continues with the same ones.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -26,6 +27,11 @@ from tqdm import tqdm
 import runs
 from runs import UserError, explain, rank, world
 
+with contextlib.suppress(ImportError):  # for phones' HEIC files; all else goes without it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
 MAX_PIXELS = 50_000_000  # twice as many are refused: 1.4 GB once decoded
 Image.MAX_IMAGE_PIXELS = None  # read_picture has its own limit
 warnings.filterwarnings("ignore", module="PIL")
@@ -34,7 +40,7 @@ warnings.filterwarnings("ignore", module="PIL")
 # ---- Picture files -------------------------------------------------------------------------------
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SUFFIXES += (".jp2", ".avif", ".heic", ".ppm", ".pgm", ".tga")
+SUFFIXES += (".jp2", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".tga")
 
 
 # What file servers and packers leave beside people's photos: thumbnails, deleted files.
@@ -106,7 +112,7 @@ def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.I
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.suffix.lower() == ".heic" and ".heic" not in Image.registered_extensions():
+    if path.suffix.lower() in (".heic", ".heif") and "HEIF" not in Image.OPEN:
         raise UserError(f"{path} is a HEIC file: `pip install pillow-heif` reads them")
     with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
         if shrink_to:

@@ -303,6 +303,15 @@ def test_a_broken_profile_is_left_out_and_named(tmp_path, capsys):
     assert "a.png: its colour profile cannot be used" in capsys.readouterr().out
 
 
+def test_heic_is_read_where_its_package_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    Image.new("RGB", (48, 32), "teal").save(tmp_path / "phone.heic")
+    Image.new("RGB", (48, 32), "teal").save(tmp_path / "phone.heif")
+    for path in dataset.list_pictures(tmp_path):
+        assert dataset.read_image(path).shape == (3, 32, 48)
+    assert len(dataset.list_pictures(tmp_path)) == 2
+
+
 def test_a_large_jpeg_is_read_where_draft_makes_it_small(tmp_path):
     Image.new("RGB", (12_000, 9_000), "red").save(tmp_path / "a.jpg")
     assert dataset.read_square(tmp_path / "a.jpg", 64).size == (64, 64)
