@@ -9,7 +9,7 @@ Writes  runs/onnx/base.onnx        bytes (N, H, W, 3), prompt (1, T, D) -> edit,
         runs/onnx/base.safetensors, adapters/<concept>.safetensors, index.json, index.html, ...
         runs/onnx/<concept>.onnx   --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
         runs/onnx/comparison.png   photo, teacher, every generator's edit, the export's
-        runs/onnx-applied/...      edits of --apply's pictures
+        runs/onnx-applied/...      edits of --apply's pictures or video
 
     python 06_export_onnx.py --demo
     python 06_export_onnx.py --serve                                              (opens runs/onnx)
@@ -23,7 +23,9 @@ import functools
 import itertools
 import json
 import logging
+import shlex
 import shutil
+import sys
 import tempfile
 import timeit
 from collections import Counter
@@ -44,6 +46,11 @@ from onnxscript import optimizer
 from onnxscript.rewriter import RewriteRuleClassBase, RewriteRuleSet, rewrite
 from PIL import Image
 from tqdm import tqdm
+
+try:
+    import av  # PyAV, for videos; the rest goes without it
+except ImportError:
+    av = None
 
 import common
 import dataset
@@ -76,7 +83,8 @@ def parse() -> argparse.Namespace:
     flag("--dynamic", action="store_true", help="the file takes any size; --size is timed")
     flag("--precision", choices=list(TOLERANCE), default="fp32", help="of the layers")
     flag("--io", choices=["float32", "uint8"], default="float32", help="uint8: bytes (N, H, W, 3)")
-    flag("--apply", type=Path, help="a picture, or a folder of pictures of any size, to edit")
+    flag("--apply", type=Path, help="a picture, a folder of pictures or a video to edit")
+    flag("--full-size", action="store_true", help="scale edits back where pictures were too large")
     flag("--model", **paths, help="apply this exported folder or file; can be repeated")
     port = {"type": runs.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
     flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
@@ -163,6 +171,51 @@ class FoldFilm(RewriteRuleClassBase):
         return op.InstanceNormalization(x, scale, shift, **normed.producer().attributes)
 
 
+class HalveLast(RewriteRuleClassBase):
+    """GELU becomes (x (1 + erf)) 0.5 instead of x (0.5 (1 + erf)), which crashes OpenCV 5.0."""
+
+    def pattern(self, op, x, root, one, half):
+        return op.Mul(x, op.Mul(half, op.Add(op.Erf(op.Div(x, root)), one)))
+
+    def check(self, context, half, **_):
+        return half.const_value is not None and half.const_value.numpy() == 0.5
+
+    def rewrite(self, op, x, root, one, half):
+        return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root)), one)), half)
+
+
+class SumByMatMul(RewriteRuleClassBase):
+    """The RMS norm's sum over a token's channels becomes a product with a column of ones: pnnx,
+    which translates for ncnn, loses which axis a ReduceSum is over."""
+
+    def pattern(self, op, x, two, axes):
+        return op.ReduceSum(op.Pow(x, two), axes, keepdims=1)
+
+    def check(self, context, x, axes, **_):
+        last = axes.const_value is not None and axes.const_value.numpy().tolist() == [-1]
+        return last and isinstance(x.shape[-1], int)
+
+    def rewrite(self, op, x, two, axes):
+        ones = op.Constant(value=ir.tensor(np.ones((x.shape[-1], 1), np.float32)))
+        return op.MatMul(op.Pow(x, two), ones)
+
+
+class CenterByPooling(RewriteRuleClassBase):
+    """The mean over the places, which the transformer block takes off its tokens, is taken off the
+    map that they become, by pooling: pnnx loses which axis a ReduceMean is over, too."""
+
+    def pattern(self, op, x, axes, shape):
+        centered = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
+        return op.Reshape(op.Transpose(centered, perm=[0, 2, 1]), shape)
+
+    def check(self, context, axes, **_):
+        return axes.const_value is not None and axes.const_value.numpy().tolist() == [1]
+
+    def rewrite(self, op, x, axes, shape):
+        feature_map = op.Reshape(op.Transpose(x, perm=[0, 2, 1]), shape)
+        return op.Sub(feature_map, op.GlobalAveragePool(feature_map))
+
+
 class Exported(nn.Module):
     """Photo and the prompt's text features (1, T, D), if any -> edit; pictures are floats
     (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
@@ -197,11 +250,12 @@ def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """The graph with what is constant folded, and FiLM."""
+    """The graph with what is constant folded, and rewritten by the rules above."""
     model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it
     folding = {"input_size_limit": 2**31, "output_size_limit": 2**31}
     optimizer.optimize(model, **folding)
-    model = rewrite(model, RewriteRuleSet([FoldFilm.rule()]))
+    rules = [each.rule() for each in (FoldFilm, HalveLast, SumByMatMul, CenterByPooling)]
+    model = rewrite(model, RewriteRuleSet(rules))
     optimizer.optimize(model, **folding)
     ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION
@@ -256,7 +310,8 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
     for node in proto.graph.node:
         dims = weights.get(node.input[1], ()) if node.op_type in ("Conv", "MatMul") else ()
         inner = len(dims) == 4 and min(dims[:2]) > 3 and dims[3] < 7
-        if len(dims) == 2 or (inner and node.input[1].endswith(".weight")):  # PhaseConv's are cut
+        linear = len(dims) == 2 and dims[1] > 1  # not a norm's column of ones
+        if linear or (inner and node.input[1].endswith(".weight")):  # PhaseConv's are cut
             chosen.append(node.name)
     model = open_file(proto.SerializeToString())
     feeds = iter([feed(model, photo) for photo in photos.split(1)])
@@ -322,7 +377,7 @@ def limits_of(generator: common.Generator) -> dict[str, int]:
 
 def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, common.Generator]:
     """{concept: its generator}: the base for its own concepts; for an adapter's a copy into which
-    it is merged, which has the file as .adapter."""
+    it is merged, which has the file as .adapter. UserError where two adapters have one name."""
     base = common.load_generator(base)
     generators = {concept["name"]: base for concept in base.config["concepts"]}
     for path in adapters:
@@ -331,7 +386,11 @@ def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, c
         common.merge(adapted)
         adapted.set_known_concepts([adapted.known_concepts()[index]])
         adapted.adapter = path
-        generators[adapted.config["concepts"][0]["name"]] = adapted
+        name = adapted.config["concepts"][0]["name"]
+        if name in generators and has_adapter(generators[name]):
+            other = generators[name].adapter
+            raise UserError(f"{path} and {other} are both called {name!r}: give one of them")
+        generators[name] = adapted
     return generators
 
 
@@ -461,8 +520,8 @@ def export_all(args) -> list[Path]:
     reads = [runs.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
     settings = runs.settings_of(args, reads=reads)
-    for key in ("generator", "adapter", "apply", "model", "serve"):
-        settings.pop(key, None)  # paths, and what changes nothing of the export
+    for key in ("full_size", "serve"):  # which change nothing of the export
+        settings.pop(key)
     written = [args.out / f"{name}.onnx" for name in generators] if args.merged else [args.out]
     if runs.begin_run(args.out, settings, args.overwrite):
         return written
@@ -494,7 +553,7 @@ def export_to(
             (folder / f"{name}.onnx").write_bytes(data)
             model, size = open_file(data, args.threads), len(data)
         else:
-            model = editor.use(name, args.strength)
+            model = use(editor, name, args.strength)
             size = generator.adapter.stat().st_size if has_adapter(generator) else 0
         proof = prove(model, name, generator, photos[:COMPARED], args)
         if args.dynamic and not rows:  # another shape; once, as all concepts share the graph
@@ -576,12 +635,12 @@ def find_pictures(path: Path) -> list[Path]:
     return found
 
 
-def edit_picture(model: Editor, picture: Image.Image) -> Image.Image:
-    """RGB -> its edit, as large; a file of one size takes it scaled to fit."""
-    inner, side = picture, model.index.get("side")
-    if side:
-        inner = picture.resize([max(1, round(x * side / max(picture.size))) for x in picture.size])
-    return Image.fromarray(model.edit(np.asarray(inner))).resize(picture.size)
+def use(editor: Editor, concept: str, strength: float) -> Editor:
+    """The editor, which now makes this concept's edits; strength is for adapters alone."""
+    known = {entry["name"]: entry for entry in editor.index["concepts"]}
+    if "adapter" not in known.get(concept, {}):
+        return editor.use(concept)
+    return editor.use(concept, strength)
 
 
 def open_models(args, paths: list[Path]) -> dict[str, Editor]:
@@ -596,29 +655,148 @@ def open_models(args, paths: list[Path]) -> dict[str, Editor]:
             with runs.explain(f"{path} cannot be used"):
                 for name in args.concept or [concept["name"] for concept in index["concepts"]]:
                     key = f"{path.name}-{name}" if name in models else name
-                    models[key] = Editor(path).use(name, args.strength)
+                    models[key] = use(Editor(path), name, args.strength)
     return models
 
 
-def apply_files(args, paths: list[Path]) -> None:
-    """Writes <out>-applied/<model>/<picture's path>.png, with the picture's own alpha channel."""
-    pictures = find_pictures(args.apply)
-    out = args.out.with_name(f"{args.out.name}-applied")
-    root = args.apply if args.apply.is_dir() else args.apply.parent
+def apply_files(args, paths: list[Path]) -> bool:
+    """Writes the edits of --apply into <out>-applied/<model>/. Returns whether all could be."""
     models = open_models(args, paths)
+    out = args.out.with_name(f"{args.out.name}-applied")
+    if args.apply.is_file() and args.apply.suffix.lower() in VIDEOS:
+        apply_to_video(models, out, args)
+        return True
+    return apply_to_pictures(models, out, args)
+
+
+def apply_to_pictures(models: dict[str, Editor], out: Path, args) -> bool:
+    """Writes <out>/<model>/<picture's path>.png. Pictures that cannot be read or edited are left
+    out and listed; returns whether there were none. UserError where all of them are such."""
+    pictures = find_pictures(args.apply)
+    root = args.apply if args.apply.is_dir() else args.apply.parent
     taken = Counter(path.with_suffix("") for path in pictures)
+    sizes = {}  # {picture: width, height}
+    bad = []  # what was left out, and why
     for path in tqdm(pictures, unit="picture"):
         name = path.relative_to(root).with_suffix(".png")
         if taken[path.with_suffix("")] > 1:  # a.jpg and a.png become a.jpg.png and a.png.png
             name = name.with_name(path.name + ".png")
-        picture = dataset.read_picture(path, alpha=True)
-        for folder, model in models.items():
-            with runs.explain(f"{path} cannot be edited (make it smaller)"):
-                edit = edit_picture(model, picture.convert("RGB"))
-            if picture.mode == "RGBA":
-                edit.putalpha(picture.getchannel("A"))
+        edits = {}
+        try:
+            picture = dataset.read_picture(path, alpha=True)
+            for folder, model in models.items():
+                with runs.explain(f"{path} cannot be edited"):
+                    edits[folder] = model.edit(picture, args.full_size)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        for folder, edit in edits.items():
             runs.write_png(out / folder / name, edit)
-    print(f"{len(pictures)} pictures, {len(models)} edits of each: {out}")
+        sizes[path] = picture.size
+    if len(bad) == len(pictures):
+        raise UserError(bad[0])
+    print(f"{len(sizes)} pictures, {len(models)} edits of each: {out}")
+    tell_of_smaller(sizes, models, args)
+    for reason in bad:
+        print(f"left out: {reason}", file=sys.stderr)
+    return not bad
+
+
+def tell_of_smaller(sizes: dict[Path, tuple[int, int]], models: dict[str, Editor], args) -> None:
+    """One line for what was too large to be edited as it is. sizes: {picture: width, height}."""
+    smaller = []
+    for path, size in sizes.items():
+        inner = min(model.edit_size(*size) for model in models.values())
+        if inner != size:
+            smaller.append(f"{path.name} at {inner[0]}x{inner[1]}")
+    if smaller:
+        examples = ", ".join(smaller[:3]) + ", ..." * (len(smaller) > 3)
+        ending = "" if args.full_size else " (--full-size scales edits back)"
+        print(f"{len(smaller)} larger than can be edited, scaled down: {examples}{ending}")
+
+
+# ---- Videos --------------------------------------------------------------------------------------
+
+# What --apply takes as a video, and FFmpeg's name for the kind of file that its edit becomes.
+VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov"}
+VIDEOS |= {".mkv": "matroska", ".webm": "matroska", ".avi": "matroska"}
+
+
+def apply_to_video(models: dict[str, Editor], out: Path, args) -> None:
+    """Writes <out>/<model>/<video's name>, with the video's frame times and sound."""
+    video = args.apply
+    if av is None:
+        raise UserError(f"{video}: {ways_without_av(video, out / next(iter(models)))}")
+    container = VIDEOS[video.suffix.lower()]
+    name = f"{video.stem}.mkv" if container == "matroska" else video.name
+    with runs.explain(f"{video} cannot be edited"):
+        size = frame_size(video)
+        for folder, model in models.items():
+            edit = functools.partial(edit_video, model, video, size, container, args.full_size)
+            runs.replace_file(out / folder / name, edit)
+    print(f"{len(models)} edits of {video}: {out}")
+    tell_of_smaller({video: size}, models, args)
+
+
+def ways_without_av(video: Path, edits: Path) -> str:
+    """What one does where PyAV is not installed. edits: the folder that frames' edits go to."""
+    source = shlex.quote(str(video))
+    split = f"mkdir frames && ffmpeg -i {source} frames/%06d.png"
+    join = f"ffmpeg -i {source} -framerate RATE -i {shlex.quote(str(edits))}/%06d.png"
+    join += " -map 1:v -map 0:a? -pix_fmt yuv420p edit.mp4"
+    return f"`pip install av` reads videos; or `{split}`, then --apply frames, then `{join}`"
+
+
+def frame_size(video: Path) -> tuple[int, int]:
+    """Width and height of a video's first frame, upright."""
+    with av.open(video) as source:
+        if not source.streams.video:
+            raise ValueError("it holds no pictures")
+        height, width, _ = upright(next(source.decode(video=0))).shape
+        return width, height
+
+
+def edit_video(
+    model: Editor,
+    video: Path,
+    size: tuple[int, int],
+    container: str,
+    full_size: bool,
+    target: Path,
+) -> None:
+    """Edits every frame of a video, whose size is given, into a file in H.264. Frames keep their
+    times; sound is copied as it is."""
+    width, height = size if full_size else model.edit_size(*size)
+    width, height = width // 2 * 2, height // 2 * 2  # H.264 wants even sides
+    with av.open(video) as source, av.open(target, "w", format=container) as made:
+        frames = source.streams.video[0]
+        edits = made.add_stream("libx264", rate=frames.average_rate, options={"crf": "18"})
+        edits.width, edits.height, edits.pix_fmt = width, height, "yuv420p"
+        edits.codec_context.time_base = frames.time_base
+        edits.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
+        sound = {}  # {number of a stream: its copy}
+        for stream in source.streams.audio:
+            sound[stream.index] = made.add_stream_from_template(stream)
+        bar = tqdm(total=frames.frames or None, unit="frame")
+        for packet in source.demux(frames, *source.streams.audio):
+            if packet.stream.type == "video":
+                for frame in packet.decode():
+                    edit = model.edit(upright(frame), full_size)[:height, :width]
+                    edit = av.VideoFrame.from_ndarray(np.ascontiguousarray(edit), format="rgb24")
+                    edit = edit.reformat(format="yuv420p", dst_colorspace="ITU709")
+                    edit.pts, edit.time_base = frame.pts, frame.time_base
+                    made.mux(edits.encode(edit))
+                    bar.update()
+            elif packet.dts is not None:  # not the empty one that ends a stream
+                packet.stream = sound[packet.stream.index]
+                made.mux(packet)
+        made.mux(edits.encode())  # what the encoder still holds
+        bar.close()
+
+
+def upright(frame) -> np.ndarray:
+    """A video's frame as uint8 (H, W, 3), RGB, turned as the phone that took it was held."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def main() -> None:
@@ -628,8 +806,8 @@ def main() -> None:
             serve(args.out, args.serve)
         return
     paths = args.model or export_all(args)
-    if args.apply:
-        apply_files(args, paths)
+    if args.apply and not apply_files(args, paths):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -717,6 +718,7 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     if metadata.get("base") != generator.sha256:
         theirs, ours = str(metadata.get("base"))[:12], generator.sha256[:12]
         raise UserError(f"{path} belongs to another base, of SHA-256 {theirs}..., not {ours}...")
+    check_adapter_numbers(path)
     loras = []
     with explain(f"{path} does not fit the generator"):
         check_name(metadata["name"], path)
@@ -735,6 +737,17 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     for module, lora in loras:
         parametrize.register_parametrization(module, "weight", lora)
     return len(generator.config["concepts"]) - 1
+
+
+def check_adapter_numbers(path: Path) -> None:
+    """UserError unless all of an adapter's tensors are F16 or F32, which every reader knows: this
+    one, the exported folder's editor.py and, in a browser, its editor.js."""
+    with safe_open(path, "pt") as file:
+        names = file.keys()
+        for name in names:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in ("F16", "F32"):
+                raise UserError(f"{path}: {name} is {dtype}, not F16 or F32.")
 
 
 def unload_adapters(generator: Generator) -> None:

@@ -388,7 +388,9 @@ def settings_of(args: argparse.Namespace, **more: object) -> dict:
     what is read. Paths are left out, so that a run may be moved."""
     settings = {}
     for name, value in vars(args).items():
-        if name not in ("device", "overwrite", "demo", "fid") and not isinstance(value, Path):
+        values = value if isinstance(value, list) else [value]
+        has_paths = any(isinstance(each, Path) for each in values)
+        if name not in ("device", "overwrite", "demo", "fid") and not has_paths:
             settings[name] = value
     return {**settings, **more}
 

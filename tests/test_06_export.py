@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,7 @@ import common
 import dataset
 import runs
 import training
-from assets.editor import Editor
+from assets.editor import Editor, Merged
 from assets.serve import fetch_runtime
 
 SIZE = 32
@@ -198,10 +199,32 @@ def test_editor_equals_pytorch(folder, adapted):
     assert distance(editor, adapted(), "oil", padded) <= 1
     for x in (0, 0.6, 1.5):
         assert distance(editor.use("night", x), adapted(night=x), "night", padded) <= 1
-    both = adapted(night=0.8, fog=0.4)
-    assert distance(editor.use({"night": 0.8, "fog": 0.4}), both, "night", padded) <= 1
-    assert distance(editor.use({"fog": 0.4, "night": 0.8}), both, "fog", padded) <= 1
-    assert distance(editor.use({"fog": 0.4, "night": 0.8}), both, "night", padded) > 1
+
+
+def test_a_mixture_is_of_weights_and_of_prompts(folder, adapted):
+    editor, photo = Editor(folder, threads=1), pixels_of(40, 32)
+
+    def mix(generator, shares):
+        """The generator, which then knows `mixture`: prompts in proportion to these shares."""
+        prompts = {concept["name"]: tokens for concept, tokens in generator.known_concepts()}
+        length = max(len(prompts[name]) for name in shares)
+        mixture = 0
+        for name, share in shares.items():
+            rest = prompts[name].mean(0).tile(length - len(prompts[name]), 1)
+            mixture = mixture + share * torch.cat([prompts[name], rest])
+        generator.set_known_concepts([({"name": "mixture", "prompt": ""}, mixture)])
+        return generator
+
+    both = mix(adapted(night=0.8, fog=0.4), {"night": 2 / 3, "fog": 1 / 3})
+    assert distance(editor.use({"fog": 0.4, "night": 0.8}), both, "mixture", photo) <= 1
+    assert distance(editor.use({"fog": 0.8, "night": 0.4}), both, "mixture", photo) > 1
+    # of the base's own, whose prompts are of unequal length
+    styles = mix(adapted(), {"sketch": 1 / 4, "oil": 3 / 4})
+    assert distance(editor.use({"sketch": 0.5, "oil": 1.5}), styles, "mixture", photo) <= 1
+    assert distance(editor.use("oil"), styles, "mixture", photo) > 1
+    assert distance(editor.use({"sketch": 0, "oil": 0.5}), adapted(), "oil", photo) <= 1
+    mixed = mix(adapted(night=1), {"night": 0.5, "oil": 0.5})
+    assert distance(editor.use({"oil": 1, "night": 1}), mixed, "mixture", photo) <= 1
 
 
 def test_weights_from_outside_equal_merged_ones(world, folder, exported, load_stage, tmp_path):
@@ -263,21 +286,88 @@ def test_editor_believes_no_other_file(world, folder, tmp_path):
     data = (copy / "adapters/fog.safetensors").read_bytes()
     (copy / "adapters/fog.safetensors").write_bytes(data[:1000])
     bad = {"is damaged": "fog", "unknown concept": "snow", "not from 0 to 1.5": {"night": 1.6}}
+    bad |= {"no concept is named": {}, "alone it has no strength": {"oil": 0.5}}
     for words, concept in bad.items():
         with pytest.raises(ValueError, match=words):
             editor.use(concept)
     other = common.load_generator(world / "coronet/generator.safetensors")
-    write_adapter(copy / "adapters/fog.safetensors", other, "fog", {"out": 1})
-    digest = runs.sha256(copy / "adapters/fog.safetensors")
-    editor.index["files"]["adapters/fog.safetensors"]["sha256"] = digest
-    with pytest.raises(ValueError, match="another base"):
-        editor.use("fog")
-    with pytest.raises(ValueError, match="more than 715541 pixels"):
-        editor.edit(np.zeros((1000, 1000, 3), np.uint8))
+    write_adapter(tmp_path / "foreign.safetensors", other, "fog", {"out": 1})
+    refused = {"another base": tmp_path / "foreign.safetensors"}
+    write_bf16(copy / "adapters/night.safetensors", tmp_path / "bf16.safetensors")
+    refused["lora_A is BF16, not F16 or F32."] = tmp_path / "bf16.safetensors"
+    for words, path in refused.items():
+        path = shutil.copy(path, copy / "adapters/fog.safetensors")
+        editor.index["files"]["adapters/fog.safetensors"]["sha256"] = runs.sha256(path)
+        with pytest.raises(ValueError, match=words):
+            editor.use("fog")
     assert (editor.edit(photo) == before).all()
     (copy / "base.onnx").write_bytes(b"")
     with pytest.raises(ValueError, match="base.onnx is damaged"):
         Editor(copy)
+
+
+def write_bf16(adapter, path):
+    """An adapter's file with one of its tensors in bf16."""
+    tensors, metadata = runs.read_tensors(adapter, "adapter")
+    name = next(name for name in tensors if name.endswith("lora_A"))
+    tensors[name] = tensors[name].to(torch.bfloat16)
+    runs.write_tensors(path, tensors, metadata)
+
+
+def test_editor_takes_files_pictures_and_arrays(folder, tmp_path):
+    editor, pixels = Editor(folder, threads=1), pixels_of(40, 24)[0].permute(1, 2, 0).numpy()
+    with pytest.raises(ValueError, match=r"call use\(\) first"):
+        editor.edit(pixels)
+    edit = editor.use("night").edit(pixels)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be seen after a quarter turn clockwise
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "phone.png", exif=turned)
+    for made in (editor.edit(tmp_path / "phone.png"), editor.edit(str(tmp_path / "phone.png"))):
+        assert (np.asarray(made) == edit).all()
+    with Image.open(tmp_path / "phone.png") as opened:
+        assert (np.asarray(editor.edit(opened)) == edit).all()
+    clear = Image.fromarray(pixels)
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    made = editor.edit(clear)
+    assert (np.asarray(made.convert("RGB")) == edit).all()
+    assert (np.asarray(made)[..., 3] == np.asarray(clear)[..., 3]).all()
+    grey = editor.edit(clear.convert("L"))
+    assert (np.asarray(grey) == editor.edit(np.asarray(clear.convert("L").convert("RGB")))).all()
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    bad = [
+        pixels[..., 0],
+        pixels / 255,
+        pixels[:0],
+        np.dstack([pixels, pixels]),
+        pixels[None],
+        None,
+    ]
+    bad += [Image.new("I;16", (8, 8)), Image.new("RGB", (0, 8)), tmp_path, tmp_path / "broken.jpg"]
+    for picture in bad:
+        with pytest.raises(ValueError, match="is no picture|no pixels|8 bits|not a picture"):
+            editor.edit(picture)
+
+
+def test_larger_pictures_are_scaled_down(folder, exported, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    editor = Editor(tmp_path / "copy", threads=1).use("oil")
+    assert editor.edit_size(4032, 3024) == (967, 725) and editor.edit_size(900, 700) == (900, 700)
+    for width, height in ((10**6, 3), (1, 10**6), (846, 845)):
+        inner = editor.edit_size(width, height)
+        assert np.prod([side + -side % 8 for side in inner]) <= 715541
+    editor.index["most pixels"] = 2048
+    large = Image.new("RGB", (120, 60), "teal")
+    small = editor.edit(large)
+    assert small.size == editor.edit_size(120, 60) == (64, 32)
+    by_hand = editor.edit(large.resize((64, 32), Image.Resampling.LANCZOS))
+    assert (np.asarray(small) == np.asarray(by_hand)).all()
+    assert editor.edit(large, full_size=True).size == (120, 60)
+    assert editor.edit(np.asarray(large), full_size=True).shape == (60, 120, 3)
+    fixed = Merged(exported / "oil.onnx", threads=1)
+    assert fixed.edit(large).size == (32, 16) and fixed.edit(large.crop((0, 0, 20, 9))).size == (
+        20,
+        9,
+    )
 
 
 def test_each_file_equals_its_generator(exported, adapted):
@@ -391,6 +481,26 @@ def test_film_is_the_norms_own_scale_and_shift(exported):
     assert normed and not any(node.op_type == "Mul" and normed & {*node.input} for node in nodes)
 
 
+def test_other_runtimes_take_the_graph(exported, dynamic):
+    """pnnx (ncnn) loses the axes of reductions; OpenCV crashes on GELU as PyTorch exports it."""
+    for path in (exported / "oil.onnx", dynamic / "oil.onnx"):
+        kinds = [node.op_type for node in onnx.load(path).graph.node]
+        assert not [kind for kind in kinds if kind.startswith("Reduce")]
+        gelu = kinds.index("Erf")
+        assert kinds[gelu - 1 : gelu + 4] == ["Div", "Erf", "Add", "Mul", "Mul"]
+    cv2 = pytest.importorskip("cv2")
+    photo = np.random.default_rng(0).integers(0, 256, (1, 40, 48, 3), dtype=np.uint8)
+    network = cv2.dnn.readNetFromONNX(str(dynamic / "oil.onnx"))
+    network.setInput(photo)
+    difference = network.forward().astype(int) - run_file(dynamic / "oil.onnx", torch.tensor(photo))
+    assert np.abs(difference).max() <= 1
+    photo = np.random.default_rng(0).uniform(-1, 1, (1, 3, SIZE, SIZE)).astype(np.float32)
+    network = cv2.dnn.readNetFromONNX(str(exported / "night.onnx"))
+    network.setInput(photo)
+    difference = network.forward() - run_file(exported / "night.onnx", torch.tensor(photo))
+    assert np.abs(difference).max() < 1e-4
+
+
 def test_beyond_tolerance_nothing_is_written(world, load_stage, monkeypatch):
     stage = load_stage("06")
     flags = flags_of(world, f"--merged {BASE} --precision int8 --out W/missed")
@@ -433,7 +543,7 @@ def test_apply_pictures_of_any_kind(folder, dynamic, exported, tmp_path):
     shutil.copy(exported / "oil.onnx", tmp_path / "fixed.onnx")
     shutil.copytree(folder, tmp_path / "all")
     models = "--model free.onnx --model fixed.onnx --model all --concept fog"
-    flags = f"{models} --apply photos --out out".split()
+    flags = f"{models} --apply photos --full-size --out out".split()
     run_python(script("06"), *flags, cwd=tmp_path)
     sizes = {"side.png": (30, 50), "deep/clear.png": (45, 21), "tiny.png": (3, 2)}
     sizes |= {"deep/side.gif.png": (17, 40), "deep/side.png.png": (16, 41)}
@@ -464,6 +574,12 @@ def test_bad_input(world, error_of, tmp_path):
     assert "does not exist" in ends(f"{BASE} --adapter W/none")
     assert "unknown concept 'haze'" in ends(f"{BASE} --adapter W/lora --concept haze")
     assert "another base" in ends(f"{PRUNED} --adapter W/lora")
+    shutil.copytree(world / "lora/fog", world / "twins/fog-again")
+    twins = ends(f"{BASE} --adapter W/lora --adapter W/twins")
+    assert "twins/fog-again/adapter.safetensors and" in twins and "both called 'fog'" in twins
+    (world / "bf16").mkdir()
+    write_bf16(world / "lora/night/adapter.safetensors", world / "bf16/adapter.safetensors")
+    assert "lora_A is BF16, not F16 or F32." in ends(f"{BASE} --adapter W/bf16")
     assert "flags of --merged" in ends(f"{BASE} --precision int8")
     assert "from 0 to 1.5" in ends(f"{BASE} --strength 2")
     data = (world / "base/generator.safetensors").read_bytes()
@@ -491,13 +607,94 @@ def test_bad_input_of_apply(world, folder, exported, dynamic, error_of, tmp_path
     broken.write_bytes(b"no picture")
     assert "broken.png is not a picture" in ends(file, tmp_path)
     assert "cannot run" in ends(broken, world / "photos")
-    (tmp_path / "huge").mkdir()
-    Image.new("L", (5000, 5000)).save(tmp_path / "huge/huge.png")
-    for model in (dynamic / "oil.onnx", folder):
-        assert "make it smaller" in ends(model, tmp_path / "huge")
+    assert "was not written by" in ends(folder / "base.onnx", world / "photos")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/index.json").write_text("{}")
     assert "cannot be used" in ends(tmp_path / "other", world / "photos")
+
+
+def test_bad_pictures_do_not_end_a_folder(folder, tmp_path, capsys):
+    """Nor do large ones, which are edited at a smaller size."""
+    shutil.copytree(folder, tmp_path / "model")
+    index = runs.read_json(tmp_path / "model/index.json")
+    runs.write_json(tmp_path / "model/index.json", index | {"most pixels": 2000})
+    picture(tmp_path / "trip/phone.jpg", 4032, 3024)
+    picture(tmp_path / "trip/day two/small.png", 40, 30)
+    (tmp_path / "trip/broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "trip/iphone.heic").write_bytes(b"nor this")
+    flags = f"--model {tmp_path}/model --concept oil --apply {tmp_path}/trip --out {tmp_path}/out"
+    for more, size in ([], (48, 36)), (["--full-size"], (4032, 3024)):
+        with pytest.raises(SystemExit) as stop:
+            run_main("06", *flags.split(), *more)
+        printed = capsys.readouterr()
+        assert stop.value.code == 1
+        assert "2 pictures, 1 edits of each" in printed.out
+        assert "1 larger than can be edited, scaled down: phone.jpg at 48x36" in printed.out
+        assert ("--full-size scales edits back" in printed.out) == (not more)
+        left_out = [line for line in printed.err.splitlines() if line.startswith("left out: ")]
+        assert "broken.jpg is not a picture" in left_out[0] and "iphone.heic is" in left_out[1]
+        assert len(left_out) == 2
+        assert Image.open(tmp_path / "out-applied/oil/phone.png").size == size
+        assert Image.open(tmp_path / "out-applied/oil/day two/small.png").size == (40, 30)
+
+
+def write_clip(path, av):
+    """Ten frames of 63 ms, which grow brighter, filmed with the phone on its side; and a tone."""
+    width, height = 64, 48
+    with av.open(path, "w") as file:
+        video = file.add_stream("libx264", rate=16)
+        video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+        sound = file.add_stream("aac", rate=44100, layout="mono")
+        for i in range(10):
+            frame = np.full((height, width, 3), 20 * i, np.uint8)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for i in range(27):
+            tone = np.sin(np.arange(1024, dtype=np.float32) / 10)[None]
+            samples = av.AudioFrame.from_ndarray(tone, format="fltp", layout="mono")
+            samples.sample_rate, samples.pts = 44100, 1024 * i
+            file.mux(sound.encode(samples))
+        file.mux(video.encode())
+        file.mux(sound.encode())
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, height << 16, 0, 1 << 30)
+    header, track = path.read_bytes().split(b"tkhd", 1)
+    path.write_bytes(header + b"tkhd" + track.replace(upright, turned, 1))
+
+
+def test_videos_keep_their_times_and_sound(folder, tmp_path, capsys):
+    av = pytest.importorskip("av")
+    write_clip(tmp_path / "clip.mp4", av)
+    flags = f"--model {folder} --concept oil --concept fog --apply {tmp_path}/clip.mp4"
+    run_main("06", *flags.split(), "--out", tmp_path / "out")
+    for name in ("oil", "fog"):
+        editor = Editor(folder, threads=1).use(name)
+        with (
+            av.open(tmp_path / "clip.mp4") as clip,
+            av.open(tmp_path / f"out-applied/{name}/clip.mp4") as made,
+        ):
+            assert made.streams.video[0].average_rate == 16
+            sound = [bytes(packet) for packet in clip.demux(audio=0)]
+            assert [bytes(packet) for packet in made.demux(audio=0)] == sound and len(sound) > 20
+            clip.seek(0), made.seek(0)
+            frames, edits = list(clip.decode(video=0)), list(made.decode(video=0))
+        assert [frame.time for frame in edits] == [frame.time for frame in frames]
+        assert len(edits) == 10 and (edits[0].width, edits[0].height) == (48, 64)
+        for frame, edit in zip(frames, edits, strict=True):
+            wanted = editor.edit(np.rot90(frame.to_ndarray(format="rgb24"), -1))
+            wanted = av.VideoFrame.from_ndarray(wanted, format="rgb24")
+            wanted = wanted.reformat(format="yuv420p", dst_colorspace="ITU709").to_ndarray()
+            assert np.abs(edit.to_ndarray().astype(int) - wanted).mean() < 6  # H.264 loses some
+
+
+def test_bad_input_of_videos(folder, load_stage, error_of, tmp_path, monkeypatch):
+    (tmp_path / "clip.mov").write_bytes(b"no video")
+    flags = ["--model", folder, "--apply", tmp_path / "clip.mov", "--out", tmp_path / "out"]
+    if load_stage("06").av:
+        assert "clip.mov cannot be edited" in error_of("06", *flags)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    line = error_of("06", *flags)
+    assert "pip install av" in line and line.count("ffmpeg -i") == 2
+    assert not list((tmp_path / "out-applied").rglob("*.*"))
 
 
 def test_bad_input_of_serve(folder, error_of, tmp_path, monkeypatch):
