@@ -18,6 +18,7 @@ Writes  runs/base/generator.safetensors     the last model, with the prompts' te
 
     python 03_train_base.py --demo
     python 03_train_base.py --pairs runs/pairs --clusters runs/clusters
+    python 03_train_base.py --init runs/base/generator.safetensors --epochs 50 --out runs/longer
     torchrun --nproc_per_node=8 03_train_base.py --batch 128    (of all processes together)
 """
 
@@ -34,6 +35,7 @@ import torch
 import common
 import dataset
 import training
+from runs import UserError
 
 # In few seconds, many small steps of a narrow network learn strokes, and few large ones do not.
 DEMO = {
@@ -58,10 +60,50 @@ def parse() -> argparse.Namespace:
     flag("--no-text", action="store_true", help="an e2gan without prompts, for one concept")
     flag("--blocks", help="the trunk's: rb,rb,tb,rb (e2gan's own), nine rb (resnet9's), ...")
     flag("--width", type=runs.count, default=64, help="channels of the first layer")
+    flag(
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="go on from this trained generator, in place of --arch, --blocks, --width, --no-text, "
+        "and from the discriminator beside it, if there is one; rates start anew",
+    )
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
     flag("--lr", type=runs.positive, default=2e-4, help="the generator's learning rate")
     flag("--eval-every", type=runs.count, default=5, help="epochs between evaluations")
     return parser.parse(DEMO)
+
+
+def new_networks(args, train, device) -> tuple[common.Generator, common.Discriminator]:
+    """An untrained generator that knows the concepts to train, and its discriminator."""
+    tokens, clip = None, ""
+    if args.arch == "e2gan" and not args.no_text:
+        tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
+    blocks = args.blocks.split(",") if args.blocks else None
+    generator = common.new_generator(
+        args.arch, args.width, train.size, train.concepts, tokens, clip, blocks
+    ).to(device)
+    return generator, common.new_discriminator(generator)
+
+
+def initial_networks(args, train, device) -> tuple[common.Generator, common.Discriminator]:
+    """The generator in the file --init, which is told the concepts to train in place of those that
+    it knew, and the discriminator beside it or, where there is none, a new one."""
+    generator = common.load_generator(args.init, device)
+    size = generator.config["size"]
+    if size != train.size:
+        raise UserError(f"{args.init} was trained at {size} pixels; here are {train.size}")
+    if generator.takes_text:
+        clip = generator.config["clip"]
+        tokens, _ = dataset.prompt_tokens(args.pairs, train.concepts, clip)
+    elif len(train.concepts) == 1:
+        tokens = [None]
+    else:
+        raise UserError(f"{args.init} takes no prompts: it learns one --concept")
+    generator.set_known_concepts(list(zip(train.concepts, tokens, strict=True)))
+    if args.init.with_name("discriminator.safetensors").exists():
+        return generator, common.base_discriminator(args.init, generator)
+    print(f"beside {args.init} is no discriminator.safetensors: a new one is trained")
+    return generator, common.new_discriminator(generator)
 
 
 def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[dict]]:
@@ -146,9 +188,10 @@ def add_wrong_prompts(rows: list[dict], generator, test) -> None:
 
 def size_row(generator, args) -> dict:
     """What the generator is, as columns of a table."""
+    arch = generator.config["arch"]
     return {
-        "arch": f"{args.arch} {args.blocks}" if args.blocks else args.arch,
-        "width": args.width,
+        "arch": f"{arch} {args.blocks}" if args.blocks and not args.init else arch,
+        "width": generator.config["width"],
         "size px": generator.config["size"],
         "parameters M": common.count_parameters(generator) / 1e6,
         "GMACs": common.count_macs(generator) / 1e9,
@@ -161,29 +204,30 @@ def main() -> None:
     concepts = dataset.chosen_concepts(args, "base")
     train = dataset.find_pairs(args.pairs, "train", concepts).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", concepts).cache(args.cache)
-    tokens, clip = None, ""
-    if args.arch == "e2gan" and not args.no_text:
-        tokens, clip = dataset.prompt_tokens(args.pairs, train.concepts)
+    make = initial_networks if args.init else new_networks
+    generator, discriminator = make(args, train, device)
+    arch = generator.config["arch"]
     args.l1 = training.l1_weight(args)
-    training.check_crop(args.crop, train.size, whole_only=args.arch == "unet256")
-    if args.arch == "unet256":
-        args.half_size = 0.0  # its innermost map is one pixel at the full size
-    blocks = args.blocks.split(",") if args.blocks else None
-    generator = common.new_generator(
-        args.arch, args.width, train.size, train.concepts, tokens, clip, blocks
-    ).to(device)
+    training.check_crop(args.crop, train.size, whole_only=arch == "unet256")
+    if arch == "unet256" or args.init:
+        # a U-Net's innermost map is one pixel at the full size; what is trained needs no such start
+        args.half_size = 0.0
 
-    settings = runs.settings_of(args, data=[train.data_hash, test.data_hash], clip=clip)
+    settings = runs.settings_of(
+        args,
+        init=generator.sha256 if args.init else None,
+        data=[train.data_hash, test.data_hash],
+        clip=generator.config.get("clip", ""),
+    )
     if runs.begin_run(args.out, settings, args.overwrite):
         return
-    discriminator = common.new_discriminator(generator)
     pace, rows = train_base(generator, discriminator, train, test, args)
     if runs.rank() > 0:
         return
     with_fid = args.fid == "auto"
     if with_fid or not rows:
         rows = training.evaluate(generator, test, with_fid)
-    if tokens and len(rows) > 1:
+    if generator.takes_text and len(rows) > 1:
         add_wrong_prompts(rows, generator, test)
     tables = {
         "Base generator": [{**size_row(generator, args), **pace}],

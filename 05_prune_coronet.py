@@ -820,11 +820,14 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
 def describe(folder: Path) -> str:
     """What a folder holds: the first names in it, and how many pictures are in folders."""
     names = []
-    for path in sorted(folder.glob("*"))[:8]:
+    paths = sorted(folder.glob("*"))
+    for path in paths[:8]:
         if path.is_dir():
             names.append(f"{path.name}/ ({len(list_below(path))} pictures)")
         else:
             names.append(path.name)
+    if len(paths) > 8:
+        names.append("...")
     return ", ".join(names) or "nothing"
 
 

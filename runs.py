@@ -379,7 +379,10 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     for key in sorted({*saved, *settings}):
         if saved.get(key) != settings.get(key):
             differ = f"other settings ({key} {saved.get(key)!r} there, {settings.get(key)!r} here)"
-            raise UserError(f"{out} holds a run with {differ}: give another --out or --overwrite")
+            advice = "give another --out or --overwrite"
+            if key in ("epochs", "steps") and "init" in settings:  # stage 3, whose rates fall to 0
+                advice += f"; to train longer, --init {out}/generator.safetensors --out another"
+            raise UserError(f"{out} holds a run with {differ}: {advice}")
     return names
 
 

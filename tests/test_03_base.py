@@ -1,6 +1,7 @@
 """Stage 3 on pairs that take seconds: it learns, tells prompts apart, stops where training
 collapses, and trains on two processes as on one, as does stage 5."""
 
+import shutil
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -56,6 +57,39 @@ def test_the_best_model_and_the_curve_are_kept(world):
         found = statistics.mean(training.error(row) for row in rows)
         assert found == pytest.approx(wanted, rel=1e-4)
     assert dataset.read_image(world / "base/curve.png").shape[1] > 100
+
+
+# ---- From a generator of one's own ---------------------------------------------------------------
+
+
+def test_init_goes_on_where_another_run_ended(world, error_of, tmp_path, capsys):
+    """A longer run in the same folder is refused, and the message names --init. Its first losses
+    are those that the other ended with, while those of a new network are larger."""
+    base = world / "base/generator.safetensors"
+    longer = f"{files(world)} {TRAIN} --epochs 26 --out {world}/base"
+    assert f"--init {base} --out another" in error_of("03", *longer.split())
+    small = f"{files(world)} {BASE} --arch resnet9 --width 64 --epochs 2 --save-every 1 --lr 1e-9"
+    first = {}
+    for name, more in (("on", f"--init {base}"), ("new", "--arch e2gan --width 8")):
+        run_main("03", *f"{small} {more} --lr-d 1e-9 --out {tmp_path}/{name}".split())
+        first[name] = read_log(tmp_path / name / "log.jsonl")[0]
+    assert first["on"]["L1"] < 0.6 * first["new"]["L1"]
+    assert first["on"]["D"] < 0.6 * first["new"]["D"]  # it knows real from fake, too
+    [row] = table(tmp_path / "on", "Base generator")
+    assert row["arch"] == "e2gan" and row["width"] == 8
+    settings = runs.read_json(tmp_path / "on/settings.json")
+    assert settings["init"] == runs.sha256(base) and settings["half_size"] == 0
+
+
+def test_init_learns_other_concepts_and_needs_no_discriminator(world, error_of, tmp_path, capsys):
+    shutil.copy(world / "base/generator.safetensors", tmp_path / "own.safetensors")
+    flags = f"{files(world)} {BASE} --epochs 1 --init {tmp_path}/own.safetensors"
+    run_main("03", *f"{flags} --concept dark --out {tmp_path}/dark".split())
+    assert "no discriminator.safetensors: a new one is trained" in capsys.readouterr().out
+    made = common.load_generator(tmp_path / "dark/generator.safetensors")
+    assert [concept["name"] for concept in made.config["concepts"]] == ["dark"]
+    line = error_of("03", *f"{flags} --init {tmp_path}/none --out {tmp_path}/x".split())
+    assert "none does not exist" in line
 
 
 # ---- Collapse ------------------------------------------------------------------------------------
