@@ -204,13 +204,27 @@ def add_latents(network: common.Network, start: str) -> None:
     common.add_hypernetwork(network, sources, trained=start == "weights")
 
 
-def soft_threshold(network: common.Network, target: Target, share: float) -> float:
+def latents_on_cpu(networks: dict[str, common.Network]) -> dict[str, Channels]:
+    """The latents of networks, by the networks' names. All in one copy: a GPU is waited for at
+    each."""
+    vectors = []
+    for network in networks.values():
+        vectors.extend(z.detach() for z in network.latents.values())
+    copies = iter(torch.cat(vectors).cpu().split([len(z) for z in vectors]))
+    found = {}
+    for name, network in networks.items():
+        found[name] = {group: next(copies) for group in network.latents}
+    return found
+
+
+def soft_threshold(
+    network: common.Network, target: Target, share: float, latents: Channels
+) -> float:
     """The proximal step of the l1 norm: z <- sign(z) max(|z| - threshold, 0). Returns the share of
-    the MACs that is left.
+    the MACs that is left. latents: those of the network, on the CPU.
 
     The paper's threshold is lambda * lr with a constant lambda. Here it is the smallest that brings
     the MACs to `share`, which falls linearly (a choice of ours: it meets any target)."""
-    latents = channel_scores(network, "coronet")
     threshold = target.threshold(latents, share, MAX_SHRINK)
     left = target.share(target.widths(latents, threshold))
     with torch.no_grad():
@@ -307,8 +321,8 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
     opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
     parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
     if searches:
-        latents = [z for name in targets for z in task.networks[name].latents.values()]
-        opt_z = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
+        vectors = [z for name in targets for z in task.networks[name].latents.values()]
+        opt_z = torch.optim.SGD(vectors, args.lr_z, momentum=0.9)
         parts["opt_z"] = opt_z
     loop = training.Loop(args, data, steps, parts, args.out, name="search", desc="search")
     task.distribute()
@@ -323,9 +337,10 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
             done = loop.step + 1
             # the MACs follow a straight line, which meets the target after nine tenths of the steps
             share = 1 - (1 - args.keep) * min(1.0, done / (0.9 * steps))
+            latents = latents_on_cpu({name: task.networks[name] for name in targets})
             left = {}
             for name, target in targets.items():
-                left[name] = soft_threshold(task.networks[name], target, share)
+                left[name] = soft_threshold(task.networks[name], target, share, latents[name])
             if max(left.values()) <= args.keep:
                 loop.finish()
             if loop.finished or done == steps or done % max(1, steps // 50) == 0:
