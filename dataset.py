@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import runs
@@ -246,6 +246,49 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
     return ((image.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+@functools.cache
+def letters_of(font: str) -> frozenset[int]:
+    """The Unicode numbers of all that a font's file can write."""
+    from matplotlib.ft2font import FT2Font  # a second, and no one else here needs it
+
+    with explain(f"{font} is no font"):
+        return frozenset(FT2Font(font).get_charmap())
+
+
+@functools.cache
+def font_with(text: str) -> str | None:
+    """The file of a font on this machine that can write a text; None if there is none."""
+    from matplotlib import font_manager
+
+    needed = {ord(letter) for letter in text if not letter.isspace()}
+    usual = font_manager.findfont("DejaVu Sans")  # matplotlib brings it
+    for font in (usual, *(entry.fname for entry in font_manager.fontManager.ttflist)):
+        if "LastResort" in font:  # matplotlib's, which writes boxes
+            continue
+        try:
+            if needed <= letters_of(font):
+                return font
+        except UserError:  # a broken font is passed over
+            continue
+    return None
+
+
+def writable(texts: Sequence[str]) -> list[str]:
+    """Labels as this machine can write them: instead of one whose letters no font has, the number
+    of that label among those that differ, counted from 1."""
+    numbers = {}
+    for text in texts:
+        numbers.setdefault(text, len(numbers) + 1)
+    return [text if text.isascii() or font_with(text) else str(numbers[text]) for text in texts]
+
+
+def label_font(text: str) -> ImageFont.FreeTypeFont:
+    """What picture_grid writes a label with."""
+    if text.isascii():
+        return ImageFont.load_default(13)
+    return ImageFont.truetype(font_with(text), 13)
+
+
 def picture_grid(
     rows: Iterable[Sequence[torch.Tensor | None]],
     columns: Sequence[str],
@@ -255,16 +298,18 @@ def picture_grid(
     """Rows of uint8 (3, H, W) pictures, each drawn `cell` pixels wide; None leaves a gap. Above
     each column stands its heading, left of each row its label."""
     rows = list(rows)
-    longest_label = max([0, *map(len, labels)])
-    left = 8 + 8 * longest_label
+    columns = writable(columns)
+    labels = writable(labels)
+    widths = [max(8 * len(label), label_font(label).getlength(label)) for label in labels]
+    left = 8 + math.ceil(max([0, *widths]))
     top = 22
     step = cell + 4
     sheet = Image.new("RGB", (left + len(columns) * step, top + len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
     for x, heading in enumerate(columns):
-        draw.text((left + x * step + 2, 5), heading, fill="black", font_size=13)
+        draw.text((left + x * step + 2, 5), heading, "black", label_font(heading))
     for y, (label, row) in enumerate(zip(labels, rows, strict=True)):
-        draw.text((4, top + y * step + cell // 2), label, fill="black", font_size=13)
+        draw.text((4, top + y * step + cell // 2), label, "black", label_font(label))
         for x, pixels in enumerate(row):
             if pixels is None:
                 continue

@@ -716,8 +716,11 @@ def write_curve(path: Path, rows: Sequence[dict]) -> None:
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, points) in zip(all_axes, panels.items(), strict=True):
         steps = [step for step, _ in points]
-        for line in points[0][1]:
-            axes.plot(steps, [lines[line] for _, lines in points], label=line)
+        names = list(points[0][1])
+        for name, label in zip(names, dataset.writable(names), strict=True):
+            axes.plot(steps, [lines[name] for _, lines in points], label=label)
         axes.set(title=title, xlabel="step", yscale="log" if title == "loss" else "linear")
-        axes.legend()
+        for text in axes.legend().get_texts():
+            if not text.get_text().isascii():
+                text.set_font(Path(dataset.font_with(text.get_text())))
     runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))

@@ -350,3 +350,29 @@ def test_a_console_without_the_letters_decides_nothing(tmp_path):
     process.stdout.read(10)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
+
+
+# ---- Labels that are not ASCII -------------------------------------------------------------------
+
+
+def sheet_of(*labels):
+    """A sheet of black pictures, its rows labelled so."""
+    pictures = [[torch.zeros(3, 8, 8, dtype=torch.uint8)] for _ in labels]
+    return dataset.picture_grid(pictures, [""], labels, cell=16).tobytes()
+
+
+def test_labels_are_letters_and_no_boxes():
+    """Boxes are all alike."""
+    assert sheet_of("\u0424\u043e\u0442\u043e") != sheet_of("\u0422\u0435\u043c\u0430")
+    assert sheet_of("\u00e9t\u00e9") != sheet_of("ete")
+
+
+def test_a_label_that_no_font_can_write_is_its_number(tmp_path, monkeypatch, recwarn):
+    nothing = "\U0001fbff\U000e0041"  # no font has it
+    assert dataset.font_with(nothing) is None
+    assert dataset.writable(["a", nothing, "a", nothing]) == ["a", "2", "a", "2"]
+    assert sheet_of("a", nothing) == sheet_of("a", "2")
+    rows = [{"step": 1, "PSNR dB": {"\u0424\u043e\u0442\u043e": 1.0, nothing: 2.0}}]
+    training.write_curve(tmp_path / "curve.png", rows)
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert dataset.read_image(tmp_path / "curve.png").shape[1] > 100
