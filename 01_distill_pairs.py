@@ -423,12 +423,11 @@ def load_pipeline(args, dtype: torch.dtype):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()  # switches the hub's off, too
     huggingface_hub.utils.enable_progress_bars()  # downloads take minutes
-    options = {"dtype": dtype}
+    if Path(args.teacher).is_file():
+        return load_single_file(args.teacher, args.teacher_config, dtype)
+    options = {"dtype": dtype, "use_safetensors": True}
     if args.no_safety_checker:
         options.update(safety_checker=None, requires_safety_checker=False)
-    if Path(args.teacher).is_file():
-        return load_single_file(args.teacher, args.teacher_config, options)
-    options["use_safetensors"] = True
     load = functools.partial(diffusers.DiffusionPipeline.from_pretrained, args.teacher, **options)
     cannot = f"--teacher {args.teacher} cannot be loaded"
     try:
@@ -440,9 +439,10 @@ def load_pipeline(args, dtype: torch.dtype):
         return load(variant="fp16")
 
 
-def load_single_file(file: str, config: str | None, options: dict):
-    """A pipeline from one file, in the layout in which Stable Diffusion and others are published.
-    What it is made of stands in `config`, a pipeline's folder or hub id; without it, on the hub."""
+def load_single_file(file: str, config: str | None, dtype: torch.dtype):
+    """A pipeline from one file, in the layout in which Stable Diffusion and others are published;
+    without a safety checker. config: a pipeline's folder or hub id, which says how the weights go
+    together; None: the hub's model that they look like."""
     import diffusers
     from diffusers.loaders import single_file_utils
 
@@ -458,7 +458,7 @@ def load_single_file(file: str, config: str | None, options: dict):
     with runs.explain(f"--teacher {file} cannot be loaded{hint}"):
         about = diffusers.DiffusionPipeline.load_config(config)
         pipeline = getattr(diffusers, about["_class_name"])
-        return pipeline.from_single_file(file, config=config, **options)
+        return pipeline.from_single_file(file, config=config, dtype=dtype)
 
 
 def photo_editor(pipe):
@@ -515,6 +515,9 @@ def call_options(pipe, args) -> dict:
     """What every call of a pipeline is given beside photos, prompts and noise. UserError if it does
     not take what --arguments names."""
     takes = inspect.signature(pipe.__call__).parameters
+    ours = {"image", "prompt", "generator", "output_type"} & args.arguments.keys()
+    if ours:
+        raise UserError(f"--arguments: {', '.join(sorted(ours))} is given by the stage itself")
     refused = {"image", "prompt", *args.arguments} - takes.keys()
     if refused:
         known = ", ".join(sorted(takes))

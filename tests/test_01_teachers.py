@@ -78,6 +78,8 @@ def test_text_to_image_checkpoint_edits_image_to_image(here, refusal, edit, tmp_
     assert "'num_inference_steps': 10" in line and "'num_inference_steps': 9" in line
     line = refusal(*edit("text_to_image", tmp_path / "a", "--arguments", '{"colour": 1}'))
     assert "Img2ImgPipeline does not take colour; it takes" in line and "guidance_scale" in line
+    line = refusal(*edit("text_to_image", tmp_path / "a", "--arguments", '{"prompt": "x"}'))
+    assert "--arguments: prompt is given by the stage itself" in line
     assert not (tmp_path / "a").exists()
 
 

@@ -293,7 +293,7 @@ def test_damaged_loras_and_checkpoints(load_stage, editor, tmp_path, seed):
         (tmp_path / "d.safetensors").write_bytes(damaged(data, seed))
         ends_well(lambda: stage.add_loras(pipe, [stage.read_lora(str(tmp_path / "d.safetensors"))]))
         pipe.unload_lora_weights()
-    refused(stage.load_single_file, str(tmp_path / "d.safetensors"), str(editor), {})
+    refused(stage.load_single_file, str(tmp_path / "d.safetensors"), str(editor), torch.float32)
 
 
 # ---- JSON of the wrong form, names, whole stages -------------------------------------------------
