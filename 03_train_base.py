@@ -69,7 +69,7 @@ def parse() -> argparse.Namespace:
     )
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
     flag("--lr", type=runs.positive, default=2e-4, help="the generator's learning rate")
-    flag("--eval-every", type=runs.count, default=5, help="epochs between evaluations")
+    flag("--eval-every", type=runs.count, default=5, help="epochs between evaluations, at least")
     return parser.parse(DEMO)
 
 
@@ -119,6 +119,12 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, args.out, half_size_steps=halved)
     judged = []
+
+    def is_due(step: int) -> bool:
+        return step == steps or step % steps_between_evaluations(train, test, args) == 0
+
+    if loop.step and is_due(loop.step) and not is_judged(loop):  # it was stopped before that
+        judged = judge_and_save(loop, generator, test, args.out)
     generator.train()
     for photo, edit, concept in loop:
         training.set_lr(opt_g, args.lr, loop.step, steps)
@@ -150,29 +156,45 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         training.descend(loss_g, opt_g)
         discriminator.requires_grad_(True)
 
-        done = loop.step + 1
-        judge = done == steps or done % (args.eval_every * steps_per_epoch) == 0
+        judge = is_due(loop.step + 1)
         if loop.record({"G": loss_g, "D": loss_d, **losses}, save=judge):
-            if judge:
-                judged = judge_and_save(loop, generator, test, args.out)
-                generator.train()
             common.save_network(args.out / "generator.safetensors", generator)
             common.save_network(args.out / "discriminator.safetensors", discriminator)
-            loop.save()
+            loop.save()  # before judging, which may be stopped
+        if judge:
+            judged = judge_and_save(loop, generator, test, args.out)
+            generator.train()
     return loop.pace(), judged
+
+
+def steps_between_evaluations(train, test, args) -> int:
+    """--eval-every in steps, or more: the pictures trained on in between are at least ten times
+    those that an evaluation looks at. As one of these costs no more than one trained on, evaluating
+    then takes a tenth of the run at most."""
+    steps = args.eval_every * dataset.steps_per_epoch(train.counts, args.batch)
+    return max(steps, math.ceil(10 * sum(test.counts) / args.batch))
+
+
+def is_judged(loop) -> bool:
+    """Whether the log holds the measures of the present step."""
+    return any("error" in row for row in loop.rows if row["step"] == loop.step)
 
 
 def judge_and_save(loop, generator, test, out: Path) -> list[dict]:
     """Measures the generator on the held-out photos: rows of the log, a picture in samples/, and
-    best.safetensors if its mean error is the least so far. Leaves it in eval mode."""
+    best.safetensors if its mean error is the least so far. All processes measure, the first writes.
+    Leaves the generator in eval mode."""
     earlier = [statistics.mean(row["error"].values()) for row in loop.rows if "error" in row]
-    rows = training.evaluate(generator, test)
+    rows = training.evaluate_together(generator, test, loop=loop)
+    if runs.rank() > 0:
+        return rows
     errors = {row["concept"]: training.error(row) for row in rows}
     loop.log({"PSNR dB": {row["concept"]: row["PSNR dB"] for row in rows}, "error": errors})
     if statistics.mean(errors.values()) <= min(earlier, default=math.inf):
         common.save_network(out / "best.safetensors", generator)
     picture = training.progress_picture(generator, test)
     runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
+    loop.save()
     return rows
 
 
@@ -222,11 +244,11 @@ def main() -> None:
     if runs.begin_run(args.out, settings, args.overwrite):
         return
     pace, rows = train_base(generator, discriminator, train, test, args)
-    if runs.rank() > 0:
-        return
     with_fid = args.fid == "auto"
     if with_fid or not rows:
-        rows = training.evaluate(generator, test, with_fid)
+        rows = training.evaluate_together(generator, test, with_fid)
+    if runs.rank() > 0:
+        return
     if generator.takes_text and len(rows) > 1:
         add_wrong_prompts(rows, generator, test)
     tables = {

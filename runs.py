@@ -202,6 +202,15 @@ def hash_from_first(digits: str) -> str:
     return "".join(f"{int(number):x}" for number in average(mine))
 
 
+def gather(value: object) -> list:
+    """What each process gives, in the order of their ranks; told to all."""
+    values = [value]
+    if world() > 1:
+        values = [None] * world()
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Returns when all processes have come here."""
     from_first(0.0)

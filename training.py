@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -261,6 +262,8 @@ class Loop:
         self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
         self.parts = {**parts, "losses": self.losses}
         self.seconds = 0.0  # spent in steps, not in judging and saving
+        self.waited = 0.0  # of these, for pictures
+        self.signals: list[int] = []  # that came while steps were taken, and wait
         self.step, self.finished, self.rows = 0, False, []
         self.state_file = out / f"{self.prefix}state.safetensors" if out else None
         if out and self.state_file.exists():
@@ -274,9 +277,10 @@ class Loop:
             args.batch, left, args.seed, self.device, args.crop, flip=not args.no_flip
         )
         self.bar = tqdm(desc=self.desc, initial=self.step, total=self.steps, disable=rank() > 0)
-        with deferred_signals() as signals, self.bar:
-            self.step_began = time.time()
+        with deferred_signals() as self.signals, self.bar:
+            self.step_began = waits_since = time.time()
             for batch in batches:
+                self.waited += time.time() - waits_since
                 torch.manual_seed((args.seed * 1_000_003 + self.step) * world() + rank())
                 if self.step < self.half_size_steps:
                     *pictures, concept = batch
@@ -284,12 +288,17 @@ class Loop:
                 yield batch
                 self.bar.update()
                 self.step_began = time.time()
-                if any_process(bool(signals)):
+                if self.asked_to_stop():
                     self.save()
                     barrier()  # no process ends before the first has saved
                     raise KeyboardInterrupt
                 if self.finished:
                     break
+                waits_since = time.time()
+
+    def asked_to_stop(self) -> bool:
+        """Whether a process has had a signal. All ask together."""
+        return any_process(bool(self.signals))
 
     def finish(self) -> None:
         """Makes the present step the last."""
@@ -347,8 +356,23 @@ class Loop:
             "steps": self.step,
             "batch": self.args.batch,
             "training s": None if self.first_step else self.seconds,
+            "waited for pictures s": None if self.first_step else self.waited,
+            "peak memory GB": peak_memory(self.device),
             "images/s": steps * self.args.batch / self.seconds if self.seconds else None,
         }
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The most GB that this process has used: of a CUDA device's memory, else of the machine's,
+    among it what is mapped of the pictures. None where the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @contextlib.contextmanager
@@ -533,12 +557,11 @@ def mean_psnr(fakes: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def mean_perceptual(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float:
-    """Mean perceptual_distance of uint8 pictures (N, 3, H, W), computed on the device."""
+def mean_perceptual(fakes: torch.Tensor, truth: torch.Tensor) -> float:
+    """Mean perceptual_distance of uint8 pictures (N, 3, H, W)."""
     distances = []
     for part in zip(fakes.split(8), truth.split(8), strict=True):
-        fake, wanted = (dataset.to_float(pictures.to(device)) for pictures in part)
-        distances.append(perceptual_distance(fake, wanted))
+        distances.append(perceptual_distance(*map(dataset.to_float, part)))
     return torch.cat(distances).mean().item()
 
 
@@ -557,17 +580,17 @@ def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor
     return torch.cat(edits)
 
 
-def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor, device=None) -> dict:
-    """Compares a network's edits (fakes) with the teacher's (edits), uint8 (N, 3, H, W) each: mean
-    PSNR in dB, mean absolute error (0..255), perceptual distance, SWD. "photo unchanged dB" is the
-    PSNR of doing nothing."""
+def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor) -> dict:
+    """Compares a network's edits (fakes) with the teacher's (edits), uint8 (N, 3, H, W) each, on
+    the device where they are: mean PSNR in dB, mean absolute error (0..255), perceptual distance,
+    SWD. "photo unchanged dB" is the PSNR of doing nothing."""
     parts = zip(fakes.split(32), edits.split(32), strict=True)
     absolute = sum((fake.short() - edit).abs().sum().item() for fake, edit in parts)
     return {
         "PSNR dB": mean_psnr(fakes, edits),
         "photo unchanged dB": mean_psnr(photos, edits),
         "L1 (0-255)": absolute / fakes.numel(),
-        "perceptual": mean_perceptual(fakes, edits, device or torch.device("cpu")),
+        "perceptual": mean_perceptual(fakes, edits),
         **swd(fakes, edits),
     }
 
@@ -584,16 +607,36 @@ def error(row: dict) -> float:
 def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
     """A row of measures per concept of `pairs` and, if asked for, FID to the teacher's edits. The
     generator is left in eval mode."""
+    return [evaluate_concept(generator, pairs, c, with_fid) for c in range(len(pairs.concepts))]
+
+
+def evaluate_together(
+    generator: common.Generator, pairs: Pairs, with_fid: bool = False, loop: Loop | None = None
+) -> list[dict]:
+    """What `evaluate` returns, in all processes, which share out the concepts. Between concepts
+    they look whether the loop that they are in was asked to stop: KeyboardInterrupt then."""
+    mine = []
+    for first in range(0, len(pairs.concepts), world()):
+        c = first + rank()
+        if c < len(pairs.concepts):
+            mine.append((c, evaluate_concept(generator, pairs, c, with_fid)))
+        if loop and loop.asked_to_stop():
+            raise KeyboardInterrupt
+    everyones = runs.gather(mine)
+    return [row for _, row in sorted(itertools.chain(*everyones), key=lambda pair: pair[0])]
+
+
+def evaluate_concept(generator: common.Generator, pairs: Pairs, c: int, with_fid: bool) -> dict:
+    """evaluate for concept number c."""
     generator.eval()
     device = next(generator.parameters()).device
-    rows = []
-    for c, concept in enumerate(pairs.concepts):
-        photos, edits = pairs.pictures(c)
-        fakes = run_generator(generator, photos, generator.concept_index(concept["name"]))
-        rows.append({"concept": concept["name"], **measure(fakes, photos, edits, device)})
-        if with_fid:
-            rows[-1]["FID"] = fid(fakes, edits, device)
-    return rows
+    name = pairs.concepts[c]["name"]
+    photos, edits = pairs.pictures(c)
+    fakes = run_generator(generator, photos, generator.concept_index(name))
+    row = {"concept": name, **measure(fakes.to(device), photos.to(device), edits.to(device))}
+    if with_fid:
+        row["FID"] = fid(fakes, edits, device)
+    return row
 
 
 BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
@@ -620,8 +663,12 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
         mean = both[1].mean((0, 2), keepdim=True)
         std = both[1].std((0, 2), keepdim=True).clamp(min=1e-6)
         directions = F.normalize(torch.randn(3 * 49, PROJECTIONS, generator=rng), dim=0)
+        directions = directions.to(both.device)
         projections = directions.T @ ((both - mean) / std).flatten(2).mT  # (2, PROJECTIONS, ...)
-        fake, true = np.sort(projections.numpy())  # five times as fast as torch's
+        if both.device.type == "cpu":
+            fake, true = np.sort(projections.numpy())  # five times as fast as torch's
+        else:
+            fake, true = projections.sort().values.cpu().numpy()
         distances[f"SWD {fakes.shape[-1] >> k}"] = 1000 * float(np.abs(fake - true).mean())
     return distances
 
@@ -629,7 +676,7 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 def laplacian_pyramid(x: torch.Tensor, levels: int) -> list[torch.Tensor]:
     """Pictures (B, 3, H, W) as bands of details, each half as large as the one before; the last is
     what is left."""
-    blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1)  # (3, 1, 5, 5)
+    blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1).to(x.device)  # (3, 1, 5, 5)
     bands = []
     for _ in range(levels - 1):
         smaller = F.conv2d(F.pad(x, (2,) * 4, "reflect"), blur, stride=2, groups=3)

@@ -1,6 +1,7 @@
 """What the stages cost, measured: each name prints one Markdown table.
 All are for the machine at hand, and want nothing beside them.
 
+    python tests/bench.py busy        a step of stage 3 beside processes that are never idle
     python tests/bench.py distill     stage 1's own time beside a diffusion pipeline's; its memory
     python tests/bench.py speedrun    seconds to a quality, of stages 3, 4, 5 and of plain pix2pix
     python tests/bench.py prune       time and memory of a search step of stage 5
@@ -245,6 +246,119 @@ def pix2pix(args, seed: int) -> dict:
     return measured
 
 
+# ---- Beside other work ---------------------------------------------------------------------------
+
+WAYS_TO_WAIT = {"spinning": None, "asleep": "PASSIVE"}  # OMP_WAIT_POLICY; None is OpenMP's default
+
+
+def bench_busy(args) -> tuple[str, list[dict]]:
+    """A step of stage 3 (e2gan, its defaults, but --batch) beside 0, 1 and 4 processes that are
+    never idle, with one thread and with --threads that wait spinning or asleep. The ways take
+    turns of two seconds: mean ms a step of each one's best turn of --rounds, and as a share of the
+    best way's that had the machine to itself."""
+    ways = {"1 thread": (1, None)}
+    for name, policy in WAYS_TO_WAIT.items():
+        ways[f"{args.threads} threads, {name}"] = (args.threads, policy)
+    rows = []
+    for width in (16, 32, 64):
+        for size in (128, 256):
+            steppers = {}
+            for name, (threads, policy) in ways.items():
+                steppers[name] = Stepper(width, size, args.batch, threads, policy)
+            quiet = None
+            for others in (0, 1, 4):
+                ms = best_turns(steppers, others, args.rounds)
+                quiet = quiet or min(ms.values())
+                row = {"width": width, "pixels": size, "beside": others}
+                for name in ways:
+                    row |= {f"{name}, ms": ms[name], f"{name}, x": ms[name] / quiet}
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
+            for stepper in steppers.values():
+                stepper.end()
+    return f"A step of stage 3 beside other processes, {os.cpu_count()} cores", rows
+
+
+class Stepper:
+    """Stage 3 in a process of its own, which takes steps for a while when it is told to."""
+
+    def __init__(self, width: int, size: int, batch: int, threads: int, policy: str | None):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, width, size, batch, threads)
+        self.process = context.Process(target=take_steps, args=arguments, daemon=True)
+        before = os.environ.pop("OMP_WAIT_POLICY", None)  # the new process inherits these
+        if policy:
+            os.environ["OMP_WAIT_POLICY"] = policy
+        self.process.start()
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        if before:
+            os.environ["OMP_WAIT_POLICY"] = before
+        self.pipe.recv()
+
+    def turn(self, seconds: float) -> float:
+        """Mean ms of the steps of so many seconds, at least three."""
+        self.pipe.send(seconds)
+        return self.pipe.recv()
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def take_steps(pipe, width: int, size: int, batch: int, threads: int) -> None:
+    """Stage 3's own training, whose batches come when they are asked for."""
+    torch.set_num_threads(threads)
+    training.tqdm = functools.partial(tqdm, disable=True)
+    stage = load_stage("03")
+    photo, edit = torch.rand(2, batch, 3, size, size) * 2 - 1
+    concept = torch.zeros(batch, dtype=torch.long)
+
+    def batches(*_, **__):
+        yield photo, edit, concept  # warms up
+        yield photo, edit, concept
+        pipe.send("ready")
+        while True:
+            seconds = pipe.recv()
+            times = []
+            while sum(times) < seconds or len(times) < 3:
+                start = time.perf_counter()
+                yield photo, edit, concept
+                times.append(time.perf_counter() - start)
+            pipe.send(1000 * statistics.mean(times))
+
+    data = argparse.Namespace(batches=batches, size=size, counts=[batch])
+    sys.argv = f"03 --width {width} --batch {batch} --half-size 0 --lr 1e-9 --steps 999999".split()
+    flags = stage.parse()
+    flags.l1, flags.out, flags.eval_every, flags.save_every = 10.0, None, 10**6, 10**6
+    torch.manual_seed(0)
+    generator = untrained("e2gan", width, size)
+    stage.train_base(generator, common.new_discriminator(generator), data, data, flags)
+
+
+def best_turns(steppers: dict[str, Stepper], others: int, rounds: int) -> dict[str, float]:
+    """Each stepper's least ms a step of some turns, beside so many other processes."""
+    context = multiprocessing.get_context("spawn")
+    busy = [context.Process(target=never_idle, daemon=True) for _ in range(others)]
+    for process in busy:
+        process.start()
+    if busy:
+        time.sleep(5)  # until they have started
+    turns = {name: [] for name in steppers}
+    for _ in range(rounds):
+        for name, stepper in steppers.items():
+            turns[name].append(stepper.turn(2.0))
+    for process in busy:
+        process.kill()
+        process.join()
+    return {name: min(found) for name, found in turns.items()}
+
+
+def never_idle() -> None:
+    while True:
+        pass
+
+
 # ---- Stage 5 -------------------------------------------------------------------------------------
 
 
@@ -362,7 +476,7 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
     return f"ONNX Runtime, {args.size} pixels, width {args.width}, {args.threads} threads", rows
 
 
-BENCHMARKS = {"distill": bench_distill, "speedrun": bench_speedrun}
+BENCHMARKS = {"distill": bench_distill, "busy": bench_busy, "speedrun": bench_speedrun}
 BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx}
 
 
@@ -372,12 +486,12 @@ def main() -> None:
     flag("name", choices=BENCHMARKS, help="what to measure")
     flag("--size", type=int, default=256, help="prune, onnx: pixels")
     flag("--width", type=int, default=64, help="prune, onnx: channels of the first layer")
-    flag("--batch", type=int, default=4, help="prune: pairs a step")
+    flag("--batch", type=int, default=4, help="prune, busy: pairs a step")
     flag("--device", default="auto", help="prune: as stage 5's")
     flag("--precision", default="auto", help="prune: as stage 5's")
-    flag("--rounds", type=int, default=3, help="prune: best of so many; speedrun: seeds")
+    flag("--rounds", type=int, default=3, help="prune, busy: best of so many; speedrun: seeds")
     flag("--generator", type=Path, action="append", help="onnx: a generator's file")
-    flag("--threads", type=int, default=2, help="onnx, speedrun: of a process")
+    flag("--threads", type=int, default=2, help="onnx, busy, speedrun: of a process")
     flag("--pairs", type=Path, default="runs/pairs", help="speedrun: stage 1's")
     flag("--base", type=Path, default="runs/base/generator.safetensors", help="speedrun: stage 3's")
     flag("--concept", default="starry", help="speedrun: the edit, new to --base")

@@ -1,7 +1,9 @@
 """Stage 3 on pairs that take seconds: it learns, tells prompts apart, stops where training
 collapses, and trains on two processes as on one, as does stage 5."""
 
+import os
 import shutil
+import signal
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -57,6 +59,41 @@ def test_the_best_model_and_the_curve_are_kept(world):
         found = statistics.mean(training.error(row) for row in rows)
         assert found == pytest.approx(wanted, rel=1e-4)
     assert dataset.read_image(world / "base/curve.png").shape[1] > 100
+
+
+def test_the_table_says_how_long_pictures_were_waited_for_and_what_memory_was_used(world):
+    [row] = table(world / "base", "Base generator")
+    assert 0 < row["waited for pictures s"] < row["training s"]
+    assert 0.1 < row["peak memory GB"] < 30
+
+
+def test_stopped_between_concepts_it_measures_again_when_continued(world, tmp_path, monkeypatch):
+    """And ends in the files of an undisturbed run."""
+    evaluate, measured = training.evaluate_concept, []
+
+    def and_stop(generator, pairs, c, with_fid):
+        measured.append(c)
+        os.kill(os.getpid(), signal.SIGTERM)  # heard when this concept is measured
+        return evaluate(generator, pairs, c, with_fid)
+
+    flags = f"{files(world)} {BASE} --epochs 4 --eval-every 1".split()
+    run_main("03", *flags, "--out", tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "evaluate_concept", and_stop)
+        run_main("03", *flags, "--out", tmp_path / "stopped")
+    assert measured == [0]
+    run_main("03", *flags, "--out", tmp_path / "stopped")
+    for name in ("generator.safetensors", "best.safetensors", "state.safetensors", "log.jsonl"):
+        whole, stopped = (tmp_path / run / name for run in ("whole", "stopped"))
+        assert whole.read_bytes() == stopped.read_bytes(), name
+
+
+def test_evaluations_are_a_tenth_of_the_run_at_most(load_stage):
+    """24 pairs and 10 held-out ones, 8 a step: three steps an epoch, at least 13 between."""
+    between = load_stage("03").steps_between_evaluations
+    train, test = Namespace(counts=[12, 12]), Namespace(counts=[5, 5])
+    steps = [between(train, test, Namespace(batch=8, eval_every=n)) for n in (1, 4, 5, 20)]
+    assert steps == [13, 13, 15, 60]
 
 
 # ---- From a generator of one's own ---------------------------------------------------------------
@@ -201,3 +238,7 @@ def test_two_processes_train_as_one(world, tmp_path, number):
     assert logs["one"]
     for one, two in zip(*logs.values(), strict=True):
         assert one == pytest.approx(two, rel=1e-3)
+    if number == "03":  # whose processes share out the concepts to measure
+        title = "Base concepts, held-out photos"
+        for one, two in zip(*(table(tmp_path / x, title) for x in ("one", "two")), strict=True):
+            assert one == pytest.approx(two, rel=0.02)
