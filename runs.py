@@ -402,7 +402,7 @@ def settings_of(args: argparse.Namespace, **more: object) -> dict:
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         has_paths = any(isinstance(each, Path) for each in values)
-        if name not in ("device", "overwrite", "demo", "fid") and not has_paths:
+        if name not in ("device", "overwrite", "demo", "fid", "tensorboard") and not has_paths:
             settings[name] = value
     return {**settings, **more}
 

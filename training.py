@@ -32,6 +32,8 @@ from dataset import Pairs
 from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
+CORES = torch.get_num_threads()  # PyTorch takes them all, unless OMP_NUM_THREADS says otherwise
+WORK_OF_A_THREAD = 2**19  # numbers of the first layer's output: width 32 at 128 pixels, one picture
 MAX_NORM = 500.0  # of gradients; those of ordinary steps were at most 360, in any stage
 
 
@@ -87,6 +89,11 @@ def add_flags(parser: runs.Parser) -> None:
         "downloaded",
     )
     flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
+    flag(
+        "--tensorboard",
+        action="store_true",
+        help="log.jsonl's numbers also for TensorBoard, in --out (pip install tensorboard)",
+    )
 
 
 def add_discriminator_flag(parser: runs.Parser) -> None:
@@ -159,6 +166,21 @@ def start(args) -> torch.device:
         distributed.init_process_group(backend, timeout=hours)
     torch.manual_seed(args.seed)
     return device
+
+
+def set_threads(network: nn.Module, batch: int, side: int) -> None:
+    """As many threads of the CPU as a step on it pays for; OMP_NUM_THREADS wins.
+
+    They meet at each of a thousand operators, which takes as long for small ones as for large ones.
+    A function of settings and machine alone, as it decides how sums are rounded.
+
+    network: whose first layer tells the work. batch, side: how many pictures this process has in a
+    step, and their height."""
+    first = next((x for x in network.modules() if isinstance(x, nn.Conv2d)), None)
+    if first is None or "OMP_NUM_THREADS" in os.environ:
+        return
+    work = batch * first.out_channels * side**2
+    torch.set_num_threads(min(CORES, max(1, work // WORK_OF_A_THREAD)))
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -259,6 +281,8 @@ class Loop:
         self.desc = desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
+        if self.device.type == "cpu":
+            set_threads(self.modules, args.batch // world(), args.crop or data.size)
         self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
         self.parts = {**parts, "losses": self.losses}
         self.seconds = 0.0  # spent in steps, not in judging and saving
@@ -269,6 +293,9 @@ class Loop:
         if out and self.state_file.exists():
             self.step, self.finished, self.rows = load_state(self.state_file, self.parts)
         self.first_step = self.step  # of this process; not 0 in a run that was continued
+        self.board = None
+        if out and args.tensorboard and rank() == 0:
+            self.board = open_tensorboard(out / f"{self.prefix}tensorboard", self.step)
 
     def __iter__(self) -> Iterator[tuple]:
         args = self.args
@@ -337,6 +364,13 @@ class Loop:
         """Adds a row to the log, under the present step: {"G": 9.1, "D": 0.2}, or a measure of each
         concept, {"PSNR dB": {"sketch": 16.2}}."""
         self.rows.append({"step": self.step, **row})
+        if not self.board:
+            return
+        for name, value in row.items():
+            values = value if isinstance(value, dict) else {"loss": value}
+            for line, number in values.items():
+                self.board.add_scalar(f"{name}/{line}", number, self.step)
+        self.board.flush()
 
     def save(self) -> None:
         """Writes log, curve and state, in the first process."""
@@ -360,6 +394,14 @@ class Loop:
             "peak memory GB": peak_memory(self.device),
             "images/s": steps * self.args.batch / self.seconds if self.seconds else None,
         }
+
+
+def open_tensorboard(folder: Path, step: int):
+    """TensorBoard's writer of a run that has done `step` steps: what was written of later ones, of
+    which no state was saved, is not shown."""
+    with explain("--tensorboard needs a package: pip install tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def peak_memory(device: torch.device) -> float | None:

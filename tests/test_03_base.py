@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -65,6 +66,31 @@ def test_the_table_says_how_long_pictures_were_waited_for_and_what_memory_was_us
     [row] = table(world / "base", "Base generator")
     assert 0 < row["waited for pictures s"] < row["training s"]
     assert 0.1 < row["peak memory GB"] < 30
+
+
+def test_tensorboard_shows_the_log(world, tmp_path, monkeypatch, error_of):
+    """Written by PyTorch, if TensorBoard is there; here by something that remembers."""
+    written = {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            assert purge_step == 1 and folder == tmp_path / "run/tensorboard"
+
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+        def flush(self):
+            pass
+
+    flags = f"{files(world)} {BASE} --epochs 2 --tensorboard --out {tmp_path}/run".split()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not to be imported
+    assert "pip install tensorboard" in error_of("03", *flags)
+    module = Namespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run_main("03", *flags)
+    losses, measures = read_log(tmp_path / "run/log.jsonl")
+    assert written["G/loss", 6] == losses["G"]
+    assert written["PSNR dB/dark", 6] == measures["PSNR dB"]["dark"]
 
 
 def test_stopped_between_concepts_it_measures_again_when_continued(world, tmp_path, monkeypatch):
@@ -171,7 +197,7 @@ def test_a_collapse_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 def test_the_first_steps_see_photo_and_edit_at_half_the_size(world, tmp_path):
     pairs = dataset.find_pairs(world / "pairs", "train", ["dark"]).cache(tmp_path)
-    args = Namespace(batch=2, crop=0, no_flip=False, seed=0, save_every=100)
+    args = Namespace(batch=2, crop=0, no_flip=False, seed=0, save_every=100, tensorboard=False)
     network = torch.nn.Linear(2, 2)
     loop = training.Loop(args, pairs, 3, {"g": network}, half_size_steps=2)
     seen = []
@@ -241,4 +267,5 @@ def test_two_processes_train_as_one(world, tmp_path, number):
     if number == "03":  # whose processes share out the concepts to measure
         title = "Base concepts, held-out photos"
         for one, two in zip(*(table(tmp_path / x, title) for x in ("one", "two")), strict=True):
+            assert one.pop("concept") == two.pop("concept")
             assert one == pytest.approx(two, rel=0.02)

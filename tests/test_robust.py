@@ -164,9 +164,9 @@ def stop_in_step_3(rank, out):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     meeting = f"file://{out}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    args = Namespace(batch=2, crop=0, seed=0, save_every=100, no_flip=False)
+    args = Namespace(batch=2, crop=0, seed=0, save_every=100, no_flip=False, tensorboard=False)
     network = torch.nn.Linear(2, 2)
-    data = Namespace(batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
+    data = Namespace(size=8, batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
     loop = training.Loop(args, data, 6, {"g": network}, out)
     try:
         for _ in loop:
@@ -261,6 +261,23 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise():
         printed = subprocess.run(command, env=env, text=True, capture_output=True).stderr
         policies = re.findall(r"OMP_WAIT_POLICY *= *'?(\w+)", printed)
         assert policies and set(policies) == {wanted}, printed
+
+
+@pytest.mark.parametrize(
+    ("width", "side", "batch", "threads"),
+    [(16, 128, 1, 1), (32, 128, 1, 1), (64, 128, 1, 2), (64, 256, 16, 4), (16, 32, 16, 1)],
+)
+def test_small_steps_take_fewer_threads(monkeypatch, width, side, batch, threads):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, width, 7))
+    monkeypatch.setattr(training, "CORES", 4)
+    before = torch.get_num_threads()
+    training.set_threads(network, batch, side)  # of a user who has chosen, as tests have
+    assert torch.get_num_threads() == before
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    training.set_threads(network, batch, side)
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == threads
 
 
 def test_stages_import_runs_before_torch():
