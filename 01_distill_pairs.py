@@ -24,6 +24,8 @@ Writes  runs/pairs/{train,test}/source/00000.png    a photo's square; <concept>/
     python 01_distill_pairs.py --images photos --concept sketch="turn it into a pencil sketch"
     python 01_distill_pairs.py --images photos --teacher styles --concept starry --concept wave
     python 01_distill_pairs.py --images faces --concept smile="make them smile"   (another set)
+    python 01_distill_pairs.py --images photos --teacher sd15.safetensors \\
+        --teacher-lora mine.safetensors:0.8 --concept mine="in my style"
     torchrun --nproc_per_node=8 01_distill_pairs.py --images photos --concepts concepts.json
 
 Two editors choose a size of their own. Both resize a square to a square, and so photo and edit stay
@@ -407,11 +409,13 @@ def pipeline_files(teacher: str) -> list[str]:
 
 def lacks_full_precision(files: list[str]) -> bool:
     """Whether a part of a pipeline, a subfolder, has weights as *.fp16.safetensors alone."""
-    is_half = {}  # {subfolder: of each of its weights' files}
+    parts, full_parts = set(), set()
     for path in map(Path, files):
         if path.suffix == ".safetensors":
-            is_half.setdefault(path.parent, []).append(".fp16" in path.suffixes)
-    return any(map(all, is_half.values()))
+            parts.add(path.parent)
+            if ".fp16" not in path.suffixes:
+                full_parts.add(path.parent)
+    return parts != full_parts
 
 
 def load_pipeline(args, dtype: torch.dtype):
@@ -573,32 +577,22 @@ def alone_as_in_a_batch(teacher: Teacher) -> Teacher:
     """The teacher, whose edits of a photo do not depend on the other photos in a call.
 
     Some pipelines take several images as the references of one edit (FLUX.2 klein), and some take
-    only one. So the last photo of the first batch is edited alone as well, with the same seed.
-    Where that fails or differs by more than rounding does, photos are edited one at a time from
-    there on, and a line says so. It costs one edit a run."""
-    one_at_a_time = None  # to be found out
+    only one. So the first batch is tried, at the cost of one edit more; where it is of no use,
+    photos are edited one at a time from there on, and a line says so."""
+    batches_work = None  # to be found out
 
     def checked(images, names, prompts, seeds):
-        nonlocal one_at_a_time
+        nonlocal batches_work
         if len(images) == 1:
             return teacher(images, names, prompts, seeds)
-        if one_at_a_time is None:
-            trouble = ""
-            try:
-                edits = teacher(images, names, prompts, seeds)
-            except UserError as error:
-                trouble = str(error)
-            [alone] = teacher(images[-1:], names[-1:], prompts[-1:], seeds[-1:])
-            if not trouble:
-                change = difference(edits[-1], alone)
-                if change > ROUNDING:
-                    trouble = f"an edit differs by {change:.0f} of 255 from the photo's edit alone"
-            one_at_a_time = bool(trouble)
-            if not one_at_a_time:
+        if batches_work is None:
+            edits, trouble = try_batch(teacher, images, names, prompts, seeds)
+            batches_work = not trouble
+            if batches_work:
                 return edits
             if rank() == 0:
                 tqdm.write(f"one photo at a time, slower than --batch {len(images)}: {trouble}")
-        if not one_at_a_time:
+        if batches_work:
             return teacher(images, names, prompts, seeds)
         edits = []
         for image, name, prompt, seed in zip(images, names, prompts, seeds, strict=True):
@@ -606,6 +600,22 @@ def alone_as_in_a_batch(teacher: Teacher) -> Teacher:
         return edits
 
     return checked
+
+
+def try_batch(teacher: Teacher, images, names, prompts, seeds) -> tuple[list[Image.Image], str]:
+    """A batch's edits, and "" or what is wrong with them: the last photo, edited alone with the
+    same seed, gives another edit. UserError if that photo cannot be edited alone either."""
+    edits, trouble = [], ""
+    try:
+        edits = teacher(images, names, prompts, seeds)
+    except UserError as error:
+        trouble = str(error)
+    [alone] = teacher(images[-1:], names[-1:], prompts[-1:], seeds[-1:])
+    if not trouble:
+        change = difference(edits[-1], alone)
+        if change > ROUNDING:
+            trouble = f"an edit differs by {change:.0f} of 255 from the photo's edit alone"
+    return edits, trouble
 
 
 def difference(a: Image.Image, b: Image.Image) -> float:
@@ -951,17 +961,19 @@ def parse() -> argparse.Namespace:
     )
     teacher = "hub id, folder, .safetensors file or `styles`"
     flag("--teacher", default="timbrooks/instruct-pix2pix", help=teacher)
+    config = "folder or hub id of the pipeline whose weights --teacher FILE.safetensors holds"
+    flag("--teacher-config", metavar="PIPELINE", help=f"{config} (default: a guess, on the hub)")
+    lora = "a LoRA for the pipeline, such as a style of your own; can be repeated"
+    flag("--teacher-lora", type=read_lora, action="append", metavar="FILE[:SCALE]", help=lora)
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    dtype = "of the pipeline's numbers; auto: float32 on a CPU, a half as long elsewhere"
+    flag("--teacher-dtype", choices=dtypes, default="auto", help=dtype)
+    checker = "leave out the pipeline's part that makes edits black"
+    flag("--no-safety-checker", action="store_true", help=checker)
     flag("--size", type=size, default=256, help="pixels per side, a multiple of 8")
     flag("--teacher-size", type=size, help="what the teacher was trained at (default: --size)")
     flag("--train", type=runs.count, default=1000, help="photos for training")
     flag("--test", type=runs.count, default=100, help="photos held out")
-    lora = "a LoRA for the pipeline, such as a style of your own; can be repeated"
-    flag("--teacher-lora", type=read_lora, action="append", metavar="FILE[:SCALE]", help=lora)
-    config = "of which --teacher FILE.safetensors is the weights: a folder or hub id"
-    flag("--teacher-config", metavar="PIPELINE", help=config)
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    flag("--teacher-dtype", choices=dtypes, default="auto", help="auto: what the device has")
-    flag("--no-safety-checker", action="store_true", help="for one that blackens good edits")
     flag("--steps", type=runs.count, help="of denoising (default: the pipeline's own)")
     flag("--arguments", type=json.loads, default="{}", help='JSON: {"image_guidance_scale": 1.5}')
     flag("--batch", type=runs.count, default=8, help="photos per call; edits do not depend on it")
