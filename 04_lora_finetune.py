@@ -253,9 +253,7 @@ def finetune(
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     ddp_generator = training.data_parallel(generator)
     ddp_discriminator = training.data_parallel(discriminator)
-    halved = 0
-    if args.mode == "scratch":
-        halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
+    halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, out, desc=name, half_size_steps=halved)
     generator.train()

@@ -125,13 +125,13 @@ def check_crop(crop: int, size: int, whole_only: bool = False) -> None:
 
 
 def add_half_size_flag(parser: runs.Parser) -> None:
-    """Stages 3 and 4, which train a generator from scratch."""
+    """Stages 3 and 4."""
     parser.add_argument(
         "--half-size",
         type=runs.number(float, 0, 1),
         default=0.4,
         help="share of the steps, the first ones, at half the pictures' size, where a step costs a "
-        "third (from scratch only)",
+        "third",
     )
 
 

@@ -1,0 +1,195 @@
+"""Makes tables of RESULTS.md anew: runs their commands, then prints them.
+
+    python tests/tables.py diffusion --data data    all claims on an edit of a diffusion model
+    python tests/tables.py keyframes --data data    a clip learned from ten of its frames
+
+What was run before is not run again, so a table that was interrupted goes on where it stopped.
+--data holds these folders; RESULTS.md says where they come from:
+    photos/                     photographs (BSDS500)
+    clips/photos/<name>/        frames of videos: autumn, watercolor
+    clips/edits/<name>/         the same frames, edited by a diffusion model, under equal names
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import dataset  # noqa: E402  (found by the line above)
+import runs  # noqa: E402
+import training  # noqa: E402
+
+SEEDS = (0, 1, 2)
+SMALL = "--batch 1 --fid off --save-every 1000000"
+RANDOM_CLIP = "--clip ViT-S-32:random"  # nothing is downloaded; the prompts need only differ
+
+
+def stage(number: str, flags: str) -> None:
+    """Runs a stage with one thread, and shows its command line. SystemExit if it fails."""
+    script = next(ROOT.glob(f"{number}_*.py"))
+    print(f"python {script.name} {flags}", file=sys.stderr, flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script), *shlex.split(flags)], env=environment)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def result(folder: Path) -> dict:
+    """All columns of the tables that a run with one concept left, in one row."""
+    row = {}
+    for rows in runs.read_json(folder / "result.json")["tables"].values():
+        for found in rows:
+            row.update(found)
+    return row
+
+
+def measured(name: str, folders: list[Path]) -> dict:
+    """A row of a table: means over the seeds' runs, PSNR and perceptual distance of each."""
+    found = [result(folder) for folder in folders]
+    row = {"network": name, "seeds": len(found)}
+    seconds = [run.get("training s") or run["search s"] + run["converge s"] for run in found]
+    row["seconds"] = f"{min(seconds):.0f} to {max(seconds):.0f}"
+    row["PSNR dB"] = ", ".join(f"{run['PSNR dB']:.2f}" for run in found)
+    row["perceptual"] = ", ".join(f"{run['perceptual']:.2f}" for run in found)
+    sizes = [key for key in found[0] if key.startswith("SWD ")]
+    row["SWD"] = " ".join(f"{statistics.mean(run[key] for run in found):.0f}" for key in sizes)
+    return row
+
+
+def diffusion(args) -> tuple[str, list[dict]]:
+    """The edit `watercolor`, 30 frames to learn from and 40 held out: from scratch, then by a base
+    that never saw it, of one diffusion edit and three painterly ones, each with photos of its
+    own."""
+    pairs = args.out / "pairs"
+    shared = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL}"
+    frames = f"--teacher {args.data / 'clips/edits'} {RANDOM_CLIP} --train 30 --test 40"
+    painted = "--concept popart --concept woodcut --concept crayon"
+    autumn = "--concept autumn='turn it into autumn'"
+    watercolor = "--concept watercolor='paint it in watercolors'"
+    photos = f"--images {args.data / 'photos'} --train 100 --test 40"
+    stage("01", f"{photos} --teacher styles {RANDOM_CLIP} {painted} --out {pairs}")
+    for name, concept in (("autumn", autumn), ("watercolor", watercolor)):
+        images = args.data / "clips/photos" / name
+        stage("01", f"--images {images} {frames} {concept} --out {pairs}")
+
+    ways = {}
+    for seed in SEEDS:
+        runs_of = args.out / f"seed{seed}"
+        base = runs_of / "base"
+        alone = runs_of / "alone"
+        flags = f"{shared} --seed {seed} --lr 1e-3"
+        width = "--width 16"
+        stage("03", f"{flags} {width} --concept autumn {painted} --steps 2400 --out {base}")
+        fresh = f"{flags} {width} --no-text --concept watercolor"
+        stage("03", f"{fresh} --steps 1050 --out {alone}")
+        stage("03", f"{fresh} --steps 330 --out {runs_of / 'short'}")
+        prune = f"--generator {alone / 'generator.safetensors'} --keep 0.25 --lr-search 2e-4"
+        phases = "--search-epochs 1 --epochs 3 --steps 840"
+        stage("05", f"{flags} {prune} {phases} --out {runs_of / 'pruned'}")
+
+        tune = f"{shared} --seed {seed} --base {base / 'generator.safetensors'}"
+        tune = f"{tune} --concept watercolor --steps 330"
+        adapter = "--lr 3e-3 --rank 8"
+        stage("04", f"{tune} {adapter} --samples all --out {runs_of / 'lora'}")
+        stage("04", f"{tune} {adapter} --samples random:10 --out {runs_of / 'lora10'}")
+        stage("04", f"{tune} --mode full --lr 1e-3 --samples all --out {runs_of / 'full'}")
+        names = {
+            "from scratch": alone,
+            "from scratch, as many steps as an adapter": runs_of / "short",
+            "adapter": runs_of / "lora/watercolor",
+            "adapter, ten of the frames": runs_of / "lora10/watercolor",
+            "all weights of the base": runs_of / "full/watercolor",
+            "from scratch, pruned to a quarter": runs_of / "pruned",
+        }
+        for name, folder in names.items():
+            ways.setdefault(name, []).append(folder)
+    return "watercolor", [measured(name, folders) for name, folders in ways.items()]
+
+
+def keyframes(args) -> tuple[str, list[dict]]:
+    """Each clip of `watercolor`: ten of its frames, evenly spread, are learned from scratch, then
+    all frames are edited by what was learned. PSNR on the frames between, and steadiness: how much
+    edits of frames that follow each other differ on average (0 to 255), beside the teacher's own
+    and the photos'."""
+    photos = args.data / "clips/photos/watercolor"
+    edits = args.data / "clips/edits/watercolor"
+    clips = {}
+    for path in sorted(photos.iterdir()):
+        clips.setdefault(path.stem.rstrip("0123456789").rstrip("_-"), []).append(path)
+    return "keyframes", [clip_row(args, name, paths, edits) for name, paths in clips.items()]
+
+
+def clip_row(args, name: str, paths: list[Path], edits: Path) -> dict:
+    """A row of keyframes: one clip, whose frames are `paths`, in order."""
+    here = args.out / name
+    keys = set(np.linspace(0, len(paths) - 1, 10).round().astype(int).tolist())
+    (here / "frames").mkdir(parents=True, exist_ok=True)
+    (here / "edits/look").mkdir(parents=True, exist_ok=True)
+    (here / "squares").mkdir(exist_ok=True)
+    truth = []
+    for i, path in enumerate(paths):
+        [edit] = edits.glob(f"{path.stem}.*")
+        shutil.copy(path, here / "frames")
+        if i in keys:
+            shutil.copy(edit, here / "edits/look")
+        dataset.read_square(path, 256).save(here / "squares" / f"{path.stem}.png")
+        truth.append(dataset.to_pixels(dataset.read_square(edit, 256)))
+    teacher = f"--teacher {here / 'edits'} --concept look='paint it in watercolors'"
+    pairs = here / "pairs"
+    split = "--train 9 --test 1"
+    stage("01", f"--images {here / 'frames'} {teacher} {RANDOM_CLIP} {split} --out {pairs}")
+    flags = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --lr 1e-3 --width 16"
+    network = here / "base"
+    stage("03", f"{flags} --no-text --concept look --steps {args.steps} --out {network}")
+    exported = here / "onnx"
+    file = network / "generator.safetensors"
+    stage("06", f"--pairs {pairs} --generator {file} --merged --dynamic --out {exported}")
+    apply = f"--model {exported} --concept look --apply {here / 'squares'}"
+    stage("06", f"{apply} --out {here / 'edited'}")
+    learned = [dataset.read_image(here / "edited" / f"{path.stem}.png") for path in paths]
+    between = [i for i in range(len(paths)) if i not in keys]
+    learned, truth = torch.stack(learned), torch.stack(truth)
+    originals = torch.stack([dataset.read_image(here / f"squares/{p.stem}.png") for p in paths])
+    return {
+        "clip": name,
+        "frames": len(paths),
+        "training s": result(network)["training s"],
+        "PSNR between dB": training.mean_psnr(learned[between], truth[between]),
+        "change, learned": change(learned),
+        "change, teacher": change(truth),
+        "change, photos": change(originals),
+    }
+
+
+def change(frames: torch.Tensor) -> float:
+    """Mean absolute difference (0 to 255) of frames (N, 3, H, W) that follow each other."""
+    return (frames[1:].float() - frames[:-1].float()).abs().mean().item()
+
+
+TABLES = {"diffusion": diffusion, "keyframes": keyframes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
+    flag = parser.add_argument
+    flag("name", choices=TABLES, help="which table")
+    flag("--data", type=Path, default="data", help="see above")
+    flag("--steps", type=int, default=1050, help="keyframes: of training")
+    flag("--out", type=Path, default="runs/tables", help="holds a folder for each table")
+    args = parser.parse_args()
+    args.out = args.out / args.name
+    print(runs.markdown(*TABLES[args.name](args)), flush=True)
+
+
+if __name__ == "__main__":
+    runs.run(main)
