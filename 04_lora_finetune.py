@@ -40,7 +40,14 @@ import dataset
 import training
 from runs import UserError
 
-DEMO = {"batch": 1, "steps": 64, "probe_steps": 60, "fid": "off", "save_every": 64}
+DEMO = {  # so few steps are too few for pictures of two sizes
+    "batch": 1,
+    "steps": 64,
+    "half_size": 0.0,
+    "probe_steps": 60,
+    "fid": "off",
+    "save_every": 64,
+}
 RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # --lr by --mode, where it was not given
 DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
 PAPER_RANKS = {  # the down- and upsamplings and the transformer block are the paper's
