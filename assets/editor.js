@@ -102,7 +102,7 @@ export class Editor {
   // Makes edit() draw in these styles. strengths is {name: strength}, of one style or several, each
   // from 0 to 1.5. A strength scales what an adapter changes in the weights; several changes add
   // up. Prompts are mixed in proportion to the strengths. A style of the base has a prompt alone,
-  // so its strength only counts beside another's.
+  // so that its strength counts only beside another's.
   async use(strengths) {
     const weights = this.base.data.slice(0); // a copy: what is handed to a worker is gone here
     const prompts = [];
@@ -113,6 +113,10 @@ export class Editor {
       }
       if (!(strength >= 0 && strength <= 1.5)) {
         throw Error(`${name}: a strength of ${strength} is not from 0 to 1.5.`);
+      }
+      const isAlone = Object.keys(strengths).length === 1;
+      if (isAlone && strength !== 1 && !concept.adapter) {
+        throw Error(`${name} is a style of the base: alone it has no strength but 1.`);
       }
       if (concept.adapter) {
         const adapter = await this.fetchAdapter(concept.adapter);
@@ -146,11 +150,7 @@ export class Editor {
     if (adapter.about.base !== this.index.files["base.safetensors"].sha256) {
       throw Error(`${file} belongs to another base.`);
     }
-    for (const name of Object.keys(adapter.about.ranks)) {
-      for (const tensor of [`${name}.lora_A`, `${name}.lora_B`]) {
-        adapter.checkIsFloat(tensor);
-      }
-    }
+    adapter.checkFloats();
     return adapter;
   }
 
@@ -312,7 +312,8 @@ function splitRows(numbers, count, width) {
 }
 
 // The mean of prompts, {strength, rows}, in proportion to their strengths. Shorter ones are filled
-// up with their mean row first, so that their mean, which FiLM reads, stays what it was.
+// up with their mean row first, so that their mean, which FiLM reads, stays what it was. editor.py
+// does the same.
 function mixPrompts(prompts) {
   const weighted = prompts.filter((prompt) => prompt.strength > 0);
   if (weighted.length < 2) {
@@ -375,13 +376,16 @@ class TensorFile {
     if (dtype === "BOOL") {
       return { shape, start, numbers: new Uint8Array(bytes) };
     }
-    throw Error(`${this.file}: ${name} is ${dtype}, not F16 or F32.`);
+    throw Error(`${this.file}: ${name} is ${dtype}, which this page does not read.`);
   }
 
-  checkIsFloat(name) {
-    const dtype = this.header[name]?.dtype;
-    if (dtype && dtype !== "F16" && dtype !== "F32") {
-      throw Error(`${this.file}: ${name} is ${dtype}, not F16 or F32.`);
+  // All of an adapter's tensors are floats that every reader can read.
+  checkFloats() {
+    const { __metadata__, ...tensors } = this.header;
+    for (const [name, { dtype }] of Object.entries(tensors)) {
+      if (dtype !== "F16" && dtype !== "F32") {
+        throw Error(`${this.file}: ${name} is ${dtype}, not F16 or F32.`);
+      }
     }
   }
 }

@@ -25,7 +25,8 @@ from assets.editor import Editor
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="apt-get install chromium")
-FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+CAMERAS = "--use-fake-device-for-media-stream=device-count=2"
+FLAGS = ["--no-sandbox", CAMERAS, "--use-fake-ui-for-media-stream"]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_styles_change_while_the_camera_runs(folder, page):
             old = page.locator("#speed").inner_text()
             page.wait_for_function("old => document.getElementById('speed').value !== old", arg=old)
 
-    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Camera", exact=True).click()
     assert page.evaluate("document.activeElement.id") == "camera"
     frames(3)
     for name in ("inverted", "cut"):
@@ -163,7 +164,7 @@ def test_styles_change_while_the_camera_runs(folder, page):
         frames(3)
     page.wait_for_function("document.getElementById('error').textContent.includes('damaged')")
     assert page.get_by_role("radio", name="inverted").is_checked()
-    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Camera", exact=True).click()
     page.get_by_role("radio", name="dark").check(force=True)  # of the camera's last picture
     wait(page)
     assert np.abs(shown(page) - made(folder, page, "dark")).max() > 1
@@ -204,8 +205,9 @@ def test_a_link_mixes_two_styles_and_their_share_is_a_slider(folder, page, addre
     page.get_by_label("Photo", exact=True).set_input_files(page.photo)
     page.wait_for_function("document.getElementById('before').height === 96")
     wait(page)
-    mixed = shown(page)
-    assert np.abs(mixed - made(folder, page, "dark")).max() > 1
+    photo = np.asarray(Image.open(page.photo))
+    mixed = Editor(folder).use({"inverted": 0.75 * 0.8, "dark": 0.25}).edit(photo).astype(int)
+    assert np.abs(shown(page) - mixed).max() <= 1 < np.abs(mixed - made(folder, page, "dark")).max()
     page.get_by_label("Share").fill("1")  # the second style alone
     wait(page)
     assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
@@ -246,7 +248,7 @@ def frame_size(page, video) -> list[int]:
 
 def test_on_a_phone_the_camera_mixes_two_styles_is_recorded_and_saved(page):
     assert page.get_by_role("button", name="Record").is_hidden()
-    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Camera", exact=True).click()
     page.get_by_label("Mix with").select_option("inverted")
     page.get_by_label("Share").fill("0.4")
     mixed = "The camera is edited: dark mixed with 40 % inverted."
@@ -265,12 +267,34 @@ def test_on_a_phone_the_camera_mixes_two_styles_is_recorded_and_saved(page):
         assert Image.open(download.value.path()).size == (640, 480)
         assert page.evaluate("document.getElementById('video').srcObject !== null") == is_live
         if is_live:
-            page.get_by_role("button", name="Camera").click()
+            page.get_by_role("button", name="Camera", exact=True).click()
             wait(page)
 
 
+def test_a_button_turns_to_the_other_camera(page):
+    page.evaluate("window.isOn = () => document.getElementById('video').srcObject !== null")
+    camera = "document.getElementById('video').srcObject.getTracks()[0].getSettings().deviceId"
+    page.get_by_role("button", name="Camera", exact=True).click()
+    page.get_by_role("button", name="Other camera").wait_for()
+    first = page.evaluate(camera)
+    page.get_by_role("button", name="Other camera").click()
+    page.wait_for_function(f"first => isOn() && {camera} !== first", arg=first)
+    assert page.get_by_role("alert").inner_text() == ""
+
+
+def test_a_front_camera_is_a_mirror(page):
+    [plain, mirrored] = page.evaluate("""async () => {
+        const { Editor } = await import("./editor.js");
+        const photo = document.getElementById("before");
+        const pixels = (isMirrored) => Editor.prototype.frame(photo, photo.width, isMirrored).data;
+        return [false, true].map((isMirrored) => Array.from(pixels(isMirrored)));
+    }""")
+    shape = (96, 128, 4)
+    assert (np.reshape(mirrored, shape) == np.reshape(plain, shape)[:, ::-1]).all()
+
+
 def test_the_end_of_the_camera_is_told_and_its_last_picture_stays(page):
-    page.get_by_role("button", name="Camera").click()
+    page.get_by_role("button", name="Camera", exact=True).click()
     page.get_by_role("button", name="Record").wait_for()
     page.evaluate("""() => {
         const [track] = document.getElementById("video").srcObject.getTracks();
@@ -282,13 +306,13 @@ def test_the_end_of_the_camera_is_told_and_its_last_picture_stays(page):
     assert page.evaluate("document.getElementById('before').height") == 96  # of 128 x 96
 
 
-@pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 800)])
+@pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 800), (1280, 600)])
 def test_all_buttons_are_on_the_screen_while_two_styles_are_mixed(page, width, height):
     page.set_viewport_size({"width": width, "height": height})
     page.get_by_label("Mix with").select_option("inverted")
-    page.get_by_role("button", name="Camera").click()
-    for name in ("Camera", "Save", "Record"):
-        button = page.get_by_role("button", name=name)
+    page.get_by_role("button", name="Camera", exact=True).click()
+    for name in ("Camera", "Save", "Record", "Other camera"):
+        button = page.get_by_role("button", name=name, exact=True)
         button.wait_for()
         box = button.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= width
