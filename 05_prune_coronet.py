@@ -345,7 +345,7 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
                 loop.finish()
             if loop.finished or done == steps or done % max(1, steps // 50) == 0:
                 percent = {name: 100 * part for name, part in left.items()}
-                loop.rows.append({"step": done, "MACs %": percent})
+                loop.log({"MACs %": percent}, done)
         if loop.record(losses):
             save_progress(loop, task, test, "search")
     if args.method != "uniform":
@@ -742,7 +742,8 @@ def find_sides(folder: Path, *splits: str) -> list[Path]:
     """The folders of A's and B's pictures, as SIDES names them, of the first split that has some;
     [] if none has. The split "" is A/ and B/ themselves."""
     for split, names in itertools.product(splits, SIDES):
-        sides = [folder / name.format(split) for name in names]
+        # of the split "", or "/A" would be a folder of its own
+        sides = [folder / name.format(split).strip("/") for name in names]
         if all(map(list_below, sides)):
             return sides
     return []

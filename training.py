@@ -360,16 +360,17 @@ class Loop:
         self.log(values)
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
-    def log(self, row: dict) -> None:
-        """Adds a row to the log, under the present step: {"G": 9.1, "D": 0.2}, or a measure of each
-        concept, {"PSNR dB": {"sketch": 16.2}}."""
-        self.rows.append({"step": self.step, **row})
+    def log(self, row: dict, step: int | None = None) -> None:
+        """Adds a row to the log, under the present step or the one given: {"G": 9.1, "D": 0.2}, or
+        a measure of each concept, {"PSNR dB": {"sketch": 16.2}}."""
+        step = self.step if step is None else step
+        self.rows.append({"step": step, **row})
         if not self.board:
             return
         for name, value in row.items():
             values = value if isinstance(value, dict) else {"loss": value}
             for line, number in values.items():
-                self.board.add_scalar(f"{name}/{line}", number, self.step)
+                self.board.add_scalar(f"{name}/{line}", number, step)
         self.board.flush()
 
     def save(self) -> None:

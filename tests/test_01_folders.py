@@ -144,13 +144,13 @@ def test_a_second_set_joins(here, tmp_path):
         photos = photos_of(pairs, tmp_path / "faces", split)
         assert photos["00001.png"] == shared[split] and len(photos) == count
         assert sorted(photos)[1:] == [f"{i:05}.png" for i in range(first, first + count - 1)]
-        assert dataset.edit_names(pairs, split, "dark") == sorted(photos)
+        assert dataset.edit_names(pairs, split, ["dark"]) == {"dark": sorted(photos)}
         for file, name in photos.items():
             found = pixels(pairs / split / "source" / file)
             wanted = dataset.read_square(tmp_path / "faces" / name, 32)
             assert psnr(found, wanted) > 98
             assert psnr((255 - found) // 3, pixels(pairs / split / "dark" / file)) > 50
-        files = dataset.edit_names(pairs, split, "source")
+        files = dataset.edit_names(pairs, split, ["source"])["source"]
         hashes[split] = source_hashes(pairs, split, files)
         assert len(hashes[split]) == len(files) == first + count - 1
     assert not hashes["train"] & hashes["test"]
@@ -161,10 +161,10 @@ def test_a_second_set_joins(here, tmp_path):
     assert "done already" in here("photos", "sketch")
 
     run_main("02", "--pairs", pairs, "--out", tmp_path / "clusters", "--base", 2, "--samples", 3)
+    edits = dataset.edit_names(pairs, "train", concepts)
     for concept in concepts:
         chosen = (tmp_path / f"clusters/samples/{concept}.txt").read_text().split()
-        assert len(chosen) == 3
-        assert {*chosen} <= {*dataset.edit_names(pairs, "train", concept)}
+        assert len(chosen) == 3 and {*chosen} <= {*edits[concept]}
     small = "--arch e2gan --width 8 --steps 2 --batch 4 --fid off --device cpu --perceptual 0"
     where = ("--pairs", pairs, "--clusters", tmp_path / "clusters", "--cache", cache)
     run_main("03", *small.split(), *where, "--out", tmp_path / "base")
