@@ -610,6 +610,11 @@ class Downloaded(dataset.Pictures):
     A subclass reads one by read(index), and forgets some by leave_out(indices). The cache holds
     black pictures in their place and, beside it, a list that says what is wrong with them."""
 
+    def __init__(self, files: list[Path], size: int, concepts: list[dict], *indices, about: object):
+        """HEIC files are decoded anew once their package is installed, as `about` changes then."""
+        heic = any(path.suffix.lower() in dataset.HEIC for path in files) and dataset.reads_heic()
+        super().__init__(files, size, concepts, *indices, about=[about, heic])
+
     def load(self, index: int) -> torch.Tensor:
         try:
             return dataset.to_pixels(self.read(index))
@@ -654,7 +659,7 @@ class SideBySide(DownloadedPairs):
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
         indices = torch.arange(2 * len(files)).view(2, -1).T
-        super().__init__([*files, *files], size, concepts, [indices], direction)
+        super().__init__([*files, *files], size, concepts, [indices], about=direction)
         self.direction = direction
 
     def read(self, index: int) -> Image.Image:
@@ -673,7 +678,7 @@ class TwoFolders(DownloadedPairs):
     def __init__(self, pairs: list[tuple[Path, Path]], size: int, concepts: list[dict]):
         photos, edits = zip(*pairs, strict=True)
         indices = torch.arange(2 * len(pairs)).view(2, -1).T
-        super().__init__([*photos, *edits], size, concepts, [indices], "two folders")
+        super().__init__([*photos, *edits], size, concepts, [indices], about="two folders")
 
     def read(self, index: int) -> Image.Image:
         count = len(self.files) // 2
@@ -689,7 +694,7 @@ class Sets(Downloaded):
 
     def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
         lengths = [len(files) for files in sets]
-        super().__init__([*itertools.chain(*sets)], size, concepts, lengths)
+        super().__init__([*itertools.chain(*sets)], size, concepts, about=lengths)
         self.paired = paired
         self.indices = list(torch.arange(sum(lengths)).split(lengths))  # of each set's pictures
 

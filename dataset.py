@@ -41,6 +41,7 @@ warnings.filterwarnings("ignore", module="PIL")
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".jp2", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".tga")
+HEIC = (".heic", ".heif")
 
 
 # What file servers and packers leave beside people's photos: thumbnails, deleted files.
@@ -103,6 +104,11 @@ def match_names(photos: Iterable[str], edits: dict[str, Path]) -> dict[str, Path
     return found
 
 
+def reads_heic() -> bool:
+    """Whether pillow-heif is installed, without which HEIC files cannot be read."""
+    return "HEIF" in Image.OPEN
+
+
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
     """A picture file's first frame in sRGB, turned as EXIF says; UserError if it cannot be read.
 
@@ -112,7 +118,7 @@ def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.I
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if path.suffix.lower() in (".heic", ".heif") and "HEIF" not in Image.OPEN:
+    if path.suffix.lower() in HEIC and not reads_heic():
         raise UserError(f"{path} is a HEIC file: `pip install pillow-heif` reads them")
     with explain(f"{path} is not a picture that can be read"), Image.open(path) as picture:
         if shrink_to:

@@ -149,3 +149,21 @@ def test_pictures_that_cannot_be_read_are_skipped_and_named(find, tmp_path, caps
             assert seeds_of(edits, range(40)) == [20, 21, 22, 24, 25, 26, 27]
         for *pictures, _ in train.batches(4, range(12), 0, torch.device("cpu")):
             assert all(x.flatten(1).std(1).min() > 0.01 for x in pictures)  # none is black
+
+
+def test_once_its_package_is_installed_heic_is_tried_again(find, tmp_path, monkeypatch, capsys):
+    """Though the cache remembers that it could not be read. Other folders stay as they are."""
+    data = tmp_path / "data"
+    for i in range(4):
+        save(data / f"trainA/{i}.png", i)
+        save(data / f"testA/{i}.png", 10 + i)
+    (data / "trainA/phone.heic").write_bytes(b"no picture")
+    hashes = []
+    for installed, words in ((False, "pip install pillow-heif"), (True, "is not a picture")):
+        monkeypatch.setattr(dataset, "reads_heic", lambda: installed)  # noqa: B023
+        found = find("dcgan", data / "trainA"), find("dcgan", data / "testA")
+        hashes.append([part.cache_hash for parts in found for part in parts])
+        [line] = [x for x in capsys.readouterr().out.splitlines() if x.startswith("skipped")]
+        assert "phone.heic" in line and words in line
+    changed = [one != two for one, two in zip(*hashes, strict=True)]
+    assert sum(changed) == 1 and not any(changed[2:])
