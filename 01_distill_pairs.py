@@ -161,23 +161,22 @@ def name_set(args, files: dict, sets: dict[str, dict]) -> str:
     or else the folder as it is given. UserError if it was asked for with other numbers."""
     name = args.images if args.images == "builtin" else Path(args.images).as_posix()
     if name not in sets:
-        for known, photos in sets.items():
-            if is_first_photo(args, files, photos):
-                name = known
-    if name not in sets:
-        return name
+        moved = [known for known in sets if holds_first_photo(args, files, sets[known])]
+        if not moved:
+            return name
+        name = moved[0]
     for split, asked in sets[name]["asked"].items():
         here = getattr(args, split)
         if asked != here:
-            differ = f"other settings of {name} ({split} {asked} there, {here} here)"
-            raise UserError(f"{args.out} has photos with {differ}: give another --out")
+            differ = f"with other settings ({split} {asked} there, {here} here)"
+            raise UserError(f"{args.out} has the photos of {name} {differ}: give another --out")
     if not files.keys() & {*sets[name]["test"].values(), *sets[name]["train"].values()}:
         there = f"{args.out} has photos of another folder {name}"
         raise UserError(f"{there}: give this one's whole path to --images")
     return name
 
 
-def is_first_photo(args, files: dict, photos: dict) -> bool:
+def holds_first_photo(args, files: dict, photos: dict) -> bool:
     """Whether the files hold a set's first training photo: its name and what it shows."""
     file, photo = next(iter(photos["train"].items()))
     if photo not in files:
@@ -253,8 +252,6 @@ def choose_photos(args, files: dict, made: dict, sets: dict[str, dict]) -> dict:
                 photos[split][file] = name
             if all(len(photos[split]) == wanted[split] for split in SPLITS):
                 break
-    used = {*photos["test"].values(), *photos["train"].values(), *photos["skipped"]}
-    photos["unused"] = sorted(files.keys() - used)
     if not photos["train"] or not photos["test"]:
         reasons = Counter()
         for name, trouble in photos["skipped"].items():
@@ -262,6 +259,8 @@ def choose_photos(args, files: dict, made: dict, sets: dict[str, dict]) -> dict:
         why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
         few = f"--images {args.images} holds too few photos that can be used"
         raise UserError(f"{few} ({len(names)} files{why and f', {why}'})")
+    seen = {*photos["test"].values(), *photos["train"].values(), *photos["skipped"]}
+    photos["unused"] = sorted(files.keys() - seen)
     return photos
 
 
