@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -249,56 +251,58 @@ def pix2pix(args, seed: int) -> dict:
 
 # ---- Beside other work ---------------------------------------------------------------------------
 
-WAYS_TO_WAIT = {"spinning": None, "asleep": "PASSIVE"}  # OMP_WAIT_POLICY; None is OpenMP's default
-
 
 def bench_busy(args) -> tuple[str, list[dict]]:
     """A step of stage 3 (e2gan, its defaults, but --batch) beside 0, 1 and 4 processes that are
-    never idle, with one thread and with --threads that wait spinning or asleep. The ways take
-    turns of two seconds: mean ms a step of each one's best turn of --rounds, and as a share of the
-    best way's that had the machine to itself."""
-    ways = {"1 thread": (1, None)}
-    for name, policy in WAYS_TO_WAIT.items():
-        ways[f"{args.threads} threads, {name}"] = (args.threads, policy)
+    never idle: with one thread, with --threads that wait spinning (OpenMP's default) or asleep, and
+    as stage 3 chooses. These ways take turns of two seconds: mean ms a step of the best turn of
+    --rounds, and how many times the best way's that had the machine to itself."""
+    asleep = {"OMP_WAIT_POLICY": "PASSIVE"}  # what runs.py sets
+    many = {"OMP_NUM_THREADS": str(args.threads)}
+    ways = {
+        "1 thread": {"OMP_NUM_THREADS": "1"},
+        f"{args.threads}, spinning": many,
+        f"{args.threads}, asleep": {**many, **asleep},
+        "as chosen": asleep,
+    }
     rows = []
-    for width in (16, 32, 64):
-        for size in (128, 256):
-            steppers = {}
-            for name, (threads, policy) in ways.items():
-                steppers[name] = Stepper(width, size, args.batch, threads, policy)
-            quiet = None
-            for others in (0, 1, 4):
-                ms = best_turns(steppers, others, args.rounds)
-                quiet = quiet or min(ms.values())
-                row = {"width": width, "pixels": size, "beside": others}
-                for name in ways:
-                    row |= {f"{name}, ms": ms[name], f"{name}, x": ms[name] / quiet}
-                rows.append(row)
-                print(row, file=sys.stderr, flush=True)
-            for stepper in steppers.values():
-                stepper.end()
+    for width, size in itertools.product((16, 32, 64), (128, 256)):
+        rows += beside_others(width, size, args.batch, ways, args.rounds)
     return f"A step of stage 3 beside other processes, {os.cpu_count()} cores", rows
+
+
+def beside_others(width: int, size: int, batch: int, ways: dict, rounds: int) -> list[dict]:
+    """bench_busy's rows of one width and size. ways: {name: environment variables}."""
+    steppers = {name: Stepper(width, size, batch, env) for name, env in ways.items()}
+    found = {others: best_turns(steppers, others, rounds) for others in (0, 1, 4)}
+    alone = min(found[0].values())
+    rows = []
+    for others, ms in found.items():
+        row = {"width": width, "pixels": size, "beside": others}
+        for name in ways:
+            row |= {f"{name}, ms": ms[name], f"{name}, x": ms[name] / alone}
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
+    for stepper in steppers.values():
+        stepper.end()
+    return rows
 
 
 class Stepper:
     """Stage 3 in a process of its own, which takes steps for a while when it is told to."""
 
-    def __init__(self, width: int, size: int, batch: int, threads: int, policy: str | None):
+    def __init__(self, width: int, size: int, batch: int, env: dict[str, str]):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, width, size, batch, threads)
+        arguments = (theirs, width, size, batch)
         self.process = context.Process(target=take_steps, args=arguments, daemon=True)
-        before = os.environ.pop("OMP_WAIT_POLICY", None)  # the new process inherits these
-        if policy:
-            os.environ["OMP_WAIT_POLICY"] = policy
-        self.process.start()
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        if before:
-            os.environ["OMP_WAIT_POLICY"] = before
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+        with unittest.mock.patch.dict(os.environ, {**inherited, **env}, clear=True):
+            self.process.start()
         self.pipe.recv()
 
     def turn(self, seconds: float) -> float:
-        """Mean ms of the steps of so many seconds, at least three."""
+        """Mean ms of the steps that so many seconds hold, at least one."""
         self.pipe.send(seconds)
         return self.pipe.recv()
 
@@ -307,9 +311,8 @@ class Stepper:
         self.process.join()
 
 
-def take_steps(pipe, width: int, size: int, batch: int, threads: int) -> None:
+def take_steps(pipe, width: int, size: int, batch: int) -> None:
     """Stage 3's own training, whose batches come when they are asked for."""
-    torch.set_num_threads(threads)
     training.tqdm = functools.partial(tqdm, disable=True)
     stage = load_stage("03")
     photo, edit = torch.rand(2, batch, 3, size, size) * 2 - 1
@@ -322,7 +325,7 @@ def take_steps(pipe, width: int, size: int, batch: int, threads: int) -> None:
         while True:
             seconds = pipe.recv()
             times = []
-            while sum(times) < seconds or len(times) < 3:
+            while sum(times) < seconds:
                 start = time.perf_counter()
                 yield photo, edit, concept
                 times.append(time.perf_counter() - start)
