@@ -1025,6 +1025,7 @@ def main() -> None:
     architectures = {network.config["arch"] for network in task.networks.values()}
     whole_only = bool(architectures & {"unet256", "dcgan"})
     training.check_crop(args.crop, data.size, whole_only)
+    training.set_threads(device, task, args.batch, args.crop or data.size)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good

@@ -168,18 +168,19 @@ def start(args) -> torch.device:
     return device
 
 
-def set_threads(network: nn.Module, batch: int, side: int) -> None:
-    """As many threads of the CPU as a step on it pays for; OMP_NUM_THREADS wins.
+def set_threads(device: torch.device, network: nn.Module, batch: int, side: int) -> None:
+    """Where training is on the CPU: as many threads as pay for themselves; OMP_NUM_THREADS wins.
 
-    They meet at each of a thousand operators, which takes as long for small ones as for large ones.
-    A function of settings and machine alone, as it decides how sums are rounded.
+    They meet at each of a thousand operators a step, which takes as long for small ones as for
+    large ones. Called once, before anything is computed, with nothing but settings, as the number
+    decides how sums are rounded, and a run that is continued must do so as it began.
 
-    network: whose first layer tells the work. batch, side: how many pictures this process has in a
-    step, and their height."""
+    network: whose first layer tells the work. batch: of all processes together. side: of pictures,
+    in pixels."""
     first = next((x for x in network.modules() if isinstance(x, nn.Conv2d)), None)
-    if first is None or "OMP_NUM_THREADS" in os.environ:
+    if first is None or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return
-    work = batch * first.out_channels * side**2
+    work = batch // world() * first.out_channels * side**2
     torch.set_num_threads(min(CORES, max(1, work // WORK_OF_A_THREAD)))
 
 
@@ -281,8 +282,6 @@ class Loop:
         self.desc = desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
-        if self.device.type == "cpu":
-            set_threads(self.modules, args.batch // world(), args.crop or data.size)
         self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
         self.parts = {**parts, "losses": self.losses}
         self.seconds = 0.0  # spent in steps, not in judging and saving
@@ -400,7 +399,7 @@ class Loop:
 def open_tensorboard(folder: Path, step: int):
     """TensorBoard's writer of a run that has done `step` steps: what was written of later ones, of
     which no state was saved, is not shown."""
-    with explain("--tensorboard needs a package: pip install tensorboard"):
+    with explain("--tensorboard needs `pip install tensorboard`"):
         from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(folder, purge_step=step + 1)
 

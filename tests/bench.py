@@ -337,6 +337,7 @@ def take_steps(pipe, width: int, size: int, batch: int) -> None:
     flags.l1, flags.out, flags.eval_every, flags.save_every = 10.0, None, 10**6, 10**6
     torch.manual_seed(0)
     generator = untrained("e2gan", width, size)
+    training.set_threads(torch.device("cpu"), generator, batch, size)
     stage.train_base(generator, common.new_discriminator(generator), data, data, flags)
 
 

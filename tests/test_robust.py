@@ -166,7 +166,7 @@ def stop_in_step_3(rank, out):
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     args = Namespace(batch=2, crop=0, seed=0, save_every=100, no_flip=False, tensorboard=False)
     network = torch.nn.Linear(2, 2)
-    data = Namespace(size=8, batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
+    data = Namespace(batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
     loop = training.Loop(args, data, 6, {"g": network}, out)
     try:
         for _ in loop:
@@ -271,10 +271,11 @@ def test_small_steps_take_fewer_threads(monkeypatch, width, side, batch, threads
     network = torch.nn.Sequential(torch.nn.Conv2d(3, width, 7))
     monkeypatch.setattr(training, "CORES", 4)
     before = torch.get_num_threads()
-    training.set_threads(network, batch, side)  # of a user who has chosen, as tests have
+    cpu = torch.device("cpu")
+    training.set_threads(cpu, network, batch, side)  # the user has chosen, as tests have
     assert torch.get_num_threads() == before
     monkeypatch.delenv("OMP_NUM_THREADS")
-    training.set_threads(network, batch, side)
+    training.set_threads(cpu, network, batch, side)
     found = torch.get_num_threads()
     torch.set_num_threads(before)
     assert found == threads
