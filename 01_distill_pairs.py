@@ -87,8 +87,8 @@ MADE = ("images", "teacher", "teacher_size", "arguments", "teacher_lora", "teach
 GATE = ("image_similarity", "directional_similarity")
 SAMPLES = 6  # photos in a row of samples.png
 THREADS = 4  # decode photos and encode PNGs while the teacher works
-# of 255, RMS: how far an edit made in a batch may be from the photo's edit alone. bf16 rounds other
-# sums in another batch, and steps add up; edits of two photos differ by 50 to 70
+# of 255, RMS: how far apart pictures may be that are meant to be the same. bf16 rounds other sums
+# in another batch, and steps add up; edits of two photos differ by 50 to 70
 ROUNDING = 16
 BATCH = 64  # pictures that CLIP embeds at a time
 EMBEDDING = 2  # counts up when the same tower embeds otherwise: 2 has the right activation
@@ -179,11 +179,16 @@ def name_set(args, files: dict, sets: dict[str, dict]) -> str:
 def holds_first_photo(args, files: dict, photos: dict) -> bool:
     """Whether the files hold a set's first training photo: its name and what it shows."""
     file, photo = next(iter(photos["train"].items()))
+    return is_same_photo(args, files, photo, args.out / "train/source" / file)
+
+
+def is_same_photo(args, files: dict, photo: str, square: Path) -> bool:
+    """Whether the files hold a photo, by its name, that shows what its square does."""
     if photo not in files:
         return False
-    square = dataset.read_picture(args.out / "train/source" / file)
+    known = dataset.read_picture(square)
     try:
-        return read_photo(args, files, photo, args.size).tobytes() == square.tobytes()
+        return difference(read_photo(args, files, photo, args.size), known) <= ROUNDING
     except UserError:  # a photo that cannot be read is not that one
         return False
 
@@ -662,13 +667,16 @@ def missing_edits(concepts: dict, photos: dict, made: dict, out: Path) -> list[J
 
 
 def photo_to_edit(args, files: dict, made: dict, job: Job) -> Image.Image:
-    """What the teacher is given: the photo at --teacher-size or, of a photo that is gone since,
-    its square; where --teacher is a folder, the edit itself. UserError if it cannot be read."""
-    if job.photo in files:
+    """What the teacher is given: the photo's square, made anew from the photo where --teacher-size
+    is another than --size, unless that is gone or shows something else since; where --teacher is a
+    folder, the edit itself. UserError if it cannot be read."""
+    square = job.path.parent.with_name("source") / job.path.name
+    if args.teacher_size == args.size and not made:
+        return dataset.read_picture(square)
+    if is_same_photo(args, files, job.photo, square):
         return read_photo(args, files, job.photo, args.teacher_size, made.get(job.concept))
     if made:
-        raise UserError(f"{job.photo} is gone from --images")
-    square = job.path.parent.with_name("source") / job.path.name
+        raise UserError(f"{job.photo} is gone from --images, or shows something else since")
     return dataset.read_square(square, args.teacher_size)
 
 
@@ -748,15 +756,18 @@ class Clip:
     def check_prompts(self, concepts: dict) -> None:
         """Says which prompts are cut, as the text tower reads a fixed number of tokens (CLIP: 77).
         UserError if two concepts' prompts differ only in what is cut, and would be the same."""
-        concept_of = {}
+        concept_of = {}  # {tokens: the first concept with these}
+        cut = set()
         for name, concept in concepts.items():
             [ids] = self.tokenizer([concept["prompt"]]).tolist()
             [uncut] = self.tokenizer([concept["prompt"]], context_length=10_000).tolist()
-            tokens = len(uncut) - uncut.count(0)
+            padding = uncut[-1]  # not 0 with every tower
+            tokens = len(uncut) - uncut.count(padding)
             if tokens > len(ids):
+                cut.add(name)
                 print(f"{name}: its prompt has {tokens} tokens; {self.name} reads {len(ids)}")
             other = concept_of.setdefault(tuple(ids), name)
-            if concepts[other]["prompt"] != concept["prompt"] and tokens > len(ids):
+            if concepts[other]["prompt"] != concept["prompt"] and cut & {name, other}:
                 both = f"the prompts of {other!r} and {name!r}"
                 raise UserError(
                     f"{both} begin alike for {len(ids)} tokens: {self.name} reads no more"

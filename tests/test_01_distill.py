@@ -148,6 +148,10 @@ def test_prompts_that_are_cut_are_named(load_stage, capsys):
     assert "b: its prompt has 122 tokens; ViT-S-32:random reads 77" in capsys.readouterr().out
     with pytest.raises(runs.UserError, match="'a' and 'b' begin alike for 77 tokens"):
         clip.check_prompts({"a": {"prompt": long + "x"}, "b": {"prompt": long + "y"}})
+    full = " ".join(["story"] * 75)  # fits, as start and end are two tokens more
+    for prompts in ((full, full + " x"), (full + " x", full)):
+        with pytest.raises(runs.UserError, match="begin alike for 77 tokens"):
+            clip.check_prompts({name: {"prompt": p} for name, p in zip("ab", prompts, strict=True)})
 
 
 # ---- Features and the gate ----------------------------------------------------------------------

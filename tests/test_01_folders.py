@@ -97,6 +97,20 @@ def test_a_folder_that_moved_is_the_same_set(here, tmp_path):
     assert (pairs / "photos.json").read_bytes() == before and len(rows(pairs)) == 12
 
 
+@pytest.mark.parametrize("teacher_size", [32, 64])
+def test_a_photo_that_shows_something_else_since_is_not_edited(here, tmp_path, teacher_size):
+    """Its square is. The names may also be those of another folder's photos."""
+    photos, pairs = tmp_path / "photos", tmp_path / "pairs"
+    write_photos(photos, range(6))
+    here(photos, "sketch")
+    changed = photos_of(pairs, photos, "train")["00002.png"]
+    scene(48, 36, seed=50).save(photos / changed)
+    here(photos, "night", "--teacher-size", teacher_size)
+    for path in pairs.glob("t*/night/*.png"):
+        source = pixels(path.parent.with_name("source") / path.name)
+        assert psnr(255 - source, pixels(path)) > 20, path.name
+
+
 def test_what_a_set_was_asked_for_with_stays(here, error_of, tmp_path):
     write_photos(tmp_path / "photos", range(6))
     here("photos", "sketch")
