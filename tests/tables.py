@@ -1,6 +1,7 @@
 """Makes tables of RESULTS.md anew: runs their commands, then prints them.
 
     python tests/tables.py diffusion --data data    all claims on an edit of a diffusion model
+    python tests/tables.py text                     whether its base tells prompts apart
     python tests/tables.py keyframes --data data    a clip learned from ten of its frames
 
 What was run before is not run again, so a table that was interrupted goes on where it stopped.
@@ -25,7 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import dataset  # noqa: E402  (found by the line above)
+import common  # noqa: E402  (found by the line above)
+import dataset  # noqa: E402
 import runs  # noqa: E402
 import training  # noqa: E402
 
@@ -116,6 +118,25 @@ def diffusion(args) -> tuple[str, list[dict]]:
     return "watercolor", [measured(name, folders) for name, folders in ways.items()]
 
 
+def text(args) -> tuple[str, list[dict]]:
+    """PSNR in dB to each concept's edits (rows) under each prompt (columns), of the base that the
+    table `diffusion` trained with seed 0."""
+    diffusion_runs = args.out.parent / "diffusion"
+    generator = common.load_generator(diffusion_runs / "seed0/base/generator.safetensors").eval()
+    names = [concept["name"] for concept, _ in generator.known_concepts()]
+    pairs = dataset.find_pairs(diffusion_runs / "pairs", "test", names)
+    pairs = pairs.cache(diffusion_runs / "cache")
+    rows = []
+    for index, name in enumerate(names):
+        photos, edits = pairs.pictures(index)
+        row = {"edits": name}
+        for prompt, other in enumerate(names):
+            learned = training.run_generator(generator, photos, prompt)
+            row[f"prompt of {other}"] = training.mean_psnr(learned, edits)
+        rows.append(row)
+    return "PSNR dB", rows
+
+
 def keyframes(args) -> tuple[str, list[dict]]:
     """Each clip of `watercolor`: ten of its frames, evenly spread, are learned from scratch, then
     all frames are edited by what was learned. PSNR on the frames between, and steadiness: how much
@@ -176,7 +197,7 @@ def change(frames: torch.Tensor) -> float:
     return (frames[1:].float() - frames[:-1].float()).abs().mean().item()
 
 
-TABLES = {"diffusion": diffusion, "keyframes": keyframes}
+TABLES = {"diffusion": diffusion, "text": text, "keyframes": keyframes}
 
 
 def main() -> None:
