@@ -14,7 +14,7 @@ import os
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def named_pictures(folder: Path) -> dict[str, Path]:
     return files
 
 
-def match_names(photos: Iterable[str], edits: dict[str, Path]) -> dict[str, Path]:
+def match_names(photos: Collection[str], edits: dict[str, Path]) -> dict[str, Path]:
     """{photo: its edit} of the photos that have one: of the same name or, failing that, of the same
     name with another suffix, or that without regard to case and to how accents are written (macOS
     writes them apart): IMG_0.JPG finds img_0.png. No edit is taken twice."""

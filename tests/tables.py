@@ -175,9 +175,10 @@ def clip_row(args, name: str, paths: list[Path], edits: Path) -> dict:
     exported = here / "onnx"
     file = network / "generator.safetensors"
     stage("06", f"--pairs {pairs} --generator {file} --merged --dynamic --out {exported}")
-    apply = f"--model {exported} --concept look --apply {here / 'squares'}"
+    apply = f"--model {exported / 'look.onnx'} --apply {here / 'squares'}"
     stage("06", f"{apply} --out {here / 'edited'}")
-    learned = [dataset.read_image(here / "edited" / f"{path.stem}.png") for path in paths]
+    edited = here / "edited-applied/look"
+    learned = [dataset.read_image(edited / f"{path.stem}.png") for path in paths]
     between = [i for i in range(len(paths)) if i not in keys]
     learned, truth = torch.stack(learned), torch.stack(truth)
     originals = torch.stack([dataset.read_image(here / f"squares/{p.stem}.png") for p in paths])
