@@ -216,6 +216,22 @@ class CenterByPooling(RewriteRuleClassBase):
         return op.Sub(feature_map, op.GlobalAveragePool(feature_map))
 
 
+class FoldSplit(RewriteRuleClassBase):
+    """A constant that is split in two becomes two constants: the optimizer folds no operator with
+    several outputs, and OpenCV 4.14 cannot read such a Split."""
+
+    def pattern(self, op, x):
+        return op.Split(x, _allow_other_inputs=True, _outputs=["first", "second"])
+
+    def check(self, context, x, **_):
+        return x.const_value is not None
+
+    def rewrite(self, op, x, first, second):
+        axis = first.producer().attributes["axis"].as_int()
+        parts = np.split(x.const_value.numpy(), [first.shape[axis]], axis)
+        return tuple(op.Constant(value=ir.tensor(part)) for part in parts)
+
+
 class Exported(nn.Module):
     """Photo and the prompt's text features (1, T, D), if any -> edit; pictures are floats
     (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
@@ -254,8 +270,8 @@ def simplify(model: ir.Model) -> ir.Model:
     model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it
     folding = {"input_size_limit": 2**31, "output_size_limit": 2**31}
     optimizer.optimize(model, **folding)
-    rules = [each.rule() for each in (FoldFilm, HalveLast, SumByMatMul, CenterByPooling)]
-    model = rewrite(model, RewriteRuleSet(rules))
+    rules = (FoldFilm, HalveLast, SumByMatMul, CenterByPooling, FoldSplit)
+    model = rewrite(model, RewriteRuleSet([each.rule() for each in rules]))
     optimizer.optimize(model, **folding)
     ClearMetadataAndDocStringPass()(model)
     model.ir_version = IR_VERSION

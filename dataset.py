@@ -177,7 +177,7 @@ def to_srgb(picture: Image.Image, mode: str, path: Path) -> Image.Image:
         converted = ImageCms.profileToProfile(picture, theirs, srgb, outputMode=mode)
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         tell_of_profile(path, str(error))
-        return picture.convert(mode)
+        converted = picture.convert(mode)
     converted.info.pop("icc_profile", None)
     return converted
 

@@ -6,14 +6,16 @@ editor.edit("photo.jpg").save("starry.png")
 """
 
 import hashlib
+import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import safetensors.numpy
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 
 def session_options(threads):
@@ -102,7 +104,7 @@ class Editor:
 
     def edit(self, picture, full_size=False):
         """A picture -> its edit. Of a file (its path) or a PIL picture it is a PIL picture, upright
-        and as transparent as the picture; of an array, uint8 (H, W, 3), RGB, it is an array.
+        and in sRGB, as transparent as it was; of an array, uint8 (H, W, 3), RGB, it is an array.
 
         A picture that edit_size() makes smaller has a smaller edit. full_size: that is then scaled
         back, which adds no detail."""
@@ -115,7 +117,7 @@ class Editor:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"a picture of mode {picture.mode}: give one of 8 bits a channel")
-        edit = Image.fromarray(self.edit_array(np.asarray(picture.convert("RGB")), full_size))
+        edit = Image.fromarray(self.edit_array(np.asarray(to_srgb(picture)), full_size))
         if picture.has_transparency_data:
             edit.putalpha(picture.convert("RGBA").getchannel("A").resize(edit.size))
         return edit
@@ -206,6 +208,22 @@ def read_picture(path):
             return ImageOps.exif_transpose(picture)
     except Exception as error:  # Pillow raises anything where a file is broken
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+
+
+def to_srgb(picture):
+    """A PIL picture as RGB, converted from its colour profile: phones' photos are in Display P3."""
+    rgb = picture.convert("RGB")
+    profile = picture.info.get("icc_profile")
+    if not profile or picture.mode not in ("RGB", "RGBA"):
+        return rgb
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(theirs):
+            return rgb
+        return ImageCms.profileToProfile(rgb, theirs, ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError) as error:
+        warnings.warn(f"the colour profile cannot be used and is left out: {error}", stacklevel=2)
+        return rgb
 
 
 def scale(picture, width, height):
