@@ -28,13 +28,14 @@ async function keepSmallFiles() {
   const page = ["./", "index.json", "editor.js", "manifest.webmanifest", "icon.svg", "photo.jpg"];
   const adapterAddresses = adapters.map((file) => file.split("/").map(encodeURIComponent).join("/"));
   const cache = await caches.open(CACHE);
-  for (const file of [...page, ...thumbnails, ...adapterAddresses]) {
+  const keep = async (file) => {
     try {
       await cache.add(file);
     } catch (error) {
       console.warn(`${file} will be missing offline: ${error.message}`);
     }
-  }
+  };
+  await Promise.all([...page, ...thumbnails, ...adapterAddresses].map(keep));
 }
 
 async function answer(event) {
