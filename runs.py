@@ -245,11 +245,11 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8, or in UTF-16 if it begins so, as PowerShell writes it. A byte order
-    mark is left out."""
+    mark is left out, and Windows' line ends become ours."""
     data = Path(path).read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig")
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    return text.replace("\r\n", "\n")
 
 
 def read_json(path: Path, maker: str = "") -> dict:

@@ -332,9 +332,12 @@ def test_no_flip_mirrors_nothing(made, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_json_with_a_byte_order_mark(tmp_path, encoding):
+def test_json_and_lists_as_windows_writes_them(tmp_path, encoding):
+    """With a byte order mark, and other line ends."""
     (tmp_path / "a.json").write_text('{"é": 1}', encoding=encoding)
     assert runs.read_json(tmp_path / "a.json") == {"é": 1}
+    (tmp_path / "a.txt").write_bytes("é.png\r\nb.png\r\n".encode(encoding))
+    assert runs.read_text(tmp_path / "a.txt").split("\n") == ["é.png", "b.png", ""]
 
 
 def test_a_console_without_the_letters_decides_nothing(tmp_path):
