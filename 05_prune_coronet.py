@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -116,16 +117,22 @@ def channel_importance(network: common.Network) -> Channels:
 class Target:
     """What widths cost in MACs, and which threshold on the latents brings them under a share."""
 
-    def __init__(self, network: common.Network, keep: float):
+    def __init__(self, network: common.Network, keep: float, multiple: int = 1):
+        """multiple: what `kept` rounds widths to."""
         self.config, self.parameters = network.config, common.count_parameters(network)
         self.terms, self.full = mac_terms(network), common.all_widths(network.config)
         self.macs = macs_of(self.terms, self.full)
-        self.floor = {g: min(n, max(2, n // 16)) for g, n in network.config["widths"].items()}
+        self.multiple = multiple
+        self.floor = {}
+        for group, count in network.config["widths"].items():
+            fewest = multiple * math.ceil(max(2, count // 16) / multiple)
+            self.floor[group] = min(count, fewest)
         smallest = self.share({**self.full, **self.floor})
         if not smallest <= keep < 1:
-            raise UserError(
-                f"--keep {keep}: give a share of the MACs from {smallest:.3f} to below 1"
-            )
+            limits = f"give a share of the MACs from {smallest:.3f} to below 1"
+            if multiple > 1:
+                limits += f", of widths in multiples of {multiple}"
+            raise UserError(f"--keep {keep}: {limits}")
 
     def share(self, widths: dict[str, int]) -> float:
         return macs_of(self.terms, widths) / self.macs
@@ -155,13 +162,22 @@ class Target:
 
     def kept(self, latents: Channels, share: float) -> Channels:
         """{group: sorted indices} of the largest latents such that the MACs come to `share` or just
-        less: to the last channel that fits, which may be a hundredth of all MACs."""
+        less: to the last channel that fits, which may be a hundredth of all MACs. With a multiple,
+        to the last so many channels that fit; a group that stays whole stays as it is."""
         most = max(z.abs().max().item() for z in latents.values())
         widths = self.widths(latents, self.threshold(latents, share, most))
         order = {group: z.abs().sort(descending=True) for group, z in latents.items()}
 
+        for group in latents:
+            if widths[group] < self.full[group]:
+                down = widths[group] // self.multiple * self.multiple
+                widths[group] = max(down, self.floor[group])
+
+        def next_width(group: str) -> int:
+            return min(widths[group] + self.multiple, self.full[group])
+
         def one_more_fits(group: str) -> bool:
-            more = {**widths, group: widths[group] + 1}
+            more = {**widths, group: next_width(group)}
             return widths[group] < self.full[group] and self.share(more) <= share
 
         def next_latent(group: str) -> float:
@@ -169,7 +185,8 @@ class Target:
 
         candidates = list(filter(one_more_fits, latents))
         while candidates:
-            widths[max(candidates, key=next_latent)] += 1
+            chosen = max(candidates, key=next_latent)
+            widths[chosen] = next_width(chosen)
             candidates = list(filter(one_more_fits, latents))
         kept = {}
         for group in latents:
@@ -911,6 +928,8 @@ def parse() -> argparse.Namespace:
     made = "what hypernetworks make at first: the network's weights, or the paper's random ones"
     flag("--start", choices=["weights", "paper"], default="weights", help=made)
     flag("--keep", type=runs.positive, default=0.25, help="share of the MACs to keep")
+    multiple = "round pruned widths to multiples of this; 8 suits the units of GPUs and phones"
+    flag("--multiple", type=runs.count, default=1, help=multiple)
     flag("--prune-discriminator", action="store_true", help="prune these to the same share")
     flag("--search-epochs", type=runs.count, default=20, help="passes while pruning")
     flag("--epochs", type=runs.count, default=180, help="passes after it, rates falling to 0")
@@ -1027,7 +1046,7 @@ def main() -> None:
     training.check_crop(args.crop, data.size, whole_only)
     training.set_threads(device, task, args.batch, args.crop or data.size)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
-    targets = {name: Target(network, args.keep) for name, network in pruned.items()}
+    targets = {name: Target(network, args.keep, args.multiple) for name, network in pruned.items()}
     data.cache(args.cache)  # by which all input is known to be good
     test.cache(args.cache)
     first_generator = next(iter(task.named("generator").values()))

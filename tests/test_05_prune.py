@@ -379,3 +379,35 @@ BAD_FLAGS = [
 def test_bad_input_is_one_line(data, error_of, tmp_path, flags, words):
     assert words in error_of("05", *flags_of(data, flags), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.37, 0.9])
+def test_widths_in_multiples(five, keep):
+    """Of the largest latents, in the last eight of every group that fit; whole groups may be any
+    number."""
+    concepts = [{"name": "a", "prompt": ""}]
+    network = common.new_generator("e2gan", 20, 32, concepts)
+    target = five.Target(network, keep, multiple=8)
+    torch.manual_seed(0)
+    latents = {group: torch.randn(count) for group, count in network.config["widths"].items()}
+    kept = target.kept(latents, keep)
+    widths = {**target.full, **{group: len(indices) for group, indices in kept.items()}}
+    assert target.share(widths) <= keep
+    small = common.slice_network(network, kept)
+    for group, count in network.config["widths"].items():
+        width = small.config["widths"][group]
+        assert width == widths[group] and (width % 8 == 0 or width == count)
+        more = {**widths, group: min(width + 8, count)}
+        assert width == count or target.share(more) > keep
+        magnitude = latents[group].abs()
+        assert magnitude[kept[group]].min() >= magnitude.sort(descending=True).values[width - 1]
+    assert common.count_macs(small) / common.count_macs(network) == pytest.approx(
+        target.share(widths)
+    )
+
+
+def test_a_target_that_multiples_cannot_meet_is_refused(five):
+    network = common.new_generator("e2gan", 16, 32, [{"name": "a", "prompt": ""}])
+    five.Target(network, 0.1)
+    with pytest.raises(runs.UserError, match="below 1, of widths in multiples of 32"):
+        five.Target(network, 0.1, multiple=32)
