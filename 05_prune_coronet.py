@@ -525,6 +525,7 @@ class CycleGan(Task):
     def measure(self, test, with_fid: bool) -> list[dict]:
         """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
         rows, a, b = [], test.pictures(0), test.pictures(1)
+        device = next(self.parameters()).device
         for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
             there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
             fake, row = training.run_generator(there, x, 0), {"direction": way}
@@ -532,10 +533,10 @@ class CycleGan(Task):
                 row["PSNR dB"] = training.mean_psnr(fake, y)
                 row["picture unchanged dB"] = training.mean_psnr(x, y)
             if with_fid:
-                row["FID"] = training.fid(fake, y, next(there.parameters()).device)
+                row["FID"] = training.fid(fake, y, device)
             again, n = training.run_generator(home, fake, 0), min(len(x), len(y))
             row["PSNR dB there and back"] = training.mean_psnr(again, x)
-            rows.append(row | training.swd(fake[:n], y[:n]))
+            rows.append(row | training.swd(fake[:n].to(device), y[:n].to(device)))
         return rows
 
     def picture(self, test):
@@ -597,9 +598,10 @@ class Dcgan(Task):
             thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)
         distance = training.frechet_distance(*thumbnails)
         row = {"pictures": len(fake), "Frechet distance of thumbnails (lower is better)": distance}
+        device = next(self.parameters()).device
         if with_fid:
-            row["FID"] = training.fid(fake, real, next(self.parameters()).device)
-        return [row | training.swd(fake, real)]
+            row["FID"] = training.fid(fake, real, device)
+        return [row | training.swd(fake.to(device), real.to(device))]
 
     def picture(self, test):
         rows = self.samples(64).split(8)

@@ -181,12 +181,19 @@ def world() -> int:
 def average(tensor: torch.Tensor) -> torch.Tensor:
     """Replaces a tensor by its mean over the processes."""
     if world() > 1:
-        try:
+        with explain_lost_process():
             torch.distributed.all_reduce(tensor)
-        except (RuntimeError, ValueError):  # a connection is gone, or was never made
-            raise UserError("another process ended; its message is above or below") from None
         tensor /= world()
     return tensor
+
+
+@contextlib.contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Around what all processes do together: UserError if one of them is gone."""
+    try:
+        yield
+    except (RuntimeError, ValueError):  # a connection is gone, or was never made
+        raise UserError("another process ended; its message is above or below") from None
 
 
 def from_first(number: float) -> float:
@@ -207,7 +214,8 @@ def gather(value: object) -> list:
     values = [value]
     if world() > 1:
         values = [None] * world()
-        torch.distributed.all_gather_object(values, value)
+        with explain_lost_process():
+            torch.distributed.all_gather_object(values, value)
     return values
 
 
