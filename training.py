@@ -33,7 +33,7 @@ from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
 CORES = torch.get_num_threads()  # PyTorch takes them all, unless OMP_NUM_THREADS says otherwise
-WORK_OF_A_THREAD = 2**18  # numbers of the first layer's output: width 16 at 128 pixels, one picture
+WORK_OF_A_THREAD = 2**19  # numbers of the first layer's output: width 32 at 128 pixels, one picture
 MAX_NORM = 500.0  # of gradients; those of ordinary steps were at most 360, in any stage
 
 
