@@ -31,7 +31,8 @@ import training
 
 SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
 STATUS = {"kill": -9, "int": 130, "term": 130, "full": 2}
-CLOCKS = {"images/s", "ms", "FPS", "search steps"}  # only of a run in one go
+# columns that only a run in one go has, or that no two runs have alike
+CLOCKS = {"images/s", "ms", "FPS", "search steps", "peak memory GB"}
 FREES = {"os.remove", "os.rmdir", "shutil.rmtree"}
 EVENTS = {*FREES, "os.rename", "os.mkdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
