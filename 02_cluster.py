@@ -155,10 +155,10 @@ def draw_photos(args, clusters: list[list[str]]) -> None:
 def main() -> None:
     args = parse()
     features, _ = runs.read_tensors(args.pairs / "features.safetensors", "features")
-    concepts = dataset.read_concepts(args.pairs)
-    files = dataset.edit_names(args.pairs, "train", concepts)
+    known = dataset.read_concepts(args.pairs)
+    files = dataset.edit_names(args.pairs, "train", known)  # {concept: its training edits}
     points = {}  # {concept: CLIP's vectors of some of its training edits}
-    for name in concepts:
+    for name in known:
         count = min(args.edits, len(files[name]))
         even = np.linspace(0, len(files[name]) - 1, count).round().astype(int)
         some = [files[name][i] for i in even]

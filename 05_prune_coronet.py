@@ -176,18 +176,18 @@ class Target:
         def next_width(group: str) -> int:
             return min(widths[group] + self.multiple, self.full[group])
 
-        def one_more_fits(group: str) -> bool:
+        def more_fit(group: str) -> bool:
             more = {**widths, group: next_width(group)}
             return widths[group] < self.full[group] and self.share(more) <= share
 
         def next_latent(group: str) -> float:
             return order[group].values[widths[group]].item()
 
-        candidates = list(filter(one_more_fits, latents))
+        candidates = list(filter(more_fit, latents))
         while candidates:
             chosen = max(candidates, key=next_latent)
             widths[chosen] = next_width(chosen)
-            candidates = list(filter(one_more_fits, latents))
+            candidates = list(filter(more_fit, latents))
         kept = {}
         for group in latents:
             kept[group] = order[group].indices[: widths[group]].sort().values
