@@ -102,7 +102,8 @@ def initial_networks(args, train, device) -> tuple[common.Generator, common.Disc
     generator.set_known_concepts(list(zip(train.concepts, tokens, strict=True)))
     if args.init.with_name("discriminator.safetensors").exists():
         return generator, common.base_discriminator(args.init, generator)
-    print(f"beside {args.init} is no discriminator.safetensors: a new one is trained")
+    if runs.rank() == 0:
+        print(f"beside {args.init} is no discriminator.safetensors: a new one is trained")
     return generator, common.new_discriminator(generator)
 
 
@@ -240,6 +241,7 @@ def main() -> None:
     settings = runs.settings_of(
         args,
         init=generator.sha256 if args.init else None,
+        discriminator=discriminator.sha256 or None,  # of --init's, too
         data=[train.data_hash, test.data_hash],
         clip=generator.config.get("clip", ""),
     )

@@ -142,6 +142,7 @@ def test_init_goes_on_where_another_run_ended(world, error_of, tmp_path, capsys)
     assert row["arch"] == "e2gan" and row["width"] == 8
     settings = runs.read_json(tmp_path / "on/settings.json")
     assert settings["init"] == runs.sha256(base) and settings["half_size"] == 0
+    assert settings["discriminator"] == runs.sha256(base.with_name("discriminator.safetensors"))
 
 
 def test_init_learns_other_concepts_and_needs_no_discriminator(world, error_of, tmp_path, capsys):
