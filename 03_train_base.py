@@ -70,7 +70,10 @@ def parse() -> argparse.Namespace:
     flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
     flag("--lr", type=runs.positive, default=2e-4, help="the generator's learning rate")
     flag("--eval-every", type=runs.count, default=5, help="epochs between evaluations, at least")
-    return parser.parse(DEMO)
+    args = parser.parse(DEMO)
+    if args.init and args.init.resolve().is_relative_to(args.out.resolve()):
+        raise UserError(f"--init {args.init} lies in --out, which is written: choose another --out")
+    return args
 
 
 def new_networks(args, train, device) -> tuple[common.Generator, common.Discriminator]:

@@ -131,6 +131,7 @@ def test_init_goes_on_where_another_run_ended(world, error_of, tmp_path, capsys)
     base = world / "base/generator.safetensors"
     longer = f"{files(world)} {TRAIN} --epochs 26 --out {world}/base"
     assert f"--init {base} --out another" in error_of("03", *longer.split())
+    assert "lies in --out" in error_of("03", *f"{longer} --init {base}".split())
     small = f"{files(world)} {BASE} --arch resnet9 --width 64 --epochs 2 --save-every 1 --lr 1e-9"
     first = {}
     for name, more in (("on", f"--init {base}"), ("new", "--arch e2gan --width 8")):
