@@ -169,7 +169,9 @@ def name_set(args, files: dict, sets: dict[str, dict]) -> str:
         here = getattr(args, split)
         if asked != here:
             differ = f"with other settings ({split} {asked} there, {here} here)"
-            raise UserError(f"{args.out} has the photos of {name} {differ}: give another --out")
+            raise UserError(
+                f"{args.out} has the photos of {name} {differ}: give another --out or --overwrite"
+            )
     if not files.keys() & {*sets[name]["test"].values(), *sets[name]["train"].values()}:
         there = f"{args.out} has photos of another folder {name}"
         raise UserError(f"{there}: give this one's whole path to --images")
@@ -263,7 +265,8 @@ def choose_photos(args, files: dict, made: dict, sets: dict[str, dict]) -> dict:
             reasons[trouble.removeprefix(f"{files[name]} ")] += 1
         why = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(3))
         few = f"--images {args.images} holds too few photos that can be used"
-        raise UserError(f"{few} ({len(names)} files{why and f', {why}'})")
+        counts = f"{len(photos['train'])} to train on, {len(photos['test'])} to hold out"
+        raise UserError(f"{few} ({len(names)} files: {counts}{why and f'; {why}'})")
     seen = {*photos["test"].values(), *photos["train"].values(), *photos["skipped"]}
     photos["unused"] = sorted(files.keys() - seen)
     return photos

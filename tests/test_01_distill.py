@@ -287,7 +287,7 @@ def test_bad_input(here, error_of, tmp_path):
         assert words in error_of("01", *DEMO, *flags, *out), flags
     assert not (tmp_path / "out").exists()
     line = error_of("01", *DEMO, "--images", texts, *out)
-    assert "too few photos that can be used (1 files, 1 x is not a picture" in line
+    assert "can be used (1 files: 0 to train on, 0 to hold out; 1 x is not a picture" in line
     here(*DEMO, *TWO, "--out", tmp_path / "pairs")
     before = contents(tmp_path)
     for flags, words in (
