@@ -763,7 +763,8 @@ def inception(device: torch.device) -> nn.Module | None:
             return library.InceptionV3([block]).to(device).eval()
     except Exception as error:  # whatever urllib and torch.load raise
         cache = Path(torch.hub.get_dir(), "checkpoints")
-        print(f"FID is left blank ({error!s:.200}); put {library.FID_WEIGHTS_URL} into {cache}")
+        if rank() == 0:
+            print(f"FID is left blank ({error!s:.200}); put {library.FID_WEIGHTS_URL} into {cache}")
         return None
 
 
