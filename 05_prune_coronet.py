@@ -119,8 +119,10 @@ class Target:
 
     def __init__(self, network: common.Network, keep: float, multiple: int = 1):
         """multiple: what `kept` rounds widths to."""
-        self.config, self.parameters = network.config, common.count_parameters(network)
-        self.terms, self.full = mac_terms(network), common.all_widths(network.config)
+        self.config = network.config
+        self.parameters = common.count_parameters(network)
+        self.terms = mac_terms(network)
+        self.full = common.all_widths(network.config)
         self.macs = macs_of(self.terms, self.full)
         self.multiple = multiple
         self.floor = {}
@@ -494,7 +496,8 @@ class CycleGan(Task):
             networks[f"discriminator_{side}"] = common.new_discriminator(generator, photo=False)
         super().__init__(networks)
         self.pools = {"pool_A": [], "pool_B": []}
-        self.cycle, self.identity = args.cycle, args.identity
+        self.cycle = args.cycle
+        self.identity = args.identity
 
     def fakes(self, batch):
         a, b, _ = batch
@@ -524,18 +527,23 @@ class CycleGan(Task):
 
     def measure(self, test, with_fid: bool) -> list[dict]:
         """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
-        rows, a, b = [], test.pictures(0), test.pictures(1)
+        rows = []
+        a = test.pictures(0)
+        b = test.pictures(1)
         device = next(self.parameters()).device
         for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
-            there, home = (self.networks[f"generator_{name}"].eval() for name in (way, back))
-            fake, row = training.run_generator(there, x, 0), {"direction": way}
+            there = self.networks[f"generator_{way}"].eval()
+            home = self.networks[f"generator_{back}"].eval()
+            fake = training.run_generator(there, x, 0)
+            row = {"direction": way}
             if test.paired:
                 row["PSNR dB"] = training.mean_psnr(fake, y)
                 row["picture unchanged dB"] = training.mean_psnr(x, y)
             if with_fid:
                 row["FID"] = training.fid(fake, y, device)
-            again, n = training.run_generator(home, fake, 0), min(len(x), len(y))
+            again = training.run_generator(home, fake, 0)
             row["PSNR dB there and back"] = training.mean_psnr(again, x)
+            n = min(len(x), len(y))
             rows.append(row | training.swd(fake[:n].to(device), y[:n].to(device)))
         return rows
 
@@ -584,7 +592,8 @@ class Dcgan(Task):
     @torch.no_grad()
     def samples(self, count: int) -> torch.Tensor:
         """uint8 (count, 3, S, S), from noise that is always the same."""
-        rng, generator = torch.Generator().manual_seed(0), self.networks["generator"].eval()
+        generator = self.networks["generator"].eval()
+        rng = torch.Generator().manual_seed(0)
         noise = torch.randn(count, common.FIXED["noise"], generator=rng).to(next(self.parameters()))
         return torch.cat([dataset.to_uint8(generator(z)).cpu() for z in noise.split(100)])
 
@@ -592,7 +601,8 @@ class Dcgan(Task):
         """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
         colours and layout, no more."""
         real = test.pictures(0)
-        fake, thumbnails = self.samples(len(real)), []
+        fake = self.samples(len(real))
+        thumbnails = []
         for pictures in (fake, real):
             x = F.adaptive_avg_pool2d(dataset.to_float(pictures), 8)
             thumbnails.append(x.flatten(1).double().numpy())  # (N, 192)

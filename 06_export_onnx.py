@@ -69,7 +69,8 @@ COMPARED = 4  # test photos on which PyTorch runs too
 def parse() -> argparse.Namespace:
     """The flags; without --merged also --dynamic and --io as a folder's graph has them."""
     parser = runs.Parser(__doc__, "runs/onnx")
-    flag, paths = parser.add_argument, {"type": Path, "action": "append"}
+    flag = parser.add_argument
+    paths = {"type": Path, "action": "append"}
     flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
     flag("--adapter", **paths, help="a file or a folder of them, repeatable (default: stage 4's)")
     flag("--strength", type=runs.number(float, 0, 1.5), default=1.0, help="of the adapters")
@@ -124,7 +125,8 @@ class PhaseConv(nn.Module):
 
     def __init__(self, conv: common.UpConv | nn.ConvTranspose2d):
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight = conv.weight
+        self.bias = conv.bias
         self.is_up = isinstance(conv, common.UpConv)
         self.cut_off = 1 if self.is_up else conv.padding[0]  # rows of the result, at each side
         self.padding_mode = "replicate" if self.is_up else "constant"
@@ -238,7 +240,8 @@ class Exported(nn.Module):
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
-        self.generator, self.bytes = copy.deepcopy(generator), io == "uint8"
+        self.generator = copy.deepcopy(generator)
+        self.bytes = io == "uint8"
         for name, module in list(self.generator.named_modules()):
             if isinstance(module, common.UpConv | nn.ConvTranspose2d):
                 self.generator.set_submodule(name, PhaseConv(module))
@@ -253,16 +256,29 @@ class Exported(nn.Module):
 @torch.no_grad()  # norms and attention by PyTorch's own layers, see common.trains_on_cpu
 def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -> ir.Model:
     """The generator as a graph; its prompt is an input, parameters are named as in Exported."""
-    photo, height = torch.zeros(2, 3, size, size), 2
     if io == "uint8":
-        photo, height = torch.zeros(2, size, size, 3, dtype=torch.uint8), 1
-    free = {height: "height", height + 1: "width"} if dynamic else {}
-    examples, shapes = {"photo": photo}, {"photo": {0: "batch", **free}}
+        photo = torch.zeros(2, size, size, 3, dtype=torch.uint8)
+        height, width = 1, 2  # which of its dimensions these are
+    else:
+        photo = torch.zeros(2, 3, size, size)
+        height, width = 2, 3
+    examples = {"photo": photo}
+    free = {"photo": {0: "batch"}}  # dimensions that may be of any size
+    if dynamic:
+        free["photo"] |= {height: "height", width: "width"}
     if generator.takes_text:
-        examples["text"], shapes["text"] = generator.tokens[:1], {1: "tokens"}
-    options = {"dynamic_shapes": shapes, "output_names": ["edit"], "opset_version": OPSET}
-    options |= {"kwargs": examples, "optimize": False, "verbose": False}
-    return torch.onnx.export(Exported(generator, io).eval(), **options).model
+        examples["text"] = generator.tokens[:1]
+        free["text"] = {1: "tokens"}
+    program = torch.onnx.export(
+        Exported(generator, io).eval(),
+        kwargs=examples,
+        dynamic_shapes=free,
+        output_names=["edit"],
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+    )
+    return program.model
 
 
 def simplify(model: ir.Model) -> ir.Model:
@@ -287,16 +303,19 @@ def specialize(graph: ir.Model, generator: common.Generator, concept: int) -> on
     if generator.takes_text:
         prompt = model.graph.inputs.pop(1)
         text = generator.known_concepts()[concept][1][None]  # (1, T, D)
-        prompt.const_value, prompt.shape = ir.tensor(text.numpy()), ir.Shape(text.shape)
+        prompt.const_value = ir.tensor(text.numpy())
+        prompt.shape = ir.Shape(text.shape)
         model.graph.register_initializer(prompt)
     return ir.to_proto(simplify(model))
 
 
 def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
     """The graph alone, its weights external data: the tensors in a generator's file."""
-    data, model = weights.read_bytes(), graph.clone()
+    data = weights.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    header, initializers = json.loads(data[8:start]), model.graph.initializers
+    header = json.loads(data[8:start])
+    model = graph.clone()
+    initializers = model.graph.initializers
     values = [initializers.pop(x) for x in [*initializers] if x.startswith("generator.")]
     for value in values:
         value.const_value = None  # or what is zero would be optimized away

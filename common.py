@@ -483,7 +483,8 @@ class Discriminator(Network):
 
     def features(self, photo, edit, text=None) -> list[torch.Tensor]:
         """What every layer makes of forward's inputs, the score last: for feature matching."""
-        x, found = torch.cat([photo, edit], 1) if self.config["photo"] else edit, []
+        x = torch.cat([photo, edit], 1) if self.config["photo"] else edit
+        found = []
         for i, conv in enumerate(self.convs):
             x = conv(x)
             x = F.leaky_relu(instance_norm(x) if i else x, 0.2)
@@ -495,7 +496,8 @@ class Discriminator(Network):
         return [*found, score]
 
     def example(self, size=None, batch=1, device="meta"):
-        size, text_dim = size or self.config["size"], self.config.get("text_dim")
+        size = size or self.config["size"]
+        text_dim = self.config.get("text_dim")
         photo, edit = torch.randn(2, batch, 3, size, size, device=device)
         text = torch.randn(batch, text_dim, device=device) if text_dim else None
         return photo if self.config["photo"] else None, edit, text
@@ -725,8 +727,10 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     with explain(f"{path} does not fit the generator"):
         check_name(metadata["name"], path)
         for name, rank in metadata["ranks"].items():
-            module, scale = generator.get_submodule(name), strength * metadata["alpha"] / rank
-            a, b = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+            module = generator.get_submodule(name)
+            scale = strength * metadata["alpha"] / rank
+            a = tensors[f"{name}.lora_A"]
+            b = tensors[f"{name}.lora_B"]
             if not len(a) == b.shape[1] == rank or not 0 <= scale < 1e6:
                 raise ValueError(f"{name}: rank {rank}, alpha {metadata['alpha']}, A {(*a.shape,)}")
             lora = LoRA(module, a, b, scale).requires_grad_(False)

@@ -31,7 +31,8 @@ class Editor:
     """threads: 0 is one a core. What does not fit raises ValueError, and changes nothing."""
 
     def __init__(self, folder, threads=0):
-        self.folder, self.threads = Path(folder), threads
+        self.folder = Path(folder)
+        self.threads = threads
         if not (self.folder / "index.json").is_file():
             raise ValueError(f"{folder} holds no index.json: 06_export_onnx.py writes one")
         self.index = json.loads((self.folder / "index.json").read_text("utf-8"))
@@ -161,7 +162,9 @@ class Merged(Editor):
         options = session_options(threads)
         self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
         about = self.session.get_modelmeta().custom_metadata_map
-        self.text, self.index, self.side = {}, dict(about), None
+        self.text = {}
+        self.index = dict(about)
+        self.side = None
         if about.get("size", "any") != "any":
             self.side = int(about["size"].split("x")[0])
             self.index |= {"multiple": self.side, "most pixels": self.side**2}

@@ -27,7 +27,8 @@ def fetch_runtime(folder: Path, cdn: bool = False) -> str:
     except (OSError, subprocess.SubprocessError) as error:
         print(f"npm gives no {PACKAGE} ({error}): the page loads it from {address}")
         return address
-    archive, ort = folder / f"{PACKAGE.replace('@', '-')}.tgz", folder / "ort"
+    archive = folder / f"{PACKAGE.replace('@', '-')}.tgz"
+    ort = folder / "ort"
     ort.mkdir()
     wanted = {f"package/dist/{name}" for name in BUILDS}
     with tarfile.open(archive) as members:
