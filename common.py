@@ -650,7 +650,7 @@ class ToRGB(nn.Conv2d):
     def forward(self, *features):
         """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
         if features[0].device.type != "cpu":
-            return super().forward(torch.cat(features, 1))
+            return self.by_parts(features)
         reach, height = self.padding[0], features[0].shape[2]
         weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]  # (21, C, 1, 7)
         rows, parts = 0, weight.split([x.shape[1] for x in features], 1)
@@ -660,6 +660,16 @@ class ToRGB(nn.Conv2d):
         rows = rows.chunk(2 * reach + 1, 1)
         edit = sum(row[:, :, i : i + height] for i, row in enumerate(rows))
         return self.bias[:, None, None] + edit
+
+    def by_parts(self, features):
+        """forward on a GPU. The features are not concatenated, which would copy all channels, and
+        under autocast to fp32; each meets its part of the weight."""
+        edit = self.bias[:, None, None]
+        parts = self.weight.split([x.shape[1] for x in features], 1)
+        for x, part in zip(features, parts, strict=True):
+            padded = F.pad(x, (self.padding[0],) * 4, "reflect")
+            edit = edit + F.conv2d(padded, part)  # in fp32: bf16 would add another error
+        return edit
 
 
 class UpConv(nn.Conv2d):

@@ -142,6 +142,20 @@ def test_training_on_a_cpu_computes_what_pytorchs_layers_do(name, monkeypatch):
         assert (a - b).abs().max() <= 1e-9 * max(1, b.abs().max())
 
 
+def test_the_last_layer_computes_on_a_gpu_what_it_does_on_a_cpu():
+    widths = {"stem": 64, "rgb": 3}
+    shape = {"padding": 3, "padding_mode": "reflect"}
+    layer = common.layer(common.ToRGB, widths, ("stem", "rgb"), "rgb", 7, **shape)
+    features = torch.randn(2, 64, 16, 24), torch.randn(2, 3, 16, 24)
+    whole = F.pad(torch.cat(features, 1), (3,) * 4, "reflect")
+    wanted = F.conv2d(whole, layer.weight, layer.bias)
+    assert torch.allclose(layer(*features), wanted, atol=1e-5)
+    assert torch.allclose(layer.by_parts(features), wanted, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered = layer.by_parts(features)
+    assert lowered.dtype == torch.float32 and (lowered - wanted).abs().max() < 0.01
+
+
 def test_upsampling_is_nearest_neighbour_and_a_convolution_of_what_came_out(load_stage):
     up, x = common.UpConv(5, 7, 3), torch.randn(2, 5, 6, 8)
     large = F.pad(F.interpolate(x, scale_factor=2), (1, 1, 1, 1), "reflect")
