@@ -7,9 +7,9 @@ the PatchGAN discriminator photo, edit and prompt. The loss is that of a least-s
 first steps see half-size ones.
 
 To try another loss, copy this file to 03_NAME.py, edit `train_base` and give `--out runs/NAME`.
-What it calls: training.autocast (bf16 where the device has it), training.descend (a step down a
-loss), Loop.record (ends a step; call it once in each). Code is no setting that a run's folder
-remembers: after a change of it say --overwrite.
+What it calls: training.autocast (bf16 where the device has it), Loop.scaler (for fp16; else it does
+nothing), training.descend (a step of an optimizer), Loop.record (ends a step; call it once in
+each). Code is no setting that a run's folder remembers: after a change of it say --overwrite.
 
 Reads   runs/pairs (stage 1), runs/clusters/concepts.json (stage 2; or --concept)
 Writes  runs/base/generator.safetensors     the last model, with the prompts' text features
@@ -115,8 +115,10 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     judging, none in a run that was complete already."""
     opt_g = training.adam(generator.parameters(), args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
-    ddp_generator = training.data_parallel(generator)
-    ddp_discriminator = training.data_parallel(discriminator)
+    ddp_generator = training.data_parallel(training.compiled(generator, args.compile))
+    ddp_discriminator = training.data_parallel(training.compiled(discriminator, args.compile))
+    discriminator_features = training.compiled(discriminator.features, args.compile)
+    once = args.accumulate == 1  # one pass of the generator serves both steps
     steps_per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
     steps = args.steps or args.epochs * steps_per_epoch
     halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
@@ -130,38 +132,52 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     if loop.step and is_due(loop.step) and not is_judged(loop):  # it was stopped before that
         judged = judge_and_save(loop, generator, test, args.out)
     generator.train()
-    for photo, edit, concept in loop:
+    for batch in loop:
         training.set_lr(opt_g, args.lr, loop.step, steps)
         training.set_lr(opt_d, args.lr_d, loop.step, steps)
-        text = common.prompt_embedding(generator, concept)
+        micro_batches = loop.micro_batches(batch)
+        fakes = []
+        losses = []
 
         # The discriminator's step: real edits towards 1, the generator's towards 0.
-        with training.autocast(photo.device, args.precision):
-            fake = ddp_generator(photo, concept)
-            score_real = ddp_discriminator(photo, edit, text).float()
-            score_fake = ddp_discriminator(photo, fake.detach(), text).float()
-        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
-        training.descend(loss_d, opt_d)
+        for photo, edit, concept in micro_batches:
+            text = common.prompt_embedding(generator, concept)
+            with training.autocast(photo.device, args.precision):
+                with torch.set_grad_enabled(once):
+                    fake = ddp_generator(photo, concept)
+                score_real = ddp_discriminator(photo, edit, text).float()
+                score_fake = ddp_discriminator(photo, fake.detach(), text).float()
+            loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+            loop.scaler.scale(loss_d / args.accumulate).backward()
+            fakes.append(fake)
+            losses.append({"D": loss_d})
+        training.descend(opt_d, loop.scaler)
 
         # The generator's step: its edits towards 1, and near the teacher's.
         discriminator.requires_grad_(False)
-        with training.autocast(photo.device, args.precision):
-            features = discriminator.features(photo, fake, text)
-            with torch.no_grad():
-                wanted = discriminator.features(photo, edit, text) if args.fm else features
-        gan = (features[-1].float() - 1).square().mean()
-        l1 = (fake.float() - edit).abs().mean()
-        fm = training.feature_matching(features, wanted)
-        loss_g = gan + args.l1 * l1 + args.fm * fm
-        losses = {"L1": l1, "FM": fm}
-        if args.perceptual:
-            losses["P"] = training.perceptual_distance(fake, edit).mean()
-            loss_g = loss_g + args.perceptual * losses["P"]
-        training.descend(loss_g, opt_g)
+        for (photo, edit, concept), fake, row in zip(micro_batches, fakes, losses, strict=True):
+            text = common.prompt_embedding(generator, concept)
+            with training.autocast(photo.device, args.precision):
+                if not once:  # activations of all micro-batches would not fit
+                    fake = ddp_generator(photo, concept)
+                features = discriminator_features(photo, fake, text)
+                with torch.no_grad():
+                    wanted = discriminator_features(photo, edit, text) if args.fm else features
+            gan = (features[-1].float() - 1).square().mean()
+            l1 = (fake.float() - edit).abs().mean()
+            fm = training.feature_matching(features, wanted)
+            loss_g = gan + args.l1 * l1 + args.fm * fm
+            row |= {"L1": l1, "FM": fm}
+            if args.perceptual:
+                row["P"] = training.perceptual_distance(fake, edit).mean()
+                loss_g = loss_g + args.perceptual * row["P"]
+            row["G"] = loss_g
+            loop.scaler.scale(loss_g / args.accumulate).backward()
+        training.descend(opt_g, loop.scaler)
         discriminator.requires_grad_(True)
 
         judge = is_due(loop.step + 1)
-        if loop.record({"G": loss_g, "D": loss_d, **losses}, save=judge):
+        if loop.record(training.mean_losses(losses), save=judge):
             common.save_network(args.out / "generator.safetensors", generator)
             common.save_network(args.out / "discriminator.safetensors", discriminator)
             loop.save()  # before judging, which may be stopped

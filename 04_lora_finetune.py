@@ -258,42 +258,57 @@ def finetune(
     index = generator.concept_index(name)  # of the only concept in `train`, whose number there is 0
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
-    ddp_generator = training.data_parallel(generator)
-    ddp_discriminator = training.data_parallel(discriminator)
+    ddp_generator = training.data_parallel(training.compiled(generator, args.compile))
+    ddp_discriminator = training.data_parallel(training.compiled(discriminator, args.compile))
+    discriminator_features = training.compiled(discriminator.features, args.compile)
+    once = args.accumulate == 1  # one pass of the generator serves both steps
     halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, out, desc=name, half_size_steps=halved)
     generator.train()
-    for photo, edit, concept in loop:
+    for batch in loop:
         training.set_lr(opt_g, args.lr, loop.step, steps)
         training.set_lr(opt_d, args.lr_d, loop.step, steps)
+        micro_batches = loop.micro_batches(batch)
+        fakes = []
+        losses = []
 
         # The discriminator's step: real edits towards 1, the generator's towards 0.
-        with training.autocast(photo.device, args.precision):
-            fake = ddp_generator(photo, concept + index)
-            score_real = ddp_discriminator(photo, edit).float()
-            score_fake = ddp_discriminator(photo, fake.detach()).float()
-        loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
-        training.descend(loss_d, opt_d)
+        for photo, edit, concept in micro_batches:
+            with training.autocast(photo.device, args.precision):
+                with torch.set_grad_enabled(once):
+                    fake = ddp_generator(photo, concept + index)
+                score_real = ddp_discriminator(photo, edit).float()
+                score_fake = ddp_discriminator(photo, fake.detach()).float()
+            loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
+            loop.scaler.scale(loss_d / args.accumulate).backward()
+            fakes.append(fake)
+            losses.append({"D": loss_d})
+        training.descend(opt_d, loop.scaler)
 
         # The generator's step: its edits towards 1, and near the teacher's.
         discriminator.requires_grad_(False)
-        with training.autocast(photo.device, args.precision):
-            features = discriminator.features(photo, fake)
-            with torch.no_grad():
-                wanted = discriminator.features(photo, edit) if args.fm else features
-        gan = (features[-1].float() - 1).square().mean()
-        l1 = (fake.float() - edit).abs().mean()
-        fm = training.feature_matching(features, wanted)
-        loss_g = gan + args.l1 * l1 + args.fm * fm
-        losses = {"L1": l1, "FM": fm}
-        if args.perceptual:
-            losses["P"] = training.perceptual_distance(fake, edit).mean()
-            loss_g = loss_g + args.perceptual * losses["P"]
-        training.descend(loss_g, opt_g)
+        for (photo, edit, concept), fake, row in zip(micro_batches, fakes, losses, strict=True):
+            with training.autocast(photo.device, args.precision):
+                if not once:  # activations of all micro-batches would not fit
+                    fake = ddp_generator(photo, concept + index)
+                features = discriminator_features(photo, fake)
+                with torch.no_grad():
+                    wanted = discriminator_features(photo, edit) if args.fm else features
+            gan = (features[-1].float() - 1).square().mean()
+            l1 = (fake.float() - edit).abs().mean()
+            fm = training.feature_matching(features, wanted)
+            loss_g = gan + args.l1 * l1 + args.fm * fm
+            row |= {"L1": l1, "FM": fm}
+            if args.perceptual:
+                row["P"] = training.perceptual_distance(fake, edit).mean()
+                loss_g = loss_g + args.perceptual * row["P"]
+            row["G"] = loss_g
+            loop.scaler.scale(loss_g / args.accumulate).backward()
+        training.descend(opt_g, loop.scaler)
         discriminator.requires_grad_(True)
 
-        if loop.record({"G": loss_g, "D": loss_d, **losses}) and out:
+        if loop.record(training.mean_losses(losses)) and out:
             picture = training.progress_picture(generator, test, per_concept=6)
             runs.write_png(out / "samples" / f"{loop.step:07d}.png", picture)
             loop.save()

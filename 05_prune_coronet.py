@@ -304,22 +304,31 @@ def weights_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
     return found
 
 
-def gan_step(task, batch, opt_g, opt_d, precision: str) -> dict[str, torch.Tensor]:
+def gan_step(task, loop: training.Loop, batch, opt_g, opt_d) -> dict[str, torch.Tensor]:
     """A step of the generators, then one of the discriminators; in this order the generators'
     activations are gone when the discriminators' pass begins. Returns losses for the log.
 
     Hypernetworks make each weight once a pass (parametrize.cached), however often it is used."""
-    device = batch[0].device
+    args, device = loop.args, loop.device
+    micro_batches = loop.micro_batches(batch)
+    made = []  # each micro-batch's fakes
+    losses = []
     with frozen(task.named("discriminator").values()):
-        with parametrize.cached(), training.autocast(device, precision):
-            fakes = task.fakes(batch)
-            loss_g, losses = task.generator_loss(batch, fakes)
-        training.descend(loss_g, opt_g)
-    fakes = [fake.detach() for fake in fakes]
-    with parametrize.cached(), training.autocast(device, precision):
-        loss_d = task.discriminator_loss(batch, fakes)
-    training.descend(loss_d, opt_d)
-    return {"G": loss_g, "D": loss_d, **losses}
+        for part in micro_batches:
+            with parametrize.cached(), training.autocast(device, args.precision):
+                fakes = task.fakes(part)
+                loss_g, row = task.generator_loss(part, fakes)
+            loop.scaler.scale(loss_g / args.accumulate).backward()
+            made.append([fake.detach() for fake in fakes])
+            losses.append({"G": loss_g, **row})
+        training.descend(opt_g, loop.scaler)
+    for part, fakes, row in zip(micro_batches, made, losses, strict=True):
+        with parametrize.cached(), training.autocast(device, args.precision):
+            loss_d = task.discriminator_loss(part, fakes)
+        loop.scaler.scale(loss_d / args.accumulate).backward()
+        row["D"] = loss_d
+    training.descend(opt_d, loop.scaler)
+    return training.mean_losses(losses)
 
 
 def search(task, targets: dict[str, Target], data, test, args, steps: int) -> dict:
@@ -344,14 +353,15 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
         opt_z = torch.optim.SGD(vectors, args.lr_z, momentum=0.9)
         parts["opt_z"] = opt_z
     loop = training.Loop(args, data, steps, parts, args.out, name="search", desc="search")
-    task.distribute()
+    task.distribute(args.compile)
     task.train()
     for batch in loop:
-        losses = gan_step(task, batch, opt_g, opt_d, args.precision)
+        losses = gan_step(task, loop, batch, opt_g, opt_d)
         if searches:
+            loop.scaler.unscale_(opt_z)
             for name in targets:
                 nn.utils.clip_grad_norm_(task.networks[name].latents.parameters(), 1.0)
-            opt_z.step()
+            loop.scaler.step(opt_z)
             opt_z.zero_grad()
             done = loop.step + 1
             # the MACs follow a straight line, which meets the target after nine tenths of the steps
@@ -379,12 +389,12 @@ def converge(task, data, test, args, steps: int) -> dict:
     opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
     parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, data, steps, parts, args.out, name="converge", desc="converge")
-    task.distribute()
+    task.distribute(args.compile)
     task.train()
     for batch in loop:
         training.set_lr(opt_g, args.lr, loop.step, steps)
         training.set_lr(opt_d, args.lr_d, loop.step, steps)
-        losses = gan_step(task, batch, opt_g, opt_d, args.precision)
+        losses = gan_step(task, loop, batch, opt_g, opt_d)
         if loop.record(losses):
             save_progress(loop, task, test, "converge")
     return {"converge steps": loop.step, "converge s": loop.pace()["training s"]}
@@ -409,11 +419,14 @@ class Task(nn.Module):
         self.networks = nn.ModuleDict(networks)
         self.pools = {}
 
-    def distribute(self) -> None:
-        """Puts the networks under DDP: self.ddp, to be called where their own loss is computed."""
+    def distribute(self, compiled: bool) -> None:
+        """Makes of each network what training calls: self.ddp, under DDP, where the network's own
+        loss is computed, and self.alone, without, where another's is. compiled: --compile."""
         self.ddp = {}
+        self.alone = {}
         for name, network in self.networks.items():
-            self.ddp[name] = training.data_parallel(network)
+            self.alone[name] = training.compiled(network, compiled)
+            self.ddp[name] = training.data_parallel(self.alone[name])
 
     def named(self, beginning: str) -> dict[str, common.Network]:
         """The networks whose names begin so."""
@@ -453,12 +466,16 @@ class Pix2pix(Task):
         photo, _, concept = batch
         return [self.ddp["generator"](photo, self.concept_indices[concept])]
 
+    def distribute(self, compiled):
+        super().distribute(compiled)
+        self.features = training.compiled(self.networks["discriminator"].features, compiled)
+
     def generator_loss(self, batch, fakes):
         photo, edit, concept = batch
-        discriminator, text = self.networks["discriminator"], self.text(concept)
-        features = discriminator.features(photo, fakes[0], text)
+        text = self.text(concept)
+        features = self.features(photo, fakes[0], text)
         with torch.no_grad():
-            real = discriminator.features(photo, edit, text) if self.args.fm else features
+            real = self.features(photo, edit, text) if self.args.fm else features
         gan = (features[-1].float() - 1).square().mean()
         l1 = F.l1_loss(fakes[0].float(), edit)
         fm = training.feature_matching(features, real)
@@ -510,8 +527,8 @@ class CycleGan(Task):
     def generator_loss(self, batch, fakes):
         a, b, _ = batch
         to_b, to_a, *same = fakes
-        gan = (self.networks["discriminator_B"](None, to_b).float() - 1).square().mean()
-        gan = gan + (self.networks["discriminator_A"](None, to_a).float() - 1).square().mean()
+        gan = (self.alone["discriminator_B"](None, to_b).float() - 1).square().mean()
+        gan = gan + (self.alone["discriminator_A"](None, to_a).float() - 1).square().mean()
         cycle = F.l1_loss(self.ddp["generator_BtoA"](to_b).float(), a)
         cycle = cycle + F.l1_loss(self.ddp["generator_AtoB"](to_a).float(), b)
         identity = sum(F.l1_loss(x.float(), y) for x, y in zip(same, (b, a), strict=False))
@@ -582,7 +599,7 @@ class Dcgan(Task):
         return [self.ddp["generator"](noise)]
 
     def generator_loss(self, batch, fakes):
-        return F.softplus(-self.networks["discriminator"](fakes[0]).float()).mean(), {}
+        return F.softplus(-self.alone["discriminator"](fakes[0]).float()).mean(), {}
 
     def discriminator_loss(self, batch, fakes):
         # not one pass: batch norm would mix their statistics

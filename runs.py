@@ -403,6 +403,10 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     return names
 
 
+# Flags that leave the result as it is, or change what is rounded.
+NO_SETTINGS = ("device", "accumulate", "compile", "overwrite", "demo", "fid", "tensorboard")
+
+
 def settings_of(args: argparse.Namespace, **more: object) -> dict:
     """What begin_run compares: every flag that changes the result, and `more`, such as hashes of
     what is read. Paths are left out, so that a run may be moved."""
@@ -410,7 +414,7 @@ def settings_of(args: argparse.Namespace, **more: object) -> dict:
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
         has_paths = any(isinstance(each, Path) for each in values)
-        if name not in ("device", "overwrite", "demo", "fid", "tensorboard") and not has_paths:
+        if name not in NO_SETTINGS and not has_paths:
             settings[name] = value
     return {**settings, **more}
 

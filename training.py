@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,25 @@ def add_flags(parser: runs.Parser) -> None:
         default=5.0,
         help="weight of the distance of a trained network's features; 0 leaves it out",
     )
-    flag("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: what is fast")
+    flag(
+        "--precision",
+        choices=["auto", "bf16", "fp16", "fp32"],
+        default="auto",
+        help="auto: bf16 where the device has units for it, else fp32; fp16: for GPUs that have "
+        "units for nothing else, such as V100 and T4",
+    )
+    flag(
+        "--accumulate",
+        type=runs.count,
+        default=1,
+        help="micro-batches that a process's share of a batch goes through the networks in, for "
+        "batches that do not fit into memory (dcgan's batch norms see one at a time)",
+    )
+    flag(
+        "--compile",
+        action="store_true",
+        help="torch.compile the networks: minutes at first, faster steps on a GPU",
+    )
     flag(
         "--fid",
         choices=["auto", "off"],
@@ -150,6 +168,11 @@ def start(args) -> torch.device:
     """Joins torchrun's processes where there are several, and seeds PyTorch. Returns the device:
     `auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
     name = args.device
+    if world() > 1 and name.startswith("cuda:"):
+        raise UserError(
+            f"--device {name} would put all processes on one GPU: leave it out, and each takes its "
+            f"own (CUDA_VISIBLE_DEVICES=0,1 chooses which)"
+        )
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     elif name == "auto":
@@ -197,10 +220,25 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    """The context of a forward pass: bf16 where `precision` says so, or is auto and the device has
-    units for it."""
+    """The context of a forward pass: fp16 or bf16 where `precision` says so; bf16 also where it is
+    auto and the device has units for it."""
     use_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=use_bf16 or precision == "fp16")
+
+
+def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
+    """What multiplies the losses of fp16, so that small gradients do not become 0 in it, and leaves
+    a step out in which large ones became infinite. For other precisions it does nothing."""
+    if precision == "fp16" and device.type not in ("cuda", "cpu"):
+        raise UserError(f"--precision fp16 is for CUDA; on {device.type} give bf16 or fp32")
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def compiled(function: Callable, wanted: bool) -> Callable:
+    """A network, or a method of one, by torch.compile, if that is wanted (--compile). The network
+    itself stays as it is: evaluation calls that, as it would be compiled again for every shape."""
+    return torch.compile(function, dynamic=False) if wanted else function
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
@@ -209,10 +247,17 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
     Call what this returns wherever the network's own loss is computed. The generator's loss also
     passes through the discriminator, but may use the plain one: its weights are frozen there, so
-    there are no gradients to average, and they are the same in every process."""
+    there are no gradients to average, and they are the same in every process.
+
+    With --accumulate the gradients so far are averaged after each micro-batch, which leaves the
+    same mean at the end.
+
+    Buffers are not sent round: no forward pass of training reads any that change. A batch norm sees
+    its process's share of the batch, and its running statistics, which only evaluation reads, are
+    the first process's, which evaluates and saves."""
     if world() == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 # ---- A step --------------------------------------------------------------------------------------
@@ -225,18 +270,24 @@ def adam(parameters, lr: float) -> torch.optim.Adam:
     return torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
 
 
-def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step of an optimizer down a loss.
+def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """A step of an optimizer down the gradients of a loss that the scaler has scaled, whose
+    backward pass is done.
 
     The norm of the gradients is limited: on a crop that is one flat colour each instance norm
     divides by next to nothing, one after the other, and norms of 1e15 were seen, after which Adam
     would hardly move for hundreds of steps. Gradients are freed after the step, not before the
     next, as a hypernetwork's take as much memory as its weights."""
-    loss.backward()
+    scaler.unscale_(optimizer)
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], MAX_NORM)
-    optimizer.step()
+    scaler.step(optimizer)
     optimizer.zero_grad()
+
+
+def mean_losses(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The losses of a batch, by name: the means of those of its micro-batches."""
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> None:
@@ -256,23 +307,27 @@ class Loop:
     """What goes around a stage's steps: batches, the log, Ctrl-C, and the state to continue from.
 
         loop = Loop(args, data, steps, {"g": generator, "opt_g": opt_g}, out)
-        for photo, edit, concept in loop:                # from where the state in `out` stopped
-            ...                                          # loop.step: how many steps are done
+        for batch in loop:                               # from where the state in `out` stopped
+            for photo, edit, concept in loop.micro_batches(batch):
+                ...                                      # loop.step: how many steps are done
             if loop.record({"G": loss_g, "D": loss_d}):  # ends the step; is it time to save?
                 loop.save()
 
     A stage may call finish() in a step to make it the last; loop.steps stays what was planned, for
     schedules. Ctrl-C and SIGTERM wait until the step is done; then the state is saved and the run
     stops, with several processes in all of them after the same step. Without `out` nothing is read
-    or written."""
+    or written.
+
+    The state is the first process's. A run of several that was killed goes on with it in all of
+    them: that ends in the same bytes unless their parts differ, as CycleGAN's pools do."""
 
     def __init__(
         self, args, data, steps: int, parts: dict, out=None, name="", desc="", half_size_steps=0
     ):
         """parts: modules, optimizers and lists of tensors by name, all that a run needs to
-        continue. name: begins the names of state, log and curve, where a stage has two loops.
-        desc: the progress bar's words. half_size_steps: how many steps, the first ones, get their
-        pictures at half the size."""
+        continue, beside what the loop adds. name: begins the names of state, log and curve, where a
+        stage has two loops. desc: the progress bar's words. half_size_steps: how many steps, the
+        first ones, get their pictures at half the size."""
         self.args = args
         self.data = data
         self.steps = steps
@@ -282,8 +337,9 @@ class Loop:
         self.desc = desc
         self.modules = nn.ModuleList(x for x in parts.values() if isinstance(x, nn.Module))
         self.device = next(self.modules.parameters()).device
+        self.scaler = grad_scaler(self.device, args.precision)
         self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
-        self.parts = {**parts, "losses": self.losses}
+        self.parts = {**parts, "losses": self.losses, "scaler": self.scaler}
         self.seconds = 0.0  # spent in steps, not in judging and saving
         self.waited = 0.0  # of these, for pictures
         self.signals: list[int] = []  # that came while steps were taken, and wait
@@ -298,6 +354,11 @@ class Loop:
 
     def __iter__(self) -> Iterator[tuple]:
         args = self.args
+        if args.batch % (world() * args.accumulate):
+            raise UserError(
+                f"--batch {args.batch} cannot be shared evenly by {world()} processes, "
+                f"--accumulate {args.accumulate} micro-batches each"
+            )
         left = range(self.step, self.step if self.finished else self.steps)
         batches = self.data.batches(
             args.batch, left, args.seed, self.device, args.crop, flip=not args.no_flip
@@ -326,6 +387,12 @@ class Loop:
         """Whether a process has had a signal. All ask together."""
         return any_process(bool(self.signals))
 
+    def micro_batches(self, batch: tuple) -> list[tuple]:
+        """A batch as --accumulate smaller ones. Each has every so-manieth row, as processes share
+        batches out, so that each has all concepts."""
+        count = self.args.accumulate
+        return [tuple(rows[i::count] for rows in batch) for i in range(count)]
+
     def finish(self) -> None:
         """Makes the present step the last."""
         self.finished = True
@@ -334,6 +401,7 @@ class Loop:
         """Ends a step. The losses' means are logged every LOG_EVERY steps and whenever it is time
         to save: every --save-every steps, after the last, and where `save` says so. Returns whether
         it is time, and this the process that saves."""
+        self.scaler.update()
         self.step += 1
         self.finished = self.finished or self.step == self.steps
         self.losses.append(torch.stack(list(losses.values())).detach())
@@ -453,11 +521,14 @@ def save_state(path: Path, parts: dict, step: int, finished: bool, rows: list[di
     runs.write_tensors(path, tensors, metadata)
 
 
-def part_tensors(part: nn.Module | torch.optim.Optimizer | list) -> dict:
+Part = nn.Module | torch.optim.Optimizer | torch.amp.GradScaler | list[torch.Tensor]
+
+
+def part_tensors(part: Part) -> dict:
     """The state of one part as {key: tensor or number}."""
     if isinstance(part, list):
         return {str(i): tensor for i, tensor in enumerate(part)}
-    if isinstance(part, nn.Module):
+    if isinstance(part, nn.Module | torch.amp.GradScaler):
         return part.state_dict()
     tensors = {}
     for index, entry in part.state_dict()["state"].items():  # of each parameter
@@ -479,12 +550,14 @@ def load_state(path: Path, parts: dict) -> tuple[int, bool, list[dict]]:
         return int(metadata["step"]), bool(metadata["finished"]), rows
 
 
-def restore_part(part: nn.Module | torch.optim.Optimizer | list, tensors: dict) -> None:
+def restore_part(part: Part, tensors: dict) -> None:
     """The inverse of part_tensors."""
     if isinstance(part, list):
         part[:] = [tensors[key] for key in sorted(tensors, key=int)]
     elif isinstance(part, nn.Module):
         part.load_state_dict(tensors)
+    elif isinstance(part, torch.amp.GradScaler):
+        part.load_state_dict({key: tensor.item() for key, tensor in tensors.items()})
     else:
         state = part.state_dict()
         for key, value in tensors.items():

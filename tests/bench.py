@@ -403,6 +403,7 @@ def prune_steps(name: str, args, answer) -> None:
         generator = common.slice_network(generator, target.kept(own, 0.25))
     opt_g = training.adam([*generator.parameters(), *learned], 2e-4)
     opt_d = training.adam(discriminator.parameters(), 2e-4)
+    scaler = training.grad_scaler(device, "bf16")  # does nothing
     photo, concept = generator.example(batch=args.batch, device=device)
     edit, text = torch.randn_like(photo), common.prompt_embedding(generator, concept)
 
@@ -414,14 +415,16 @@ def prune_steps(name: str, args, answer) -> None:
                 score = discriminator(photo, fake, text).float()
             l1 = (fake.float() - edit).abs().mean()
             loss_g = (score - 1).square().mean() + 100 * l1
-        training.descend(loss_g, opt_g)
+        loss_g.backward()
+        training.descend(opt_g, scaler)
         discriminator.requires_grad_(True)
         with training.autocast(device, args.precision):
             pictures, texts = torch.cat([edit, fake.detach()]), text.repeat(2, 1)
             scores = discriminator(photo.repeat(2, 1, 1, 1), pictures, texts).float()
         real_score, fake_score = scores.chunk(2)
         loss_d = (real_score - 1).square().mean() + fake_score.square().mean()
-        training.descend(loss_d, opt_d)
+        loss_d.backward()
+        training.descend(opt_d, scaler)
         discriminator.score.bias.sum().item()  # a GPU may still be at work
 
     step()

@@ -152,8 +152,9 @@ def test_the_last_layer_computes_on_a_gpu_what_it_does_on_a_cpu():
     assert torch.allclose(layer(*features), wanted, atol=1e-5)
     assert torch.allclose(layer.by_parts(features), wanted, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        lowered = layer.by_parts(features)
-    assert lowered.dtype == torch.float32 and (lowered - wanted).abs().max() < 0.01
+        by_parts = layer.by_parts(features)
+        at_once = F.conv2d(whole, layer.weight, layer.bias)
+    assert (by_parts - wanted).abs().mean() < 1.5 * (at_once - wanted).abs().mean()
 
 
 def test_upsampling_is_nearest_neighbour_and_a_convolution_of_what_came_out(load_stage):

@@ -1,6 +1,8 @@
 """What would go wrong on a GPU, found without one: a training step of every stage on tensors that
-have a shape, a dtype and the device cuda:0, but no numbers (torch's FakeTensorMode)."""
+have a shape, a dtype and the device cuda:0, but no numbers (torch's FakeTensorMode). And on the
+CPU, what GPUs are given: micro-batches, fp16 with its scaler, torch.compile."""
 
+import functools
 from argparse import Namespace
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import random_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +23,9 @@ BATCH = 4
 FLAGS = {
     "precision": "bf16",
     "batch": BATCH,
+    "accumulate": 1,
+    "compile": False,
+    "tensorboard": False,
     "crop": 0,
     "no_flip": False,
     "seed": 0,
@@ -41,6 +47,7 @@ FLAGS = {
     "method": "coronet",
     "start": "weights",
     "data": None,
+    "generator": "e2gan",
     "no_text": True,
     "new_discriminator": True,
     "cycle": 10.0,
@@ -97,19 +104,22 @@ class Autocast(TorchFunctionMode):
     LOWERED = (F.conv2d, F.conv_transpose2d, F.linear, torch.matmul, torch.Tensor.matmul)
     LOWERED = (*LOWERED, torch.Tensor.__matmul__, F.scaled_dot_product_attention)
 
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
     def __torch_function__(self, function, types, args=(), options=None):
         options = options or {}
         if function in self.LOWERED:
-            args = [lowered(x) for x in args]
-            options = {name: lowered(x) for name, x in options.items()}
+            args = [self.lowered(x) for x in args]
+            options = {name: self.lowered(x) for name, x in options.items()}
         if function is torch.cat and len({x.dtype for x in args[0]}) > 1:
             args = ([x.float() for x in args[0]], *args[1:])
         return function(*args, **options)
 
-
-def lowered(x):
-    is_float = isinstance(x, torch.Tensor) and x.dtype == torch.float32
-    return x.bfloat16() if is_float else x
+    def lowered(self, x):
+        is_float = isinstance(x, torch.Tensor) and x.dtype == torch.float32
+        return x.to(self.dtype) if is_float else x
 
 
 def to_cuda(module: torch.nn.Module) -> torch.nn.Module:
@@ -155,7 +165,7 @@ def flags(**changes) -> Namespace:
 def new_generator(arch="e2gan") -> common.Generator:
     concepts = [{"name": "dark", "prompt": "make it dark"}]
     tokens = [random_rows("tokens/dark", 4)] if arch == "e2gan" else None
-    return to_cuda(common.new_generator(arch, 8, SIZE, concepts, tokens, "ViT-S-32:random"))
+    return common.new_generator(arch, 8, SIZE, concepts, tokens, "ViT-S-32:random")
 
 
 @pytest.fixture
@@ -164,6 +174,7 @@ def gpu(monkeypatch):
     perceptual = training.PerceptualNetwork()
     monkeypatch.setattr(training, "perceptual_network", lambda device: perceptual)
     monkeypatch.setattr(training, "autocast", fake_autocast)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, device: to_cuda(module))
     with FakeTensorMode(allow_non_fake_inputs=True), GpuWaits() as waits:
         to_cuda(perceptual)
@@ -171,8 +182,8 @@ def gpu(monkeypatch):
 
 
 def fake_autocast(device, precision):
-    assert (device, precision) == (CUDA, "bf16")
-    return Autocast()
+    assert device == CUDA
+    return Autocast({"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def test_the_counter_sees_every_kind_of_wait(gpu):
@@ -194,26 +205,29 @@ def test_the_counter_sees_every_kind_of_wait(gpu):
 
 
 def test_bf16_goes_through_a_network(gpu):
-    generator = new_generator()
+    generator = to_cuda(new_generator())
     photo, concept = generator.example(device=CUDA)
     with training.autocast(CUDA, "bf16"):
         assert generator.down1(generator.stem(photo)).dtype == torch.bfloat16
         assert generator(photo, concept).device == CUDA
 
 
-def test_a_step_of_stage_3_waits_for_nothing(gpu, load_stage):
-    generator = new_generator()
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_of_stage_3_waits_for_nothing(gpu, load_stage, precision):
+    generator = to_cuda(new_generator())
     discriminator = common.new_discriminator(generator)
     data = Batches(gpu, pictures=2)
     with pytest.raises(Enough):
-        load_stage("03").train_base(generator, discriminator, data, data, flags())
+        load_stage("03").train_base(
+            generator, discriminator, data, data, flags(precision=precision, accumulate=2)
+        )
     assert not gpu.counts
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_step_of_stage_4_waits_for_nothing(gpu, load_stage, mode):
     four = load_stage("04")
-    generator = new_generator()
+    generator = to_cuda(new_generator())
     if mode == "lora":
         shapes = four.layer_shapes(generator)
         four.add_lora(generator, four.layer_ranks(shapes, four.PAPER_RANKS), alpha=16.0)
@@ -235,7 +249,7 @@ def new_task(five, task: str, waits: GpuWaits):
     """A GAN to prune, its data, and flags."""
     args = flags(task=task, generator=TASKS[task])
     data = Batches(waits, pictures=1 if task == "dcgan" else 2)
-    trained = new_generator() if task == "pix2pix" else None
+    trained = to_cuda(new_generator()) if task == "pix2pix" else None
     return to_cuda(five.TASKS[task](args, data, trained)), data, args
 
 
@@ -267,3 +281,95 @@ def test_a_searching_step_of_stage_5_waits_once(gpu, load_stage, monkeypatch, ta
         five.search(networks, dict.fromkeys(networks.networks), data, data, args, steps=100)
     assert len(shrunk) == 2 * len(networks.networks)
     assert gpu.counts == {"aten._to_copy.default": 1}
+
+
+# ---- On the CPU, with numbers --------------------------------------------------------------------
+
+
+class OneBatch:
+    """In the place of a stage's data: one random batch, then Enough."""
+
+    size = SIZE
+    counts = [100]
+    concepts = [{"name": "dark", "prompt": "make it dark"}]
+
+    def batches(self, *_, **__):
+        rng = torch.Generator().manual_seed(1)
+        photo, edit = torch.rand(2, BATCH, 3, SIZE, SIZE, generator=rng) * 2 - 1
+        yield photo, edit, torch.zeros(BATCH, dtype=torch.long)
+        raise Enough
+
+
+def step_gradients(stage, **changes) -> list[torch.Tensor]:
+    """The gradients of stage 3's or 5's (searching) networks, of each optimizer one vector."""
+    rates = {
+        "lr": 1e-6,
+        "lr_d": 1e-6,
+        "lr_search": 1e-6,
+    }  # so that one step does not alter the next
+    args = flags(**{"precision": "fp32", "perceptual": 0.0, **rates, **changes})
+    found = []
+
+    def keep(optimizer, args, options):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+
+    torch.manual_seed(0)
+    generator = new_generator()
+    hook = register_optimizer_step_pre_hook(keep)
+    try:
+        with pytest.raises(Enough):
+            if hasattr(stage, "train_base"):
+                discriminator = common.new_discriminator(generator)
+                stage.train_base(generator, discriminator, OneBatch(), OneBatch(), args)
+            else:
+                task = stage.TASKS["pix2pix"](args, OneBatch(), generator)
+                targets = {"generator": stage.Target(generator, 0.5)}
+                stage.search(task, targets, OneBatch(), OneBatch(), args, steps=100)
+    finally:
+        hook.remove()
+    return found
+
+
+def assert_near(found, wanted, tolerance) -> None:
+    assert len(found) == len(wanted) > 1
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).norm() < tolerance * b.norm()
+
+
+@pytest.mark.parametrize("number", ["03", "05"])
+def test_micro_batches_have_the_gradients_of_the_whole_batch(load_stage, number):
+    stage = load_stage(number)
+    assert_near(step_gradients(stage, accumulate=2), step_gradients(stage), 1e-4)
+
+
+@pytest.mark.parametrize("number", ["03", "05"])
+def test_fp16_has_the_gradients_of_fp32_nearly(load_stage, number, monkeypatch):
+    """The scaler has multiplied the losses, and taken that back before the optimizers step. It
+    begins with less than 2^16, with which first steps overflow and are left out."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**7)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    stage = load_stage(number)
+    assert_near(step_gradients(stage, precision="fp16"), step_gradients(stage), 0.1)
+
+
+def test_a_scaler_goes_on_where_it_was(tmp_path):
+    scaler = training.grad_scaler(torch.device("cpu"), "fp16")
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = training.adam([weight], 0.1)
+    scaler.scale(weight * torch.inf).sum().backward()
+    training.descend(optimizer, scaler)
+    scaler.update()
+    assert weight == 1  # no step
+    training.save_state(tmp_path / "state", {"scaler": scaler}, 1, False, [])
+    again = training.grad_scaler(torch.device("cpu"), "fp16")
+    training.load_state(tmp_path / "state", {"scaler": again})
+    assert again.get_scale() == scaler.get_scale() == 2**15
+
+
+@pytest.mark.parametrize("number", ["03", "05"])
+def test_compiled_networks_have_the_same_gradients(load_stage, number, monkeypatch):
+    """Traced, but not made into kernels, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    stage = load_stage(number)
+    assert_near(step_gradients(stage, compile=True), step_gradients(stage), 1e-4)

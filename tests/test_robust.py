@@ -165,6 +165,7 @@ def stop_in_step_3(rank, out):
     meeting = f"file://{out}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     args = Namespace(batch=2, crop=0, seed=0, save_every=100, no_flip=False, tensorboard=False)
+    args.accumulate, args.precision = 1, "fp32"
     network = torch.nn.Linear(2, 2)
     data = Namespace(batches=lambda *_, **__: [torch.rand(2, 3, 8, 8)] * 6)
     loop = training.Loop(args, data, 6, {"g": network}, out)
