@@ -46,18 +46,20 @@ def stage(number: str, flags: str) -> None:
         sys.exit(done.returncode)
 
 
-def result(folder: Path) -> dict:
-    """All columns of the tables that a run with one concept left, in one row."""
+def result(folder: Path, concept: str | None = None) -> dict:
+    """All columns of the tables that a run left, in one row: of its only concept, or of the one
+    given and of none."""
     row = {}
     for rows in runs.read_json(folder / "result.json")["tables"].values():
         for found in rows:
-            row.update(found)
+            if concept is None or found.get("concept", concept) == concept:
+                row.update(found)
     return row
 
 
-def measured(name: str, folders: list[Path]) -> dict:
-    """A row of a table: means over the seeds' runs, PSNR and perceptual distance of each."""
-    found = [result(folder) for folder in folders]
+def measured(name: str, folders: list[Path], concept: str | None = None) -> dict:
+    """A row of a table: PSNR and perceptual distance of each seed's run, means of SWD."""
+    found = [result(folder, concept) for folder in folders]
     row = {"network": name, "seeds": len(found)}
     seconds = [run.get("training s") or run["search s"] + run["converge s"] for run in found]
     row["seconds"] = f"{min(seconds):.0f} to {max(seconds):.0f}"
@@ -85,6 +87,7 @@ def diffusion(args) -> tuple[str, list[dict]]:
         stage("01", f"--images {images} {frames} {concept} --out {pairs}")
 
     ways = {}
+    bases = []
     for seed in SEEDS:
         runs_of = args.out / f"seed{seed}"
         base = runs_of / "base"
@@ -115,7 +118,11 @@ def diffusion(args) -> tuple[str, list[dict]]:
         }
         for name, folder in names.items():
             ways.setdefault(name, []).append(folder)
-    return "watercolor", [measured(name, folders) for name, folders in ways.items()]
+        bases.append(base)
+    rows = [measured(name, folders) for name, folders in ways.items()]
+    for concept in ("autumn", "popart", "woodcut", "crayon"):
+        rows.append(measured(f"the base: {concept}", bases, concept))
+    return "watercolor, and what the base learned before", rows
 
 
 def text(args) -> tuple[str, list[dict]]:
