@@ -212,15 +212,14 @@ def test_bf16_goes_through_a_network(gpu):
         assert generator(photo, concept).device == CUDA
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_of_stage_3_waits_for_nothing(gpu, load_stage, precision):
+@pytest.mark.parametrize("precision, micro_batches", [("bf16", 1), ("fp16", 2)])
+def test_a_step_of_stage_3_waits_for_nothing(gpu, load_stage, precision, micro_batches):
     generator = to_cuda(new_generator())
     discriminator = common.new_discriminator(generator)
     data = Batches(gpu, pictures=2)
+    args = flags(precision=precision, accumulate=micro_batches)
     with pytest.raises(Enough):
-        load_stage("03").train_base(
-            generator, discriminator, data, data, flags(precision=precision, accumulate=2)
-        )
+        load_stage("03").train_base(generator, discriminator, data, data, args)
     assert not gpu.counts
 
 
