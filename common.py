@@ -725,7 +725,15 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
     """Puts an adapter on the base that it was trained for. Returns the index of its concept, which
     the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt; a
     second adapter's change is added to the first's. UserError, and nothing changed, if it does not
-    fit."""
+    fit. So a photo is edited:
+
+        generator = common.load_generator("runs/base/generator.safetensors")
+        cartoon = common.load_adapter(generator, "runs/lora/cartoon/adapter.safetensors", 0.8)
+        photo = dataset.to_float(dataset.read_image("photo.png"))[None]  # (1, 3, H, W), 8 n each
+        edit = generator(photo, torch.tensor([cartoon]))
+        dataset.to_pil(dataset.to_uint8(edit[0])).save("edit.png")
+        common.unload_adapters(generator)  # the base again, bit for bit
+    """
     if not 0 <= strength <= 1.5:
         raise UserError(f"{path}: a strength of {strength}; give 0 to 1.5")
     tensors, metadata = read_tensors(path, "adapter")
