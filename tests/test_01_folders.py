@@ -5,7 +5,7 @@ import hashlib
 import shutil
 
 import pytest
-from conftest import Tower, run_main, table
+from conftest import Tower, run_main, script, table, torchrun
 from PIL import Image, ImageOps
 from tiny_pipelines import pixels, psnr, rows, scene, write_made
 
@@ -131,6 +131,16 @@ def test_a_concept_that_failed_does_not_stand_in_the_way_of_others(here, tmp_pat
         here("photos", "dark", teacher=broken)
     here("photos", "sketch")
     assert list(dataset.read_concepts(tmp_path / "pairs")) == ["sketch"]
+
+
+def test_two_processes_find_that_all_is_done(here, tmp_path):
+    photos, pairs = tmp_path / "photos", tmp_path / "pairs"
+    write_photos(photos, range(6))
+    here("photos", "sketch")
+    before = (pairs / "result.json").stat().st_mtime_ns
+    flags = (*SMALL, "--images", photos, "--out", pairs, "--teacher", "negatives")
+    torchrun(script("01"), *flags, "--concept", "sketch=make it sketch")
+    assert (pairs / "result.json").stat().st_mtime_ns == before
 
 
 # ---- Concepts with photos of their own -----------------------------------------------------------
