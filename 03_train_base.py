@@ -252,6 +252,7 @@ def main() -> None:
     arch = generator.config["arch"]
     args.l1 = training.l1_weight(args)
     training.check_crop(args.crop, train.size, whole_only=arch == "unet256")
+    training.check_loop(args, device)
     training.set_threads(device, generator, args.batch, args.crop or train.size)
     if arch == "unet256" or args.init:
         # a U-Net's innermost map is one pixel at the full size; what is trained needs no such start

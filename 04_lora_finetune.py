@@ -555,6 +555,7 @@ def main() -> None:
     size = dataset.find_pairs(args.pairs, "test", concepts[:1]).size
     args.l1 = training.l1_weight(args)
     training.check_crop(args.crop, size, whole_only=base.config["arch"] == "unet256")
+    training.check_loop(args, device)
     training.set_threads(device, base, args.batch, args.crop or size)
     if base.config["arch"] == "unet256":
         args.half_size = 0.0  # its innermost map is one pixel at the full size

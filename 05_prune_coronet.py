@@ -1073,6 +1073,7 @@ def main() -> None:
     architectures = {network.config["arch"] for network in task.networks.values()}
     whole_only = bool(architectures & {"unet256", "dcgan"})
     training.check_crop(args.crop, data.size, whole_only)
+    training.check_loop(args, device)
     training.set_threads(device, task, args.batch, args.crop or data.size)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep, args.multiple) for name, network in pruned.items()}

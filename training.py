@@ -299,6 +299,19 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
 # ---- The loop ------------------------------------------------------------------------------------
 
 
+def check_loop(args, device: torch.device) -> None:
+    """UserError unless a Loop can run with these flags. Called before begin_run, which deletes a
+    run under --overwrite."""
+    if args.batch % (world() * args.accumulate):
+        raise UserError(
+            f"--batch {args.batch} cannot be shared evenly by {world()} processes, "
+            f"--accumulate {args.accumulate} micro-batches each"
+        )
+    grad_scaler(device, args.precision)
+    if args.tensorboard:
+        tensorboard_writer()
+
+
 class Diverged(UserError):
     """Training whose numbers are no longer finite."""
 
@@ -350,15 +363,12 @@ class Loop:
         self.first_step = self.step  # of this process; not 0 in a run that was continued
         self.board = None
         if out and args.tensorboard and rank() == 0:
-            self.board = open_tensorboard(out / f"{self.prefix}tensorboard", self.step)
+            folder = out / f"{self.prefix}tensorboard"
+            # what was written of steps of which no state was saved is not shown
+            self.board = tensorboard_writer()(folder, purge_step=self.step + 1)
 
     def __iter__(self) -> Iterator[tuple]:
         args = self.args
-        if args.batch % (world() * args.accumulate):
-            raise UserError(
-                f"--batch {args.batch} cannot be shared evenly by {world()} processes, "
-                f"--accumulate {args.accumulate} micro-batches each"
-            )
         left = range(self.step, self.step if self.finished else self.steps)
         batches = self.data.batches(
             args.batch, left, args.seed, self.device, args.crop, flip=not args.no_flip
@@ -464,12 +474,11 @@ class Loop:
         }
 
 
-def open_tensorboard(folder: Path, step: int):
-    """TensorBoard's writer of a run that has done `step` steps: what was written of later ones, of
-    which no state was saved, is not shown."""
+def tensorboard_writer() -> type:
+    """PyTorch's writer for TensorBoard; UserError where that is not installed."""
     with explain("--tensorboard needs `pip install tensorboard`"):
         from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder, purge_step=step + 1)
+    return SummaryWriter
 
 
 def peak_memory(device: torch.device) -> float | None:
