@@ -646,7 +646,7 @@ def find_edits(out: Path, split: str, name: str) -> list[Path]:
     """A concept's edits in order, rejected ones too; with the name "source" the photos."""
     paths = [*(out / split / name).glob("*.png"), *(out / "rejected" / split / name).glob("*.png")]
     paths = [path for path in paths if path.stem.isdecimal()]  # no copy that a person made
-    return sorted(paths, key=lambda path: path.name)
+    return sorted(paths, key=lambda path: int(path.stem))
 
 
 class Job(NamedTuple):
@@ -881,10 +881,14 @@ def sort_edits(concepts: dict, sets: dict, features: dict, clip: Clip, args) -> 
         counts, kept = Counter(), []
         photos = sets[concept["images"]]
         for split in SPLITS:
+            paths = find_edits(args.out, split, name)
+            strange = [path for path in paths if path.name not in photos[split]]
+            if strange:
+                raise UserError(f"{strange[0]} is none of this stage's edits: move it elsewhere")
             after = features[f"{split}/{name}"]
             before = features[f"{split}/source"][: len(after)]
             scores = clip_scores(before, after, start, goal)
-            for path in find_edits(args.out, split, name):
+            for path in paths:
                 number = int(path.stem)
                 score = dict(zip(GATE, scores[number], strict=True))
                 reason = gate(concept, score, after[number])

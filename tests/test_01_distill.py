@@ -289,6 +289,12 @@ def test_bad_input(here, error_of, tmp_path):
     line = error_of("01", *DEMO, "--images", texts, *out)
     assert "can be used (1 files: 0 to train on, 0 to hold out; 1 x is not a picture" in line
     here(*DEMO, *TWO, "--out", tmp_path / "pairs")
+    strange = tmp_path / "pairs/train/wave/00099.png"
+    Image.new("RGB", (64, 64), "red").save(strange)
+    with pytest.raises(runs.UserError, match="00099.png is none of this stage's edits"):
+        here(*DEMO, *TWO, "--out", tmp_path / "pairs")
+    strange.unlink()
+    here(*DEMO, *TWO, "--out", tmp_path / "pairs")
     before = contents(tmp_path)
     for flags, words in (
         ((*TWO, "--test", 3), "other settings"),
