@@ -2,7 +2,8 @@
 
 CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from
 latent vectors, one element a channel; after each step the latents are soft-thresholded, so channels
-fade until the target is met. Then the generated weights are sliced to the surviving channels: a
+fade until the target is met: those that the loss needs least for their MACs (ours; --start paper:
+those whose latents are small). Then the generated weights are sliced to the surviving channels: a
 dense, smaller network, no hypernetwork left. Converging: that one trains on as usual.
 
 `--task pix2pix` (paired): `--generator FILE` goes on with a trained base and its discriminator; an
@@ -23,6 +24,7 @@ Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
 import itertools
@@ -56,7 +58,9 @@ DEMO = {
     "fid": "off",
     "save_every": 210,
 }
-MAX_SHRINK = 0.05  # the largest amount by which one step may shrink a latent
+PHASE = 0.1  # of the search: importance is measured before; a channel fades; time left at the end
+MEMORY = 100  # steps that the running mean of the channels' importance remembers
+MAX_SHRINK = 0.05  # the most that a step shrinks a latent by, from the paper's start
 POOL = 50  # CycleGAN's number of earlier fakes
 
 # ---- What there is to keep: MACs as a formula, importance, the target ----------------------------
@@ -101,7 +105,7 @@ def macs_of(terms: list[tuple], widths: dict[str, int]) -> int:
 
 def channel_importance(network: common.Network) -> Channels:
     """The RMS of the weights that write or read each channel, relative to its layer's, averaged
-    over layers; mean 1 a group. Where latents start from (a choice of ours)."""
+    over layers; mean 1 a group."""
     widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
     for _, module in common.named_layers(network):
@@ -135,6 +139,13 @@ class Target:
             if multiple > 1:
                 limits += f", of widths in multiples of {multiple}"
             raise UserError(f"--keep {keep}: {limits}")
+        # no group gets less than two thirds of what it has where all are narrowed alike, as first-
+        # order importance does not see what the last channels of a group are worth together
+        alike = {g: torch.arange(1, n + 1) / n for g, n in network.config["widths"].items()}
+        for group, width in self.widths(alike, self.threshold(alike, keep)).items():
+            if group in self.floor:
+                two_thirds = width * 2 // 3 // multiple * multiple
+                self.floor[group] = max(self.floor[group], two_thirds)
 
     def share(self, widths: dict[str, int]) -> float:
         return macs_of(self.terms, widths) / self.macs
@@ -148,27 +159,24 @@ class Target:
             widths[group] = max(above, self.floor[group])
         return widths
 
-    def threshold(self, latents: Channels, share: float, most: float) -> float:
-        """The smallest threshold (to 1/1000 of `most`) that brings the MACs to `share` or less;
-        `most` if none does."""
-        if self.share(self.widths(latents, 0.0)) <= share:
-            return 0.0
-        low, high = -most / 1000, most  # 0 itself is known not to be enough
-        while high - low > most / 1000:
-            middle = (low + high) / 2
-            if self.share(self.widths(latents, middle)) <= share:
-                high = middle
-            else:
-                low = middle
-        return high
+    def threshold(self, latents: Channels, share: float) -> float:
+        """The smallest threshold that brings the MACs to `share` or less: 0, or a latent's size."""
+        sizes = torch.cat([torch.zeros(1), *(z.abs() for z in latents.values())])
+        sizes = sizes.unique().tolist()  # sorted
+
+        def is_enough(threshold: float) -> bool:
+            return self.share(self.widths(latents, threshold)) <= share
+
+        return sizes[bisect.bisect_left(sizes, True, key=is_enough)]
 
     def kept(self, latents: Channels, share: float) -> Channels:
         """{group: sorted indices} of the largest latents such that the MACs come to `share` or just
         less: to the last channel that fits, which may be a hundredth of all MACs. With a multiple,
         to the last so many channels that fit; a group that stays whole stays as it is."""
-        most = max(z.abs().max().item() for z in latents.values())
-        widths = self.widths(latents, self.threshold(latents, share, most))
-        order = {group: z.abs().sort(descending=True) for group, z in latents.items()}
+        widths = self.widths(latents, self.threshold(latents, share))
+        order = {}
+        for group, z in latents.items():
+            order[group] = z.abs().sort(descending=True, stable=True)
 
         for group in latents:
             if widths[group] < self.full[group]:
@@ -203,19 +211,16 @@ def add_latents(network: common.Network, start: str) -> None:
     """A latent vector per channel group, which the search shrinks, and hypernetworks that make all
     of the network's weights from them.
 
-    start "paper": latents of N(0, 1), which --lr-z 1e-4 hardly changes. "weights": spread evenly
-    over two decades, 0.01 to 1, by the channels' importance, so that half can fade while the others
-    barely move (a choice of ours)."""
+    start "paper": latents of N(0, 1), and random weights. "weights" (a choice of ours): latents of
+    1 and the network's own weights, so that nothing is said yet about which channel goes first."""
     device = next(network.parameters()).device
-    latents = {}
-    for group, importance in channel_importance(network).items():
-        count = len(importance)
-        if start == "paper":
-            latents[group] = torch.randn(count)
-        else:
-            rank = importance.argsort().argsort()  # 0: the least important channel
-            latents[group] = 10 ** (2 * rank / max(1, count - 1) - 2)
-    network.latents = nn.ParameterDict(latents).to(device)  # saved, and averaged, with the network
+    latents, importance = {}, {}
+    for group, count in network.config["widths"].items():
+        latents[group] = torch.randn(count) if start == "paper" else torch.ones(count)
+        importance[group] = nn.Parameter(torch.zeros(count), requires_grad=False)
+    # both are saved with the network
+    network.latents = nn.ParameterDict(latents).to(device)
+    network.importance = nn.ParameterDict(importance).to(device)
     sources = {}  # every group's latents; ones for groups that are never pruned
     for group, count in common.all_widths(network.config).items():
         sources[group] = torch.ones(count, device=device)
@@ -223,58 +228,160 @@ def add_latents(network: common.Network, start: str) -> None:
     common.add_hypernetwork(network, sources, trained=start == "weights")
 
 
-def latents_on_cpu(networks: dict[str, common.Network]) -> dict[str, Channels]:
-    """The latents of networks, by the networks' names. All in one copy: a GPU is waited for at
-    each."""
+@torch.no_grad()
+def measure_importance(network: common.Network, step: int) -> None:
+    """Updates the running mean of (z dL/dz)^2, from the gradients that this step left.
+
+    To first order z dL/dz is what the loss would lose with the channel (Molchanov et al. 2017,
+    arXiv 1611.06440; squared: 2019, arXiv 1906.10771). A channel at 0 keeps what it had last, and
+    all do where fp16 overflowed."""
+    newest = max(1 / (step + 1), 1 / MEMORY)
+    for group, z in network.latents.items():
+        found = (z * z.grad).square()
+        mean = network.importance[group]
+        counts = (z != 0) & found.isfinite()
+        mean.lerp_(torch.where(counts, found, mean), newest)
+
+
+def copy_to_cpu(networks: dict[str, common.Network]) -> dict[str, tuple[Channels, Channels]]:
+    """The latents of networks and their importance, by the networks' names. All in one copy: a GPU
+    is waited for at each."""
     vectors = []
     for network in networks.values():
-        vectors.extend(z.detach() for z in network.latents.values())
-    copies = iter(torch.cat(vectors).cpu().split([len(z) for z in vectors]))
+        for channels in (network.latents, network.importance):
+            vectors.extend(vector.detach() for vector in channels.values())
+    copies = iter(torch.cat(vectors).cpu().split([len(vector) for vector in vectors]))
     found = {}
     for name, network in networks.items():
-        found[name] = {group: next(copies) for group in network.latents}
+        latents = {group: next(copies) for group in network.latents}
+        importance = {group: next(copies) for group in network.importance}
+        found[name] = latents, importance
     return found
 
 
-def soft_threshold(
-    network: common.Network, target: Target, share: float, latents: Channels
-) -> float:
-    """The proximal step of the l1 norm: z <- sign(z) max(|z| - threshold, 0). Returns the share of
-    the MACs that is left. latents: those of the network, on the CPU.
+def latent_worth(target: Target, latents: Channels, importance: Channels) -> Channels:
+    """What each channel is worth to the loss for each of its MACs; those at 0 come last.
 
-    The paper's threshold is lambda * lr with a constant lambda. Here it is the smallest that brings
-    the MACs to `share`, which falls linearly (a choice of ours: it meets any target)."""
-    threshold = target.threshold(latents, share, MAX_SHRINK)
-    left = target.share(target.widths(latents, threshold))
-    with torch.no_grad():
-        for z in network.latents.values():
-            z.copy_(z.sign() * (z.abs() - threshold).clamp(min=0))
+    The square root of the importance is the change of the loss without the channel. What a group's
+    channels do to the loss adds up, and the loss is taken to grow with the square of the sum: the
+    next channel's part in it is its own change times that of all which went, or go, before it, so
+    that a group is worth the more, the less is left of it (a choice of ours)."""
+    living = target.widths(latents, 0.0)
+    worth = {}
+    for group, z in latents.items():
+        change = importance[group].sqrt()
+        order = torch.where(z == 0, -1.0, change).argsort(stable=True)  # the first to go first
+        so_far = torch.empty_like(change)
+        so_far[order] = change[order].cumsum(0)
+        one_less = {**living, group: living[group] - 1}
+        macs = target.share(living) - target.share(one_less)
+        value = change * so_far / macs
+        worth[group] = torch.where(z == 0, 1e-30 * value, value.clamp(min=1e-20))
+    return worth
+
+
+def share_at(step: int, steps: int, keep: float) -> float:
+    """The share of the MACs that the search aims at after a step: 1 while it measures importance,
+    then a straight line to `keep`, which leaves time for the last channels to fade."""
+    line = (step / steps - PHASE) / (1 - 3 * PHASE)
+    return 1 - (1 - keep) * min(1.0, max(0.0, line))
+
+
+def paper_amounts(target: Target, latents: Channels, share: float) -> Channels:
+    """How much a step shrinks each latent, from the paper's start: all by the same threshold.
+
+    The paper's is lambda * lr with a constant lambda. Here it is the smallest that brings the MACs
+    to `share`, or MAX_SHRINK (a choice of ours: it meets any target)."""
+    threshold = min(target.threshold(latents, share), MAX_SHRINK)
+    return {group: torch.full_like(z, threshold) for group, z in latents.items()}
+
+
+def weighted_amounts(
+    target: Target, latents: Channels, importance: Channels, share: float, fade: float
+) -> Channels:
+    """How much a step shrinks each latent, from the network's own weights: by `fade` the channels
+    that are worth least, without which the MACs come to `share`, and the others by 0.
+
+    This is the adaptive lasso's idea (Zou 2006): an l1 norm whose weights are small where a channel
+    matters, so that it takes channels away and does not make all of them weaker."""
+    worth = latent_worth(target, latents, importance)
+    widths = target.widths(worth, target.threshold(worth, share))
+    amounts = {}
+    for group, value in worth.items():
+        amounts[group] = torch.full_like(value, fade)
+        stay = value.argsort(descending=True)[: widths[group]]
+        amounts[group][stay] = 0.0
+    return amounts
+
+
+@torch.no_grad()
+def soft_threshold(network: common.Network, latents: Channels, amounts: Channels) -> Channels:
+    """The proximal step of an l1 norm with a weight for each channel: z <- sign(z) max(|z| -
+    amount, 0). latents: the network's, on the CPU. Returns the new ones there."""
+    shrunk = {}
+    for group, z in latents.items():
+        shrunk[group] = z.sign() * (z.abs() - amounts[group]).clamp(min=0)
+        network.latents[group].copy_(shrunk[group])
+    return shrunk
+
+
+def shrink_latents(
+    networks: dict[str, common.Network], targets: dict[str, Target], args, step: int, steps: int
+) -> dict[str, float]:
+    """What the search does to the latents after each of its steps. Returns the share of the MACs
+    that each network has left. In the last tenth of the steps what has not faded goes at once, so
+    that the target is met (but from the paper's start, where slicing sees to that)."""
+    share = share_at(step, steps, args.keep)
+    fade = 1 / (PHASE * steps) if step <= (1 - PHASE) * steps else math.inf
+    left = {}
+    for name, (latents, importance) in copy_to_cpu(networks).items():
+        target = targets[name]
+        if args.start == "paper":
+            amounts = paper_amounts(target, latents, share)
+        else:
+            amounts = weighted_amounts(target, latents, importance, share, fade)
+        shrunk = soft_threshold(networks[name], latents, amounts)
+        left[name] = target.share(target.widths(shrunk, 0.0))
     return left
 
 
-def channel_scores(network: common.Network, method: str, seed: int = 0) -> Channels:
-    """What channels are kept by, the largest first, on the CPU. coronet: the latents. To compare
-    with, magnitude: the size of their weights; random: chance; uniform: such that all groups are
-    narrowed alike."""
-    if method == "coronet":
-        return {group: z.detach().cpu() for group, z in network.latents.items()}
-    if method == "magnitude":
-        return channel_importance(network)
-    widths = network.config["widths"]
-    if method == "random":
-        rng = torch.Generator().manual_seed(seed)
+def channel_scores(network: common.Network, target: Target, args) -> Channels:
+    """What channels are kept by, the largest first, on the CPU. coronet: the latents' worth, or
+    from the paper's start their size. To compare with, magnitude: the size of a channel's weights;
+    uniform: the same, but all groups are narrowed alike; random: chance."""
+    if args.method == "coronet":
+        [(latents, importance)] = copy_to_cpu({"": network}).values()
+        return latents if args.start == "paper" else latent_worth(target, latents, importance)
+    if args.method == "random":
+        rng = torch.Generator().manual_seed(args.seed)
+        widths = network.config["widths"]
         return {group: torch.rand(count, generator=rng) for group, count in widths.items()}
-    return {group: 1 - torch.arange(count) / count for group, count in widths.items()}
+    scores = channel_importance(network)
+    if args.method == "uniform":
+        for group, size in scores.items():
+            rank = size.argsort().argsort()
+            scores[group] = (1 + rank) / len(size)
+    return scores
+
+
+@torch.no_grad()
+def bring_back(network: common.Network) -> None:
+    """Latents of 0 become 1 again, for the few channels that still fit when the others are chosen:
+    each has the weights with which it faded."""
+    for z in network.latents.values():
+        z[z == 0] = 1.0
 
 
 def slice_networks(task, targets: dict[str, Target], args) -> None:
     """Puts dense, smaller networks in the place of those that have a target."""
     for name, target in targets.items():
         network = task.networks[name]
-        kept = target.kept(channel_scores(network, args.method, args.seed), args.keep)
+        kept = target.kept(channel_scores(network, target, args), args.keep)
         if args.method == "coronet":
+            if args.start == "weights":
+                bring_back(network)
             common.merge(network)  # the weights that the hypernetworks make
-            del network.latents
+            del network.latents, network.importance
         task.networks[name] = common.slice_network(network, kept)
 
 
@@ -331,18 +438,19 @@ def gan_step(task, loop: training.Loop, batch, opt_g, opt_d) -> dict[str, torch.
     return training.mean_losses(losses)
 
 
-def search(task, targets: dict[str, Target], data, test, args, steps: int) -> dict:
+def search(task, targets: dict[str, Target], data, test, args, steps: int, trained=False) -> dict:
     """The first phase: trains, shrinking latents until all targets are met, and slices. Returns its
     pace as columns of a table.
 
-    The methods to compare with have no latents: they train and are sliced at the end, `uniform`
-    before. A run that is continued while it converges replays the end: no step is left, and the
-    channels are the same."""
+    The methods to compare with have no latents: they are sliced first, and have all steps to train
+    what is left, but for `magnitude` of a new network, whose weights say nothing yet. A run that is
+    continued while it converges replays the end: no step is left, and the channels are the same."""
     searches = args.method == "coronet"
+    cut_first = not searches and (trained or args.method != "magnitude")
     if searches:
         for name in targets:
             add_latents(task.networks[name], args.start)
-    if args.method == "uniform":
+    if cut_first:
         slice_networks(task, targets, args)
     lr = args.lr_search if searches else args.lr
     opt_g = training.adam(weights_of(task.named("generator").values()), lr)
@@ -360,16 +468,16 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
         if searches:
             loop.scaler.unscale_(opt_z)
             for name in targets:
-                nn.utils.clip_grad_norm_(task.networks[name].latents.parameters(), 1.0)
+                network = task.networks[name]
+                latents = list(network.latents.values())
+                nn.utils.clip_grad_norm_(latents, training.MAX_NORM)  # or one odd crop would decide
+                measure_importance(network, loop.step)
+                nn.utils.clip_grad_norm_(latents, 1.0)
             loop.scaler.step(opt_z)
             opt_z.zero_grad()
             done = loop.step + 1
-            # the MACs follow a straight line, which meets the target after nine tenths of the steps
-            share = 1 - (1 - args.keep) * min(1.0, done / (0.9 * steps))
-            latents = latents_on_cpu({name: task.networks[name] for name in targets})
-            left = {}
-            for name, target in targets.items():
-                left[name] = soft_threshold(task.networks[name], target, share, latents[name])
+            pruned = {name: task.networks[name] for name in targets}
+            left = shrink_latents(pruned, targets, args, done, steps)
             if max(left.values()) <= args.keep:
                 loop.finish()
             if loop.finished or done == steps or done % max(1, steps // 50) == 0:
@@ -377,7 +485,7 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int) -> di
                 loop.log({"MACs %": percent}, done)
         if loop.record(losses):
             save_progress(loop, task, test, "search")
-    if args.method != "uniform":
+    if not cut_first:
         slice_networks(task, targets, args)
     return {"search steps": loop.step, "search s": loop.pace()["training s"]}
 
@@ -954,7 +1062,7 @@ def parse() -> argparse.Namespace:
     flag("--width", type=runs.count, default=64, help="a new generator's first layer's channels")
     methods = ["coronet", "uniform", "random", "magnitude"]
     flag("--method", choices=methods, default="coronet", help="the others are to compare with")
-    made = "what hypernetworks make at first: the network's weights, or the paper's random ones"
+    made = "latents of 1 and the network's weights, or the paper's random latents and weights"
     flag("--start", choices=["weights", "paper"], default="weights", help=made)
     flag("--keep", type=runs.positive, default=0.25, help="share of the MACs to keep")
     multiple = "round pruned widths to multiples of this; 8 suits the units of GPUs and phones"
@@ -1000,8 +1108,8 @@ def read_generator(args) -> common.Generator | None:
         if args.task == "pix2pix":
             takes += " or a trained one's file"
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
-    if trained and (args.start == "paper" or args.method == "uniform"):
-        raise UserError("--start paper and --method uniform forget what a generator learned")
+    if trained and args.start == "paper":
+        raise UserError("--start paper forgets what a generator learned")
     if (args.concept and args.data) or (args.size and not args.data):
         raise UserError("--concept goes with --pairs and --size with --data: leave one out")
     return common.load_generator(path) if trained else None
@@ -1096,7 +1204,7 @@ def main() -> None:
     measures = runs.rank() == 0  # the first process measures and writes
     with_fid = args.fid == "auto"
     before = task.measure(test, with_fid) if trained and measures else []
-    pace = search(task, targets, data, test, args, search_steps)
+    pace = search(task, targets, data, test, args, search_steps, trained is not None)
     if measures:
         write_pruning(args.out / "pruning.png", task, targets)
         for name, network in task.networks.items():

@@ -798,9 +798,8 @@ class Hypernetwork(nn.Module):
     networks lack, have 1). The tensors lie in memory as (K, E, O, I), which adds up faster.
 
     w1 and w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V
-    that the layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then a latent that shrinks
-    fades its channel out. Its gradient is the channel's first-order importance divided by what z
-    started at, so z must move slowly (--lr-z). b0 stays 0, as a step of it would be a leap of W."""
+    that the layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then the biases stay 0, so
+    that a latent which shrinks fades its channel out, and at 0 the channel's weights are 0."""
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
@@ -821,7 +820,8 @@ class Hypernetwork(nn.Module):
             if trained:
                 self.w1[0] = 1 / (self.z_out()[:, None] * self.z_in())
                 self.w2[:, 0] = weight
-                self.b0.requires_grad_(False)
+                for bias in (self.b0, self.b1, module.weight):
+                    bias.requires_grad_(False)
             else:
                 bound = (3 / (e * i * k)) ** 0.5  # hyperfan-in: Var W = 1 / fan_in
                 self.w2.uniform_(-bound, bound)

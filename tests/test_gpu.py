@@ -263,21 +263,21 @@ def test_a_converging_step_of_stage_5_waits_for_nothing(gpu, load_stage, task):
 
 @pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_searching_step_of_stage_5_waits_once(gpu, load_stage, monkeypatch, task):
-    """All networks are pruned. The threshold is found on the CPU, from the latents' numbers, which
-    are not there: it is given."""
+    """All networks are pruned. Who is shrunk is found on the CPU, from numbers that are not there:
+    it is given."""
     five = load_stage("05")
     networks, data, args = new_task(five, task, gpu)
-    soft_threshold = five.soft_threshold
-    given = Namespace(threshold=lambda *_: 0.01, widths=lambda *_: {}, share=lambda _: 0.9)
+    target = Namespace(widths=lambda *_: {}, share=lambda _: 0.9)
     shrunk = []
 
-    def with_given_threshold(network, _, share, latents):
-        shrunk.append(network)
-        return soft_threshold(network, given, share, latents)
+    def given_amounts(target, latents, *rest):
+        shrunk.append(latents)
+        return {group: torch.full_like(z, 0.01) for group, z in latents.items()}
 
-    monkeypatch.setattr(five, "soft_threshold", with_given_threshold)
+    monkeypatch.setattr(five, "weighted_amounts", given_amounts)
+    targets = dict.fromkeys(networks.networks, target)
     with pytest.raises(Enough):
-        five.search(networks, dict.fromkeys(networks.networks), data, data, args, steps=100)
+        five.search(networks, targets, data, data, args, steps=100)
     assert len(shrunk) == 2 * len(networks.networks)
     assert gpu.counts == {"aten._to_copy.default": 1}
 
