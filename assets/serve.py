@@ -54,8 +54,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     extensions_map = dict.fromkeys((".js", ".mjs"), "text/javascript")
     extensions_map |= {".wasm": "application/wasm", ".json": "application/json"}
+    extensions_map[".webmanifest"] = "application/manifest+json"
 
     def do_GET(self):
+        """Sends a file, compressed if that is worth it and the browser takes it."""
         path = Path(self.translate_path(self.path))
         takes_gzip = "gzip" in self.headers.get("Accept-Encoding", "")
         if not takes_gzip or path.suffix not in COMPRESSED or not path.is_file():
