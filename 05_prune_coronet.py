@@ -785,9 +785,13 @@ class Downloaded(dataset.Pictures):
         return folder / f"{self.cache_hash}.skipped.json"
 
     def cache(self, folder: Path):
-        super().cache(folder)
         path = self.list_of_troubles(folder)
-        troubles = runs.read_json(path) if path.exists() else {}
+        if (
+            not path.exists() and runs.rank() == 0
+        ):  # without it, black stand-ins would be trained on
+            (folder / f"{self.cache_hash}.u8").unlink(missing_ok=True)
+        super().cache(folder)
+        troubles = runs.read_json(path)
         if not troubles:
             return self
         self.leave_out(torch.tensor([int(index) for index in troubles]))

@@ -116,6 +116,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console that has no letter for a file's name
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout = Output(sys.stdout)
     try:
         main()
         sys.stdout.flush()
@@ -123,10 +124,6 @@ def run(main: Callable[[], None]) -> None:
             gc.collect()  # networks under DDP hold the process group
             torch.distributed.destroy_process_group()  # its threads must end before Python does
         return
-    except BrokenPipeError:  # `| head` has read enough
-        close_bars()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes
-        sys.exit(1)
     except (UserError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -141,6 +138,33 @@ def run(main: Callable[[], None]) -> None:
         if rank() == 0:  # torchrun's processes stop together
             print(f"\nstopped: the same command{without} continues", file=sys.stderr)
         sys.exit(130)
+
+
+class Output:
+    """Standard output, which nobody may read to its end, such as `| head`: what is written after
+    that is lost, but never the run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self.reader_may_leave():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.reader_may_leave():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def reader_may_leave(self):
+        try:
+            yield
+        except BrokenPipeError:  # what is written from now on goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def fail(message: str) -> NoReturn:
@@ -403,8 +427,9 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     return names
 
 
-# Flags that leave the result as it is, or change what is rounded.
-NO_SETTINGS = ("device", "accumulate", "compile", "overwrite", "demo", "fid", "tensorboard")
+# Flags that leave the result as it is, or change what is rounded. --accumulate is none of these: a
+# U-Net's dropout, DCGAN's batch norms and CycleGAN's pools see micro-batches.
+NO_SETTINGS = ("device", "compile", "overwrite", "demo", "fid", "tensorboard")
 
 
 def settings_of(args: argparse.Namespace, **more: object) -> dict:

@@ -395,6 +395,9 @@ function floatOfHalf(bits) {
   const sign = bits >> 15 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
   const fraction = (bits & 1023) / 1024;
+  if (exponent === 31) {
+    return fraction ? NaN : sign * Infinity;
+  }
   if (exponent === 0) {
     return sign * fraction * 2 ** -14;
   }

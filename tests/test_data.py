@@ -340,19 +340,35 @@ def test_json_and_lists_as_windows_writes_them(tmp_path, encoding):
     assert runs.read_text(tmp_path / "a.txt").split("\n") == ["é.png", "b.png", ""]
 
 
-def test_a_console_without_the_letters_decides_nothing(tmp_path):
-    """Nor a reader that has read enough."""
+def test_a_console_without_the_letters_decides_nothing():
     program = "import runs; runs.run(lambda: print('\u96ea' * 10**6))"
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith(b"\\u96ea") and not done.stderr
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT
-    )
-    process.stdout.read(10)
+
+
+def test_a_reader_that_leaves_ends_no_run(tmp_path):
+    """As `| head -1` does."""
+    program = """
+import pathlib, sys
+import runs
+
+def main():
+    for i in range(100_000):
+        print("skipped", i)
+    pathlib.Path(sys.argv[1]).write_text("there")
+
+runs.run(main)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "result")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    assert process.stdout.readline() == "skipped 0\n"
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 1
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert (tmp_path / "result").read_text() == "there"
 
 
 # ---- Labels that are not ASCII -------------------------------------------------------------------
