@@ -786,9 +786,8 @@ class Downloaded(dataset.Pictures):
 
     def cache(self, folder: Path):
         path = self.list_of_troubles(folder)
-        if (
-            not path.exists() and runs.rank() == 0
-        ):  # without it, black stand-ins would be trained on
+        # without the list, black stand-ins would be trained on
+        if not path.exists() and runs.rank() == 0:
             (folder / f"{self.cache_hash}.u8").unlink(missing_ok=True)
         super().cache(folder)
         troubles = runs.read_json(path)
