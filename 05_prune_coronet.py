@@ -785,12 +785,11 @@ class Downloaded(dataset.Pictures):
         return folder / f"{self.cache_hash}.skipped.json"
 
     def cache(self, folder: Path):
-        path = self.list_of_troubles(folder)
         # without the list, black stand-ins would be trained on
-        if not path.exists() and runs.rank() == 0:
+        if runs.rank() == 0 and not self.list_of_troubles(folder).exists():
             (folder / f"{self.cache_hash}.u8").unlink(missing_ok=True)
         super().cache(folder)
-        troubles = runs.read_json(path)
+        troubles = runs.read_json(self.list_of_troubles(folder))
         if not troubles:
             return self
         self.leave_out(torch.tensor([int(index) for index in troubles]))

@@ -268,7 +268,7 @@ def test_two_processes_train_as_one(world, tmp_path, number):
             rows.extend(row for row in read_log(path) if "D" in row)
     assert logs["one"]
     for one, two in zip(*logs.values(), strict=True):
-        assert one == pytest.approx(two, rel=1e-3)
+        assert one == pytest.approx(two, rel=3e-3)
     if number == "03":  # whose processes share out the concepts to measure
         title = "Base concepts, held-out photos"
         for one, two in zip(*(table(tmp_path / x, title) for x in ("one", "two")), strict=True):

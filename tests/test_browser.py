@@ -13,10 +13,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from conftest import run_python, script, write_adapter
 from PIL import Image
+from safetensors import torch as files
 
 import common
 import runs
@@ -60,9 +60,9 @@ def write_bf16(adapter: bytes, path) -> None:
     """The adapter with all its tensors in bf16."""
     length = int.from_bytes(adapter[:8], "little")
     metadata = json.loads(adapter[8 : 8 + length])["__metadata__"]
-    tensors = safetensors.torch.load(adapter)
+    tensors = files.load(adapter)
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, path, metadata)
+    files.save_file(tensors, path, metadata)
 
 
 @pytest.fixture(scope="module")
