@@ -139,6 +139,22 @@ def test_openai_weights_run_with_the_activation_they_were_trained_with(
     assert clip.name == "ViT-B-32:openai"
 
 
+def test_a_hub_id_is_a_model_with_its_weights(load_stage, monkeypatch):
+    """It holds a colon of its own; `MODEL:WEIGHTS` is cut at one."""
+    asked = []
+    create_model, get_tokenizer = open_clip.create_model, open_clip.get_tokenizer
+
+    def fake_model(name, weights, **options):
+        asked.append((name, weights))
+        return create_model("ViT-S-32", None, **options)
+
+    monkeypatch.setattr(open_clip, "create_model", fake_model)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: get_tokenizer("ViT-S-32"))
+    clip = load_stage("01").Clip("hf-hub:org/name", torch.device("cpu"))
+    assert asked == [("hf-hub:org/name", None)]
+    assert clip.name == "hf-hub:org/name"
+
+
 def test_prompts_that_are_cut_are_named(load_stage, capsys):
     clip = load_stage("01").Clip("ViT-S-32:random", torch.device("cpu"))
     long = "make it a very long story " * 20
