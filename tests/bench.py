@@ -257,13 +257,14 @@ def bench_busy(args) -> tuple[str, list[dict]]:
     never idle: with one thread, with --threads that wait spinning (OpenMP's default) or asleep, and
     as stage 3 chooses. These ways take turns of two seconds: mean ms a step of the best turn of
     --rounds, and how many times the best way's that had the machine to itself."""
-    asleep = {"OMP_WAIT_POLICY": "PASSIVE"}  # what runs.py sets
+    asleep = {"OMP_WAIT_POLICY": "PASSIVE"}
+    soon = {"GOMP_SPINCOUNT": "3000"}  # what runs.py sets
     many = {"OMP_NUM_THREADS": str(args.threads)}
     ways = {
         "1 thread": {"OMP_NUM_THREADS": "1"},
-        f"{args.threads}, spinning": many,
+        f"{args.threads}, spinning": {**many, "GOMP_SPINCOUNT": "300000"},  # libgomp's default
         f"{args.threads}, asleep": {**many, **asleep},
-        "as chosen": asleep,
+        "as chosen": soon,
     }
     rows = []
     for width, size in itertools.product((16, 32, 64), (128, 256)):
@@ -296,7 +297,7 @@ class Stepper:
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, width, size, batch)
         self.process = context.Process(target=take_steps, args=arguments, daemon=True)
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+        inherited = {key: value for key, value in os.environ.items() if "OMP_" not in key}
         with unittest.mock.patch.dict(os.environ, {**inherited, **env}, clear=True):
             self.process.start()
         self.pipe.recv()
