@@ -118,7 +118,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
     ddp_generator = training.data_parallel(training.compiled(generator, args.compile))
     ddp_discriminator = training.data_parallel(training.compiled(discriminator, args.compile))
     discriminator_features = training.compiled(discriminator.features, args.compile)
-    once = args.accumulate == 1  # one pass of the generator serves both steps
+    one_pass = args.accumulate == 1  # the generator's serves both steps
     steps_per_epoch = dataset.steps_per_epoch(train.counts, args.batch)
     steps = args.steps or args.epochs * steps_per_epoch
     halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
@@ -143,7 +143,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         for photo, edit, concept in micro_batches:
             text = common.prompt_embedding(generator, concept)
             with training.autocast(photo.device, args.precision):
-                with torch.set_grad_enabled(once):
+                with torch.set_grad_enabled(one_pass):
                     fake = ddp_generator(photo, concept)
                 score_real = ddp_discriminator(photo, edit, text).float()
                 score_fake = ddp_discriminator(photo, fake.detach(), text).float()
@@ -158,7 +158,7 @@ def train_base(generator, discriminator, train, test, args) -> tuple[dict, list[
         for (photo, edit, concept), fake, row in zip(micro_batches, fakes, losses, strict=True):
             text = common.prompt_embedding(generator, concept)
             with training.autocast(photo.device, args.precision):
-                if not once:  # activations of all micro-batches would not fit
+                if not one_pass:  # activations of all micro-batches would not fit
                     fake = ddp_generator(photo, concept)
                 features = discriminator_features(photo, fake, text)
                 with torch.no_grad():

@@ -261,7 +261,7 @@ def finetune(
     ddp_generator = training.data_parallel(training.compiled(generator, args.compile))
     ddp_discriminator = training.data_parallel(training.compiled(discriminator, args.compile))
     discriminator_features = training.compiled(discriminator.features, args.compile)
-    once = args.accumulate == 1  # one pass of the generator serves both steps
+    one_pass = args.accumulate == 1  # the generator's serves both steps
     halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, out, desc=name, half_size_steps=halved)
@@ -276,7 +276,7 @@ def finetune(
         # The discriminator's step: real edits towards 1, the generator's towards 0.
         for photo, edit, concept in micro_batches:
             with training.autocast(photo.device, args.precision):
-                with torch.set_grad_enabled(once):
+                with torch.set_grad_enabled(one_pass):
                     fake = ddp_generator(photo, concept + index)
                 score_real = ddp_discriminator(photo, edit).float()
                 score_fake = ddp_discriminator(photo, fake.detach()).float()
@@ -290,7 +290,7 @@ def finetune(
         discriminator.requires_grad_(False)
         for (photo, edit, concept), fake, row in zip(micro_batches, fakes, losses, strict=True):
             with training.autocast(photo.device, args.precision):
-                if not once:  # activations of all micro-batches would not fit
+                if not one_pass:  # activations of all micro-batches would not fit
                     fake = ddp_generator(photo, concept + index)
                 features = discriminator_features(photo, fake)
                 with torch.no_grad():

@@ -350,7 +350,7 @@ def channel_scores(network: common.Network, target: Target, args) -> Channels:
     from the paper's start their size. To compare with, magnitude: the size of a channel's weights;
     uniform: the same, but all groups are narrowed alike; random: chance."""
     if args.method == "coronet":
-        [(latents, importance)] = copy_to_cpu({"": network}).values()
+        latents, importance = copy_to_cpu({"network": network})["network"]
         return latents if args.start == "paper" else latent_worth(target, latents, importance)
     if args.method == "random":
         rng = torch.Generator().manual_seed(args.seed)

@@ -730,7 +730,7 @@ def apply_to_pictures(models: dict[str, Editor], out: Path, args) -> bool:
         sizes[path] = picture.size
     if len(bad) == len(pictures):
         raise UserError(bad[0])
-    print(f"{len(sizes)} pictures, {len(models)} edits of each: {out}")
+    print(f"{len(sizes)} pictures edited by {len(models)} models: {out}")
     tell_of_smaller(sizes, models, args)
     for reason in bad:
         print(f"left out: {reason}", file=sys.stderr)

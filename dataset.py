@@ -370,7 +370,7 @@ class Pictures:
 
         The operating system decides how much of the file stays in memory, which may be more than
         the machine has. The mapping is one to read: a write would be a SIGSEGV."""
-        self.cache_hash = runs.hash_from_first(self.cache_hash)
+        self.cache_hash = runs.gather(self.cache_hash)[0]
         path = folder / f"{self.cache_hash}.u8"
         shape = len(self.files), 3, self.size, self.size
         lock = filelock.FileLock(path.with_suffix(".lock"))

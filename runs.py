@@ -229,13 +229,6 @@ def from_first(number: float) -> float:
     return average(mine).item()
 
 
-def hash_from_first(digits: str) -> str:
-    """Tells all processes the first one's hash, of as many hex digits as theirs."""
-    numbers = torch.tensor([float(int(digit, 16)) for digit in digits])
-    mine = world() * numbers if rank() == 0 else 0 * numbers
-    return "".join(f"{int(number):x}" for number in average(mine))
-
-
 def gather(value: object) -> list:
     """What each process gives, in the order of their ranks; told to all."""
     values = [value]

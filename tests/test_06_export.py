@@ -643,7 +643,7 @@ def test_bad_pictures_do_not_end_a_folder(folder, tmp_path, capsys):
             run_main("06", *flags.split(), *more)
         printed = capsys.readouterr()
         assert stop.value.code == 1
-        assert "2 pictures, 1 edits of each" in printed.out
+        assert "2 pictures edited by 1 models" in printed.out
         assert "1 larger than can be edited, scaled down: phone.jpg at 48x36" in printed.out
         assert ("--full-size scales edits back" in printed.out) == (not more)
         left_out = [line for line in printed.err.splitlines() if line.startswith("left out: ")]
