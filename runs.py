@@ -7,9 +7,9 @@ network or a picture.
 """
 
 import argparse
+import atexit
 import codecs
 import contextlib
-import gc
 import hashlib
 import io
 import json
@@ -124,8 +124,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
         if torch.distributed.is_initialized():
-            gc.collect()  # networks under DDP hold the process group
-            torch.distributed.destroy_process_group()  # its threads must end before Python does
+            leave()
         return
     except (UserError, OSError) as error:
         fail(str(error))
@@ -141,6 +140,16 @@ def run(main: Callable[[], None]) -> None:
         if rank() == 0:  # torchrun's processes stop together
             print(f"\nstopped: the same command{without} continues", file=sys.stderr)
         sys.exit(130)
+
+
+def leave() -> NoReturn:
+    """Ends a process of torchrun's whose work is done, without Python's clearing up. Networks under
+    DDP keep gloo's threads alive, and one that lets go of a tensor while Python clears up aborts
+    the process."""
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class Output:
