@@ -2,13 +2,19 @@
 
     python tests/tables.py diffusion --data data    all claims on an edit of a diffusion model
     python tests/tables.py text                     whether its base tells prompts apart
+    python tests/tables.py pruning                  that base, pruned by four methods
     python tests/tables.py keyframes --data data    a clip learned from ten of its frames
+    python tests/tables.py strokes --data data      which loss paints: three styles in one base
+    python tests/tables.py styles --data data       ten styles in one base, six by adapters
+    python tests/tables.py papers --data data       CoroNetGAN's own kinds of data, small
 
 What was run before is not run again, so a table that was interrupted goes on where it stopped.
---data holds these folders; RESULTS.md says where they come from:
+`text` and `pruning` go on from what `diffusion` left. --data holds these folders; RESULTS.md says
+where they come from:
     photos/                     photographs (BSDS500)
     clips/photos/<name>/        frames of videos: autumn, watercolor
     clips/edits/<name>/         the same frames, edited by a diffusion model, under equal names
+    edges2shoes/ horse2zebra/ cifar10/      as stage 5's --data takes them
 """
 
 import argparse
@@ -18,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +40,9 @@ import training  # noqa: E402
 
 SEEDS = (0, 1, 2)
 SMALL = "--batch 1 --fid off --save-every 1000000"
+PAINTED = ("popart", "woodcut", "crayon")
+TEN = (*PAINTED, "shards", "rust", "expressionist", "lithograph", "nocturne", "fauvist", "strokes")
+SIX = ("starry", "mosaic", "wave", "charcoal", "impasto", "weave")
 RANDOM_CLIP = "--clip ViT-S-32:random"  # nothing is downloaded; the prompts need only differ
 
 
@@ -57,16 +67,36 @@ def result(folder: Path, concept: str | None = None) -> dict:
     return row
 
 
+def seconds(run: dict) -> float:
+    """Of training."""
+    return run.get("training s") or run["search s"] + run["converge s"]
+
+
 def measured(name: str, folders: list[Path], concept: str | None = None) -> dict:
     """A row of a table: PSNR and perceptual distance of each seed's run, means of SWD."""
     found = [result(folder, concept) for folder in folders]
     row = {"network": name, "seeds": len(found)}
-    seconds = [run.get("training s") or run["search s"] + run["converge s"] for run in found]
-    row["seconds"] = f"{min(seconds):.0f} to {max(seconds):.0f}"
+    row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
     row["PSNR dB"] = ", ".join(f"{run['PSNR dB']:.2f}" for run in found)
     row["perceptual"] = ", ".join(f"{run['perceptual']:.2f}" for run in found)
+    row["SWD"] = swd(found)
+    return row
+
+
+def swd(found: list[dict]) -> str:
+    """Of runs' rows: the mean at each size, from fine to coarse."""
     sizes = [key for key in found[0] if key.startswith("SWD ")]
-    row["SWD"] = " ".join(f"{statistics.mean(run[key] for run in found):.0f}" for key in sizes)
+    return " ".join(f"{statistics.mean(run[key] for run in found):.0f}" for key in sizes)
+
+
+def mean_over_concepts(folders: list[Path], concepts: Sequence[str]) -> dict:
+    """Columns of a table: for each seed's run the means over its concepts; means of SWD."""
+    found = [[result(folder, concept) for concept in concepts] for folder in folders]
+    row = {}
+    for key in ("PSNR dB", "perceptual"):
+        means = [statistics.mean(of_concept[key] for of_concept in run) for run in found]
+        row[key] = ", ".join(f"{mean:.2f}" for mean in means)
+    row["SWD"] = swd([of_concept for run in found for of_concept in run])
     return row
 
 
@@ -144,6 +174,138 @@ def text(args) -> tuple[str, list[dict]]:
     return "PSNR dB", rows
 
 
+def pruning(args) -> tuple[str, list[dict]]:
+    """The bases that the table `diffusion` trained (one concept of a diffusion model, three
+    painterly ones), pruned: the search, and three ways that cut first and train what is left for as
+    many steps."""
+    diffusion_runs = args.out.parent / "diffusion"
+    shared = f"--pairs {diffusion_runs / 'pairs'} --cache {diffusion_runs / 'cache'} {SMALL}"
+    rows = []
+    for keep in ("0.12", "0.06", "0.25"):
+        for method in ("coronet", "uniform", "magnitude", "random"):
+            folders = []
+            for seed in SEEDS:
+                base = diffusion_runs / f"seed{seed}/base/generator.safetensors"
+                out = args.out / f"{method}-{keep}/seed{seed}"
+                how = f"--method {method} --keep {keep} --lr 1e-3 --lr-search 2e-4"
+                phases = "--search-epochs 1 --epochs 2 --steps 600"
+                stage("05", f"{shared} --seed {seed} --generator {base} {how} {phases} --out {out}")
+                folders.append(out)
+            found = [result(folder, "generator") for folder in folders]
+            row = {"MACs to keep": keep, "method": method, "seeds": len(folders)}
+            row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
+            row["M parameters"] = ", ".join(f"{run['parameters M']:.3f}" for run in found)
+            row |= mean_over_concepts(folders, ("autumn", *PAINTED))
+            rows.append(row)
+    return "mean over four concepts", rows
+
+
+def strokes(args) -> tuple[str, list[dict]]:
+    """Three painterly styles in one base, each way of training for about 210 seconds of one thread:
+    means over the styles."""
+    pairs = args.out / "pairs"
+    concepts = " ".join(f"--concept {name}" for name in PAINTED)
+    photos = f"--images {args.data / 'photos'} --train 100 --test 40"
+    stage("01", f"{photos} --teacher styles {RANDOM_CLIP} {concepts} --out {pairs}")
+    ways = {
+        "the default": "--steps 1050",
+        "whole pictures from the first step": "--steps 840 --half-size 0",
+        "no feature matching": "--steps 1100 --fm 0 --l1 10",
+        "no perceptual term": "--steps 1640 --perceptual 0",
+        "the same on crops of 128, discriminator at 5e-4": "--steps 2700 --perceptual 0 --crop 128 "
+        "--half-size 0 --lr-d 5e-4",
+        "the papers' loss": "--steps 1240 --fm 0 --perceptual 0 --half-size 0",
+    }
+    rows = []
+    for name, flags in ways.items():
+        folders = []
+        for seed in SEEDS[:2]:
+            out = args.out / name.replace(" ", "-") / f"seed{seed}"
+            flags_of_all = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --seed {seed}"
+            stage("03", f"{flags_of_all} {concepts} --width 16 --lr 1e-3 {flags} --out {out}")
+            folders.append(out)
+        found = [result(folder, PAINTED[0]) for folder in folders]
+        row = {"training": name, "flags": flags, "seeds": len(folders)}
+        row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
+        rows.append(row | mean_over_concepts(folders, PAINTED))
+    return "mean over three styles", rows
+
+
+def styles(args) -> tuple[str, list[dict]]:
+    """Ten painterly styles in one base, and six that it never saw: adapters of all photos, of few,
+    of other ranks; all weights; from scratch."""
+    pairs = args.out / "pairs"
+    shared = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL}"
+    ten = " ".join(f"--concept {name}" for name in TEN)
+    six = " ".join(f"--concept {name}" for name in SIX)
+    photos = f"--images {args.data / 'photos'} --train 100 --test 40"
+    stage("01", f"{photos} --teacher styles {RANDOM_CLIP} {ten} {six} --out {pairs}")
+    base = args.out / "base"
+    stage("03", f"{shared} {ten} --width 16 --lr 1e-3 --steps 4800 --out {base}")
+
+    tune = f"{shared} --base {base / 'generator.safetensors'} {six}"
+    adapter = f"{tune} --steps 240 --lr 3e-3"
+    all_weights = f"{tune} --lr 1e-3 --samples all"
+    ways = {
+        "adapter": f"{adapter} --samples all",
+        "adapter, rank 8": f"{adapter} --samples all --rank 8",
+        "adapter, rank 1": f"{adapter} --samples all --rank 1",
+        "adapter, ten photos": f"{adapter} --samples random:10",
+        "all weights of the base": f"{all_weights} --steps 240 --mode full",
+        "from scratch": f"{all_weights} --steps 240 --mode scratch",
+        "from scratch, 1,050 steps": f"{all_weights} --steps 1050 --mode scratch",
+    }
+    rows = [{"network": "base", "style": name} | one_run(base, name) for name in TEN]
+    for name, flags in ways.items():
+        out = args.out / name.replace(",", "").replace(" ", "-")
+        stage("04", f"{flags} --out {out}")
+        for concept in SIX:
+            rows.append({"network": name, "style": concept} | one_run(out / concept))
+    return "ten styles in one base, six new ones", rows
+
+
+def one_run(folder: Path, concept: str | None = None) -> dict:
+    """Columns of a table: of a run's only concept, or of the one given."""
+    run = result(folder, concept)
+    return {
+        "seconds": round(seconds(run)),
+        "PSNR dB": round(run["PSNR dB"], 2),
+        "perceptual": round(run["perceptual"], 2),
+        "SWD": swd([run]),
+    }
+
+
+def papers(args) -> tuple[str, list[dict]]:
+    """CoroNetGAN's kinds of data, small: GANs pruned to a quarter while they train from scratch,
+    beside plain ones of as many MACs."""
+    kinds = {
+        "edges2shoes, U-Net": "--generator unet256 --width 16 --batch 1 --steps 500 --lr 1e-3 "
+        "--search-epochs 1 --epochs 4",
+        "horse2zebra, CycleGAN": "--task cyclegan --width 16 --batch 1 --crop 128 --steps 420 "
+        "--lr 1e-3 --search-epochs 1 --epochs 5",
+        "cifar10, DCGAN": "--task dcgan --size 32 --width 32 --batch 32 --steps 900 "
+        "--search-epochs 5 --epochs 25",
+    }
+    ways = {
+        "coronet": "--lr-search 2e-4",
+        "coronet, discriminator too": "--lr-search 2e-4 --prune-discriminator",
+        "uniform": "--method uniform",
+    }
+    rows = []
+    for kind, flags in kinds.items():
+        data = args.data / kind.split(",")[0]
+        for way, how in ways.items():
+            out = args.out / f"{kind} {way}".replace(",", "").replace(" ", "-")
+            stage("05", f"--data {data} {flags} {how} --keep 0.25 --fid off --out {out}")
+            tables = runs.read_json(out / "result.json")["tables"]
+            for pruned in tables["Pruning"]:
+                columns = ("network", "GMACs before", "GMACs", "parameters M", "search s")
+                row = {"data, GAN": kind, "method": way}
+                row |= {column: pruned.get(column) for column in (*columns, "converge s")}
+                rows.append(row)
+    return "small runs on the papers' data", rows
+
+
 def keyframes(args) -> tuple[str, list[dict]]:
     """Each clip of `watercolor`: ten of its frames, evenly spread, are learned from scratch, then
     all frames are edited by what was learned. PSNR on the frames between, and steadiness: how much
@@ -205,7 +367,15 @@ def change(frames: torch.Tensor) -> float:
     return (frames[1:].float() - frames[:-1].float()).abs().mean().item()
 
 
-TABLES = {"diffusion": diffusion, "text": text, "keyframes": keyframes}
+TABLES = {
+    "diffusion": diffusion,
+    "text": text,
+    "pruning": pruning,
+    "keyframes": keyframes,
+    "strokes": strokes,
+    "styles": styles,
+    "papers": papers,
+}
 
 
 def main() -> None:
