@@ -1,21 +1,39 @@
-"""Stage 5: prunes a GAN while it trains, to the share of its MACs that you ask for (CoroNetGAN).
+"""Stage 5: prunes a GAN's channels while it trains, to a given share of its MACs (CoroNetGAN).
 
-CoroNetGAN (arXiv 2403.08261), section 3. Searching: small hypernetworks make every weight from
-latent vectors, one element a channel; after each step the latents are soft-thresholded, so channels
-fade until the target is met: those that the loss needs least for their MACs (ours; --start paper:
-those whose latents are small). Then the generated weights are sliced to the surviving channels: a
-dense, smaller network, no hypernetwork left. Converging: that one trains on as usual.
+CoroNetGAN (arXiv 2403.08261, section 3) has two phases.
 
-`--task pix2pix` (paired): `--generator FILE` goes on with a trained base and its discriminator; an
-architecture's name starts from scratch, as do `--task cyclegan` (unpaired) and dcgan (noise).
+Search: hypernetworks compute each layer's weight from latent vectors, which hold one number per
+channel. After each step the latents are soft-thresholded, so that channels fade to 0, until the
+MACs meet the target. Channels that matter least to the loss for their MACs go first (our choice;
+with --start paper those whose latents are small). Then the computed weights are sliced to the
+channels that are left: a smaller, dense network without hypernetworks.
+Converge: this network trains on as usual.
 
-Reads   runs/pairs and runs/base/generator.safetensors, or --data, a folder as downloaded: of A|B
-        side by side (train, test or val), of A and of B (trainA testA, train_A, A/train, or A
-        alone), paired by their names or not, or of pictures (dcgan). Of each the middle square
-Writes  runs/coronet/generator.safetensors  (cyclegan: generator_AtoB, generator_BtoA)
-        discriminator.safetensors           what stage 4 goes on with
-        sliced/*.safetensors, pruning.png   what the search left of these; channels
-        search-*, converge-*, samples/*     each phase's state, log, curve, pictures; result.json
+--task pix2pix needs pairs, cyclegan unpaired pictures of two kinds; dcgan makes pictures from
+noise. Only pix2pix can go on with a trained generator (--generator FILE) and its discriminator.
+
+Reads   runs/pairs and runs/base/generator.safetensors, or --data, a downloaded folder
+Writes  runs/coronet/generator.safetensors      (cyclegan: generator_AtoB, generator_BtoA)
+                     discriminator.safetensors  (cyclegan: discriminator_A, discriminator_B)
+                     sliced/*.safetensors       the same networks before they converge
+                     pruning.png                channels before and after
+                     search-*, converge-*       each phase's state, log and curve
+                     samples/*.png              each phase's progress pictures
+                     result.json                what `python runs.py` prints
+
+Layouts of --data (SPLIT: train, and for held-out pictures test or val; pictures of any size and
+shape, whose middle square is used, also in subfolders of those named here):
+
+    combined   SPLIT/1.jpg                     A on the left and B on the right (pix2pix)
+    two sides  SPLITA/1.jpg   SPLITB/1.jpg     (CycleGAN)
+               SPLIT_A/1.jpg  SPLIT_B/1.jpg    (img2img-turbo)
+               A/SPLIT/1.jpg  B/SPLIT/1.jpg    (pix2pix before its pictures are combined)
+               SPLIT/A/1.jpg  SPLIT/B/1.jpg
+               A/1.jpg        B/1.jpg          some are held out
+    flat       1.jpg                           pictures of one kind; some are held out
+
+--task pix2pix reads combined pictures, or two sides, where equal names are pairs; cyclegan reads
+two sides; dcgan reads any folder as flat.
 
     python 05_prune_coronet.py --demo
     python 05_prune_coronet.py --generator runs/base/generator.safetensors --keep 0.25
@@ -58,32 +76,38 @@ DEMO = {
     "fid": "off",
     "save_every": 210,
 }
-PHASE = 0.1  # of the search: importance is measured before; a channel fades; time left at the end
+# The search begins with this share of its steps, in which importance is only measured. A channel
+# takes as many steps to fade, and the search leaves as many at its end for the last ones to do so.
+PHASE = 0.1
 MEMORY = 100  # steps that the running mean of the channels' importance remembers
-MAX_SHRINK = 0.05  # the most that a step shrinks a latent by, from the paper's start
+MAX_SHRINK = 0.05  # --start paper: the most that a step shrinks a latent by
 POOL = 50  # CycleGAN's number of earlier fakes
 
-# ---- What there is to keep: MACs as a formula, importance, the target ----------------------------
+# ---- MACs as a function of the widths, and the channels to keep for a target --------------------
 
-Channels = dict[str, torch.Tensor]  # {group: a number per channel, or channels' indices}
+Channels = dict[str, torch.Tensor]  # {group: a number per channel, or indices of channels}
+MacTerms = list[tuple[tuple, tuple, int]]  # (groups read, groups written, factor)
 
 
-def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
-    """common.count_macs as a formula in the widths, cheap enough to be solved for them at every
-    step: (reads, writes, unit), the sum of channels(reads) * channels(writes) * unit."""
+def mac_terms(network: common.Network) -> MacTerms:
+    """common.count_macs as a formula, which is cheap enough to be computed for many widths at every
+    step: the sum over all terms of channels(groups read) * channels(groups written) * factor."""
     terms = []
 
     def record(module, inputs, output):
         if isinstance(module, common.Attention):
-            n, m = inputs[0].shape[1], inputs[1].shape[1]
-            terms.extend([(module.q.writes, (), n * m), (module.v.writes, (), n * m)])
+            products = inputs[0].shape[1] * inputs[1].shape[1]  # queries * keys
+            terms.append((module.q.writes, (), products))  # q @ k
+            terms.append((module.v.writes, (), products))  # scores @ v
+        elif isinstance(module, common.UpConv):  # computed as a transposed convolution, kernel 4
+            height, width = inputs[0].shape[2:]
+            terms.append((module.reads, module.writes, 16 * (height + 2) * (width + 2)))
         else:
             x = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            positions = x.numel() // x.shape[-1 if isinstance(module, nn.Linear) else 1]
-            unit = positions * module.weight[0, 0].numel()
-            if isinstance(module, common.UpConv):
-                unit = 16 * (inputs[0].shape[2] + 2) * (inputs[0].shape[3] + 2)
-            terms.append((module.reads, module.writes, unit))
+            channels = x.shape[-1 if isinstance(module, nn.Linear) else 1]
+            positions = x.numel() // channels
+            kernel = module.weight[0, 0].numel()
+            terms.append((module.reads, module.writes, positions * kernel))
 
     twin = copy.deepcopy(network).to("meta").eval()
     for module in twin.modules():
@@ -94,18 +118,19 @@ def mac_terms(network: common.Network) -> list[tuple[tuple, tuple, int]]:
     return terms
 
 
-def macs_of(terms: list[tuple], widths: dict[str, int]) -> int:
-    """mac_terms' formula for some widths, the fixed groups' too."""
+def macs_of(terms: MacTerms, widths: dict[str, int]) -> int:
+    """The value of mac_terms' formula. widths: channels of all groups, as of common.all_widths."""
     total = 0
-    for reads, writes, unit in terms:
-        outputs = sum(widths[g] for g in writes) if writes else 1
-        total += sum(widths[g] for g in reads) * outputs * unit
+    for reads, writes, factor in terms:
+        inputs = sum(widths[group] for group in reads)
+        outputs = sum(widths[group] for group in writes) if writes else 1
+        total += inputs * outputs * factor
     return total
 
 
-def channel_importance(network: common.Network) -> Channels:
-    """The RMS of the weights that write or read each channel, relative to its layer's, averaged
-    over layers; mean 1 a group."""
+def weight_sizes(network: common.Network) -> Channels:
+    """How large the weights are that write or read each channel: their RMS, relative to that of
+    all channels of the layer, averaged over layers, and scaled to a mean of 1 in each group."""
     widths = common.all_widths(network.config)
     sums = {group: torch.zeros(n) for group, n in widths.items()}
     for _, module in common.named_layers(network):
@@ -119,10 +144,15 @@ def channel_importance(network: common.Network) -> Channels:
 
 
 class Target:
-    """What widths cost in MACs, and which threshold on the latents brings them under a share."""
+    """The share of its MACs that a network is to keep, and the channels which that leaves it.
+
+    Channels are ranked by scores, one number per channel, such as latents; only their absolute
+    values count. Attributes: config, parameters and macs of the unpruned network; full, its
+    channels by group; floor, the fewest channels that a group keeps."""
 
     def __init__(self, network: common.Network, keep: float, multiple: int = 1):
-        """multiple: what `kept` rounds widths to."""
+        """keep: the share, UserError if no widths meet it. multiple: what pruned widths are a
+        multiple of, unless a group has too few channels."""
         self.config = network.config
         self.parameters = common.count_parameters(network)
         self.terms = mac_terms(network)
@@ -139,68 +169,72 @@ class Target:
             if multiple > 1:
                 limits += f", of widths in multiples of {multiple}"
             raise UserError(f"--keep {keep}: {limits}")
-        # no group gets less than two thirds of what it has where all are narrowed alike, as first-
-        # order importance does not see what the last channels of a group are worth together
-        alike = {g: torch.arange(1, n + 1) / n for g, n in network.config["widths"].items()}
-        for group, width in self.widths(alike, self.threshold(alike, keep)).items():
-            if group in self.floor:
-                two_thirds = width * 2 // 3 // multiple * multiple
-                self.floor[group] = max(self.floor[group], two_thirds)
+        # Importance looks at one channel at a time and does not see what the last channels of a
+        # group are worth together. So a group keeps at least two thirds of the channels that it
+        # would have if all groups were narrowed by the same factor.
+        alike = {}
+        for group, count in network.config["widths"].items():
+            alike[group] = torch.arange(1, count + 1) / count
+        narrowed = self.widths(alike, self.threshold(alike, keep))
+        for group in self.floor:
+            two_thirds = narrowed[group] * 2 // 3 // multiple * multiple
+            self.floor[group] = max(self.floor[group], two_thirds)
 
     def share(self, widths: dict[str, int]) -> float:
+        """The MACs of some widths, as a share of the unpruned network's."""
         return macs_of(self.terms, widths) / self.macs
 
-    def widths(self, latents: Channels, threshold: float) -> dict[str, int]:
-        """How many channels of each group have a latent above the threshold, never fewer than the
-        floor. Groups without latents stay whole."""
+    def widths(self, scores: Channels, threshold: float) -> dict[str, int]:
+        """How many channels of each group have a score above the threshold, never fewer than the
+        floor. Groups without scores stay whole."""
         widths = dict(self.full)
-        for group, z in latents.items():
-            above = int((z.abs() > threshold).sum())
+        for group, values in scores.items():
+            above = int((values.abs() > threshold).sum())
             widths[group] = max(above, self.floor[group])
         return widths
 
-    def threshold(self, latents: Channels, share: float) -> float:
-        """The smallest threshold that brings the MACs to `share` or less: 0, or a latent's size."""
-        sizes = torch.cat([torch.zeros(1), *(z.abs() for z in latents.values())])
-        sizes = sizes.unique().tolist()  # sorted
+    def threshold(self, scores: Channels, share: float) -> float:
+        """The smallest threshold that brings the MACs to `share` or less: 0 or one of the scores'
+        absolute values."""
+        thresholds = torch.cat([torch.zeros(1), *(values.abs() for values in scores.values())])
+        thresholds = thresholds.unique().tolist()  # sorted
 
         def is_enough(threshold: float) -> bool:
-            return self.share(self.widths(latents, threshold)) <= share
+            return self.share(self.widths(scores, threshold)) <= share
 
-        return sizes[bisect.bisect_left(sizes, True, key=is_enough)]
+        return thresholds[bisect.bisect_left(thresholds, True, key=is_enough)]
 
-    def kept(self, latents: Channels, share: float) -> Channels:
-        """{group: sorted indices} of the largest latents such that the MACs come to `share` or just
-        less: to the last channel that fits, which may be a hundredth of all MACs. With a multiple,
-        to the last so many channels that fit; a group that stays whole stays as it is."""
-        widths = self.widths(latents, self.threshold(latents, share))
-        order = {}
-        for group, z in latents.items():
-            order[group] = z.abs().sort(descending=True, stable=True)
+    def kept(self, scores: Channels, share: float) -> Channels:
+        """{group: sorted indices} of the channels with the highest scores, as many as have `share`
+        of the MACs or less.
 
-        for group in latents:
+        The threshold alone would stop up to a hundredth of all MACs short of the share. So channels
+        are then added, `multiple` at a time, the highest score first, while some fit."""
+        widths = self.widths(scores, self.threshold(scores, share))
+        for group in scores:
             if widths[group] < self.full[group]:
-                down = widths[group] // self.multiple * self.multiple
-                widths[group] = max(down, self.floor[group])
+                rounded_down = widths[group] // self.multiple * self.multiple
+                widths[group] = max(rounded_down, self.floor[group])
+        ranked = {}
+        for group, values in scores.items():
+            ranked[group] = values.abs().sort(descending=True, stable=True)
 
         def next_width(group: str) -> int:
             return min(widths[group] + self.multiple, self.full[group])
 
-        def more_fit(group: str) -> bool:
-            more = {**widths, group: next_width(group)}
-            return widths[group] < self.full[group] and self.share(more) <= share
+        def next_fits(group: str) -> bool:
+            wider = {**widths, group: next_width(group)}
+            return widths[group] < self.full[group] and self.share(wider) <= share
 
-        def next_latent(group: str) -> float:
-            return order[group].values[widths[group]].item()
+        def next_score(group: str) -> float:
+            return ranked[group].values[widths[group]].item()
 
-        candidates = list(filter(more_fit, latents))
-        while candidates:
-            chosen = max(candidates, key=next_latent)
+        while candidates := [group for group in scores if next_fits(group)]:
+            chosen = max(candidates, key=next_score)
             widths[chosen] = next_width(chosen)
-            candidates = list(filter(more_fit, latents))
         kept = {}
-        for group in latents:
-            kept[group] = order[group].indices[: widths[group]].sort().values
+        for group in scores:
+            kept[group] = ranked[group].indices[: widths[group]].sort().values
         return kept
 
 
@@ -208,11 +242,11 @@ class Target:
 
 
 def add_latents(network: common.Network, start: str) -> None:
-    """A latent vector per channel group, which the search shrinks, and hypernetworks that make all
-    of the network's weights from them.
+    """Gives the network a latent vector per channel group, and hypernetworks that compute all its
+    weights from them. network.importance holds a number per latent, for measure_importance.
 
-    start "paper": latents of N(0, 1), and random weights. "weights" (a choice of ours): latents of
-    1 and the network's own weights, so that nothing is said yet about which channel goes first."""
+    start "paper": latents drawn from N(0, 1), and random weights. "weights" (a choice of ours):
+    latents of 1 and the network's own weights, so that no channel is smaller from the start."""
     device = next(network.parameters()).device
     latents, importance = {}, {}
     for group, count in network.config["widths"].items():
@@ -230,22 +264,23 @@ def add_latents(network: common.Network, start: str) -> None:
 
 @torch.no_grad()
 def measure_importance(network: common.Network, step: int) -> None:
-    """Updates the running mean of (z dL/dz)^2, from the gradients that this step left.
+    """Updates the importance of each channel, a running mean of (z dL/dz)^2, from the gradients of
+    this step.
 
-    To first order z dL/dz is what the loss would lose with the channel (Molchanov et al. 2017,
-    arXiv 1611.06440; squared: 2019, arXiv 1906.10771). A channel at 0 keeps what it had last, and
-    all do where fp16 overflowed."""
-    newest = max(1 / (step + 1), 1 / MEMORY)
+    To first order z dL/dz is how much the loss changes without the channel (Molchanov et al. 2017,
+    arXiv 1611.06440; squared: 2019, arXiv 1906.10771). A channel whose latent is 0 keeps the
+    importance that it had before; in a step in which fp16 overflows all channels do."""
+    weight_of_newest = max(1 / (step + 1), 1 / MEMORY)
     for group, z in network.latents.items():
-        found = (z * z.grad).square()
+        newest = (z * z.grad).square()
         mean = network.importance[group]
-        counts = (z != 0) & found.isfinite()
-        mean.lerp_(torch.where(counts, found, mean), newest)
+        counts = (z != 0) & newest.isfinite()
+        mean.lerp_(torch.where(counts, newest, mean), weight_of_newest)
 
 
 def copy_to_cpu(networks: dict[str, common.Network]) -> dict[str, tuple[Channels, Channels]]:
-    """The latents of networks and their importance, by the networks' names. All in one copy: a GPU
-    is waited for at each."""
+    """{name: (latents, importance)} of these networks, in one copy, as each copy waits for the
+    GPU."""
     vectors = []
     for network in networks.values():
         for channels in (network.latents, network.importance):
@@ -260,38 +295,41 @@ def copy_to_cpu(networks: dict[str, common.Network]) -> dict[str, tuple[Channels
 
 
 def latent_worth(target: Target, latents: Channels, importance: Channels) -> Channels:
-    """What each channel is worth to the loss for each of its MACs; those at 0 come last.
+    """How much each channel matters to the loss per MAC that it costs, by which the search ranks
+    channels (a choice of ours).
 
-    The square root of the importance is the change of the loss without the channel. What a group's
-    channels do to the loss adds up, and the loss is taken to grow with the square of the sum: the
-    next channel's part in it is its own change times that of all which went, or go, before it, so
-    that a group is worth the more, the less is left of it (a choice of ours)."""
-    living = target.widths(latents, 0.0)
+    The square root of its importance is how much the loss changes without a channel. If several
+    channels of a group go, their changes add up, and the loss is taken to grow with the square of
+    that sum. So a channel counts with its own change times the sum of the changes of all channels
+    that go before it and its own: the fewer channels a group has left, the more each is worth."""
+    left = target.widths(latents, 0.0)
     worth = {}
     for group, z in latents.items():
         change = importance[group].sqrt()
         order = torch.where(z == 0, -1.0, change).argsort(stable=True)  # the first to go first
-        so_far = torch.empty_like(change)
-        so_far[order] = change[order].cumsum(0)
-        one_less = {**living, group: living[group] - 1}
-        macs = target.share(living) - target.share(one_less)
-        value = change * so_far / macs
+        sum_of_changes = torch.empty_like(change)
+        sum_of_changes[order] = change[order].cumsum(0)
+        one_less = {**left, group: left[group] - 1}
+        macs = target.share(left) - target.share(one_less)  # of one channel of the group
+        value = change * sum_of_changes / macs
+        # channels that are gone rank below all others
         worth[group] = torch.where(z == 0, 1e-30 * value, value.clamp(min=1e-20))
     return worth
 
 
 def share_at(step: int, steps: int, keep: float) -> float:
-    """The share of the MACs that the search aims at after a step: 1 while it measures importance,
-    then a straight line to `keep`, which leaves time for the last channels to fade."""
-    line = (step / steps - PHASE) / (1 - 3 * PHASE)
-    return 1 - (1 - keep) * min(1.0, max(0.0, line))
+    """The share of the MACs that the search aims at after a step: 1 while importance is measured,
+    then linear to `keep`, which it reaches early enough for the last channels to fade."""
+    progress = (step / steps - PHASE) / (1 - 3 * PHASE)
+    return 1 - (1 - keep) * min(1.0, max(0.0, progress))
 
 
 def paper_amounts(target: Target, latents: Channels, share: float) -> Channels:
-    """How much a step shrinks each latent, from the paper's start: all by the same threshold.
+    """How much a step shrinks each latent with --start paper: all by the same amount.
 
-    The paper's is lambda * lr with a constant lambda. Here it is the smallest that brings the MACs
-    to `share`, or MAX_SHRINK (a choice of ours: it meets any target)."""
+    In the paper it is lambda * lr with a constant lambda. Here it is the smallest amount that
+    brings the MACs to `share`, but at most MAX_SHRINK (a choice of ours, which meets any
+    target)."""
     threshold = min(target.threshold(latents, share), MAX_SHRINK)
     return {group: torch.full_like(z, threshold) for group, z in latents.items()}
 
@@ -299,11 +337,11 @@ def paper_amounts(target: Target, latents: Channels, share: float) -> Channels:
 def weighted_amounts(
     target: Target, latents: Channels, importance: Channels, share: float, fade: float
 ) -> Channels:
-    """How much a step shrinks each latent, from the network's own weights: by `fade` the channels
-    that are worth least, without which the MACs come to `share`, and the others by 0.
+    """How much a step shrinks each latent with --start weights: by `fade` those of the channels
+    that must go for the MACs to come down to `share`, the least worth first; by 0 the others.
 
     This is the adaptive lasso's idea (Zou 2006): an l1 norm whose weights are small where a channel
-    matters, so that it takes channels away and does not make all of them weaker."""
+    matters removes some channels and does not weaken all of them."""
     worth = latent_worth(target, latents, importance)
     widths = target.widths(worth, target.threshold(worth, share))
     amounts = {}
@@ -316,8 +354,9 @@ def weighted_amounts(
 
 @torch.no_grad()
 def soft_threshold(network: common.Network, latents: Channels, amounts: Channels) -> Channels:
-    """The proximal step of an l1 norm with a weight for each channel: z <- sign(z) max(|z| -
-    amount, 0). latents: the network's, on the CPU. Returns the new ones there."""
+    """Sets the network's latents to sign(z) max(|z| - amount, 0), the proximal step of an l1 norm
+    with a weight for each channel. latents: copies of them on the CPU, where also the new ones are
+    returned."""
     shrunk = {}
     for group, z in latents.items():
         shrunk[group] = z.sign() * (z.abs() - amounts[group]).clamp(min=0)
@@ -328,9 +367,11 @@ def soft_threshold(network: common.Network, latents: Channels, amounts: Channels
 def shrink_latents(
     networks: dict[str, common.Network], targets: dict[str, Target], args, step: int, steps: int
 ) -> dict[str, float]:
-    """What the search does to the latents after each of its steps. Returns the share of the MACs
-    that each network has left. In the last tenth of the steps what has not faded goes at once, so
-    that the target is met (but from the paper's start, where slicing sees to that)."""
+    """Shrinks the latents after a step of the search. Returns the share of the MACs that each
+    network has left.
+
+    In the last PHASE of the steps, channels that must go do so at once, so that the target is met.
+    With --start paper they go on fading, and slicing removes what is left too much."""
     share = share_at(step, steps, args.keep)
     fade = 1 / (PHASE * steps) if step <= (1 - PHASE) * steps else math.inf
     left = {}
@@ -346,9 +387,11 @@ def shrink_latents(
 
 
 def channel_scores(network: common.Network, target: Target, args) -> Channels:
-    """What channels are kept by, the largest first, on the CPU. coronet: the latents' worth, or
-    from the paper's start their size. To compare with, magnitude: the size of a channel's weights;
-    uniform: the same, but all groups are narrowed alike; random: chance."""
+    """What --method ranks channels by when the network is sliced, highest first, on the CPU.
+
+    coronet: the latents' worth, or with --start paper the latents. The others are to compare with.
+    magnitude: the size of a channel's weights. uniform: its rank by that size within its group, so
+    that all groups are narrowed alike. random: chance."""
     if args.method == "coronet":
         latents, importance = copy_to_cpu({"network": network})["network"]
         return latents if args.start == "paper" else latent_worth(target, latents, importance)
@@ -356,31 +399,31 @@ def channel_scores(network: common.Network, target: Target, args) -> Channels:
         rng = torch.Generator().manual_seed(args.seed)
         widths = network.config["widths"]
         return {group: torch.rand(count, generator=rng) for group, count in widths.items()}
-    scores = channel_importance(network)
+    scores = weight_sizes(network)
     if args.method == "uniform":
-        for group, size in scores.items():
-            rank = size.argsort().argsort()
-            scores[group] = (1 + rank) / len(size)
+        for group, sizes in scores.items():
+            rank = sizes.argsort().argsort()
+            scores[group] = (1 + rank) / len(sizes)
     return scores
 
 
 @torch.no_grad()
 def bring_back(network: common.Network) -> None:
-    """Latents of 0 become 1 again, for the few channels that still fit when the others are chosen:
-    each has the weights with which it faded."""
+    """Sets latents of 0 back to 1. The search removes a little more than it must; a channel that
+    slicing adds again, as it still fits, so has the weights with which it faded."""
     for z in network.latents.values():
         z[z == 0] = 1.0
 
 
 def slice_networks(task, targets: dict[str, Target], args) -> None:
-    """Puts dense, smaller networks in the place of those that have a target."""
+    """Replaces each network that has a target by a smaller, dense one of the channels to keep."""
     for name, target in targets.items():
         network = task.networks[name]
         kept = target.kept(channel_scores(network, target, args), args.keep)
         if args.method == "coronet":
             if args.start == "weights":
                 bring_back(network)
-            common.merge(network)  # the weights that the hypernetworks make
+            common.merge(network)  # leaves the weights that the hypernetworks computed
             del network.latents, network.importance
         task.networks[name] = common.slice_network(network, kept)
 
@@ -402,7 +445,7 @@ def frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def weights_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The parameters that train, without the latents, which have an optimizer of their own."""
+    """The networks' parameters that train, without the latents, which have their own optimizer."""
     found = []
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -412,14 +455,16 @@ def weights_of(networks: Iterable[nn.Module]) -> list[nn.Parameter]:
 
 
 def gan_step(task, loop: training.Loop, batch, opt_g, opt_d) -> dict[str, torch.Tensor]:
-    """A step of the generators, then one of the discriminators; in this order the generators'
-    activations are gone when the discriminators' pass begins. Returns losses for the log.
+    """A step of the generators, then one of the discriminators. Returns losses for the log.
 
-    Hypernetworks make each weight once a pass (parametrize.cached), however often it is used."""
-    args, device = loop.args, loop.device
+    The generators come first, so that their activations are freed before the discriminators' pass.
+    parametrize.cached lets hypernetworks compute each weight once a pass, however often it is
+    used."""
+    args = loop.args
+    device = loop.device
     micro_batches = loop.micro_batches(batch)
-    made = []  # each micro-batch's fakes
-    losses = []
+    made = []  # the fakes of each micro-batch
+    losses = []  # a dict for each
     with frozen(task.named("discriminator").values()):
         for part in micro_batches:
             with parametrize.cached(), training.autocast(device, args.precision):
@@ -438,27 +483,44 @@ def gan_step(task, loop: training.Loop, batch, opt_g, opt_d) -> dict[str, torch.
     return training.mean_losses(losses)
 
 
-def search(task, targets: dict[str, Target], data, test, args, steps: int, trained=False) -> dict:
-    """The first phase: trains, shrinking latents until all targets are met, and slices. Returns its
-    pace as columns of a table.
+def step_latents(networks: dict[str, common.Network], loop: training.Loop, opt_z) -> None:
+    """Measures the channels' importance by the gradients that gan_step left at the latents, and
+    takes a step of their optimizer, opt_z."""
+    loop.scaler.unscale_(opt_z)
+    for network in networks.values():
+        latents = list(network.latents.values())
+        nn.utils.clip_grad_norm_(latents, training.MAX_NORM)  # or one odd crop would decide
+        measure_importance(network, loop.step)
+        nn.utils.clip_grad_norm_(latents, 1.0)
+    loop.scaler.step(opt_z)
+    opt_z.zero_grad()
 
-    The methods to compare with have no latents: they are sliced first, and have all steps to train
-    what is left, but for `magnitude` of a new network, whose weights say nothing yet. A run that is
-    continued while it converges replays the end: no step is left, and the channels are the same."""
+
+def search(task, targets: dict[str, Target], data, test, args, steps: int, trained=False) -> dict:
+    """The first phase: trains while it shrinks latents until all targets are met, then slices.
+    Returns its steps and seconds, as columns of a table.
+
+    Other methods than coronet have no latents. They slice first and use all steps to train the
+    small networks; only `magnitude` of new networks trains them whole and slices at the end, as
+    new weights say nothing about their channels.
+
+    A run that is continued in its second phase comes through here too: its loop has no step left,
+    and the state that it reads leads to the same channels."""
     searches = args.method == "coronet"
-    cut_first = not searches and (trained or args.method != "magnitude")
+    slices_first = not searches and (trained or args.method != "magnitude")
     if searches:
         for name in targets:
             add_latents(task.networks[name], args.start)
-    if cut_first:
+    if slices_first:
         slice_networks(task, targets, args)
     lr = args.lr_search if searches else args.lr
     opt_g = training.adam(weights_of(task.named("generator").values()), lr)
     opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
     parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
     if searches:
-        vectors = [z for name in targets for z in task.networks[name].latents.values()]
-        opt_z = torch.optim.SGD(vectors, args.lr_z, momentum=0.9)
+        pruned = {name: task.networks[name] for name in targets}
+        latents = [z for network in pruned.values() for z in network.latents.values()]
+        opt_z = torch.optim.SGD(latents, args.lr_z, momentum=0.9)
         parts["opt_z"] = opt_z
     loop = training.Loop(args, data, steps, parts, args.out, name="search", desc="search")
     task.distribute(args.compile)
@@ -466,33 +528,23 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int, train
     for batch in loop:
         losses = gan_step(task, loop, batch, opt_g, opt_d)
         if searches:
-            loop.scaler.unscale_(opt_z)
-            for name in targets:
-                network = task.networks[name]
-                latents = list(network.latents.values())
-                nn.utils.clip_grad_norm_(latents, training.MAX_NORM)  # or one odd crop would decide
-                measure_importance(network, loop.step)
-                nn.utils.clip_grad_norm_(latents, 1.0)
-            loop.scaler.step(opt_z)
-            opt_z.zero_grad()
+            step_latents(pruned, loop, opt_z)
             done = loop.step + 1
-            pruned = {name: task.networks[name] for name in targets}
-            left = shrink_latents(pruned, targets, args, done, steps)
-            if max(left.values()) <= args.keep:
+            shares = shrink_latents(pruned, targets, args, done, steps)
+            if max(shares.values()) <= args.keep:
                 loop.finish()
             if loop.finished or done == steps or done % max(1, steps // 50) == 0:
-                percent = {name: 100 * part for name, part in left.items()}
-                loop.log({"MACs %": percent}, done)
+                loop.log({"MACs %": {name: 100 * share for name, share in shares.items()}}, done)
         if loop.record(losses):
             save_progress(loop, task, test, "search")
-    if not cut_first:
+    if not slices_first:
         slice_networks(task, targets, args)
     return {"search steps": loop.step, "search s": loop.pace()["training s"]}
 
 
 def converge(task, data, test, args, steps: int) -> dict:
-    """The second phase: trains the small networks as usual. Returns its pace as columns of a
-    table."""
+    """The second phase: trains the small networks as usual. Returns its steps and seconds, as
+    columns of a table."""
     opt_g = training.adam(weights_of(task.named("generator").values()), args.lr)
     opt_d = training.adam(weights_of(task.named("discriminator").values()), args.lr_d)
     parts = {"task": task, **task.pools, "opt_g": opt_g, "opt_d": opt_d}
@@ -509,7 +561,7 @@ def converge(task, data, test, args, steps: int) -> dict:
 
 
 def save_progress(loop: training.Loop, task, test, phase: str) -> None:
-    """A picture, and the state to continue from."""
+    """Saves a progress picture, and the state to continue from."""
     runs.write_png(loop.out / f"samples/{phase}-{loop.step:07d}.png", task.picture(test))
     loop.save()
     task.train()
@@ -519,8 +571,20 @@ def save_progress(loop: training.Loop, task, test, phase: str) -> None:
 
 
 class Task(nn.Module):
-    """A GAN to prune: networks whose names begin "generator" or "discriminator", and for a batch
-    (pictures, ..., concept) its fakes and its two losses. pools: lists that are saved with it."""
+    """A GAN to prune. self.networks: its networks, whose names begin with "generator" or
+    "discriminator". self.pools: lists of tensors by name, which are saved with the state.
+
+    A subclass defines, for a batch (pictures, ..., concepts) as dataset.Pictures.batches yields it,
+
+        fakes(batch)                      -> what the generators make of it, a list of tensors
+        generator_loss(batch, fakes)      -> the generators' loss, and parts of it for the log
+        discriminator_loss(batch, fakes)  -> the discriminators' loss
+
+    and for held-out pictures
+
+        measure(test, with_fid)           -> rows of a table
+        picture(test)                     -> a picture of progress
+    """
 
     def __init__(self, networks: dict[str, common.Network]):
         super().__init__()
@@ -528,8 +592,9 @@ class Task(nn.Module):
         self.pools = {}
 
     def distribute(self, compiled: bool) -> None:
-        """Makes of each network what training calls: self.ddp, under DDP, where the network's own
-        loss is computed, and self.alone, without, where another's is. compiled: --compile."""
+        """Prepares what training calls in place of self.networks: self.ddp, under DDP, where the
+        network's own loss is computed; self.alone, without DDP, where another network's is.
+        compiled: --compile."""
         self.ddp = {}
         self.alone = {}
         for name, network in self.networks.items():
@@ -538,16 +603,21 @@ class Task(nn.Module):
 
     def named(self, beginning: str) -> dict[str, common.Network]:
         """The networks whose names begin so."""
-        return {name: x for name, x in self.networks.items() if name.startswith(beginning)}
+        found = {}
+        for name, network in self.networks.items():
+            if name.startswith(beginning):
+                found[name] = network
+        return found
 
 
 def least_squares(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """The discriminator's loss, from its scores."""
+    """LSGAN's loss of a discriminator, from its scores of real and of fake pictures."""
     return ((real.float() - 1).square().mean() + fake.float().square().mean()) / 2
 
 
 class Pix2pix(Task):
-    """Photo -> edit, and a PatchGAN that sees both; stage 3's losses."""
+    """A generator that turns a photo into its edit, and a PatchGAN that sees both, with stage 3's
+    losses."""
 
     def __init__(self, args, data: dataset.Pairs, trained: common.Generator | None):
         tokens, clip = None, ""
@@ -558,7 +628,9 @@ class Pix2pix(Task):
         )
         size = generator.config["size"]
         if size != data.size:
-            raise UserError(f"{args.generator} was trained at {size} pixels; here are {data.size}")
+            advice = f"give --size {size}" if args.data else f"make pairs of {size} in stage 1"
+            what = f"{args.generator} was trained at {size} pixels, and these pictures have"
+            raise UserError(f"{what} {data.size}: {advice}")
         discriminator = common.new_discriminator(generator)
         if trained and not args.new_discriminator:
             discriminator = common.base_discriminator(Path(args.generator), generator)
@@ -568,6 +640,7 @@ class Pix2pix(Task):
         self.register_buffer("concept_indices", torch.tensor(indices), persistent=False)
 
     def text(self, concept):
+        """The discriminator's view of the prompts of a batch's concepts."""
         return common.prompt_embedding(self.networks["generator"], self.concept_indices[concept])
 
     def fakes(self, batch):
@@ -596,7 +669,8 @@ class Pix2pix(Task):
 
     def discriminator_loss(self, batch, fakes):
         photo, edit, concept = batch
-        discriminator, text = self.ddp["discriminator"], self.text(concept)
+        discriminator = self.ddp["discriminator"]
+        text = self.text(concept)
         real = discriminator(photo, edit, text)
         return least_squares(real, discriminator(photo, fakes[0], text))
 
@@ -608,83 +682,96 @@ class Pix2pix(Task):
 
 
 class CycleGan(Task):
-    """Unpaired pictures of two kinds: two generators, and two PatchGANs that see the picture alone.
-    Least-squares GAN + 10 times the L1 of coming back + half of that for changing what is on the
-    other side already; the discriminators see new and earlier fakes (CycleGAN)."""
+    """CycleGAN, for unpaired pictures of two kinds, A and B: a generator for each direction, and
+    for each kind a PatchGAN, which sees new fakes and earlier ones.
+
+    The generators' loss is least squares + --cycle times (the L1 between a picture and what comes
+    back of it through both generators + --identity times the L1 between a picture that is of the
+    wanted kind already and what its generator makes of it)."""
 
     def __init__(self, args, data, trained=None):
         networks = {}
-        for way in ("AtoB", "BtoA"):
-            new = args.generator, args.width, data.size, [{"name": way, "prompt": way}]
-            networks[f"generator_{way}"] = generator = common.new_generator(*new)
-        for side in "BA":
-            networks[f"discriminator_{side}"] = common.new_discriminator(generator, photo=False)
+        for direction in ("AtoB", "BtoA"):
+            concepts = [{"name": direction, "prompt": direction}]
+            generator = common.new_generator(args.generator, args.width, data.size, concepts)
+            networks[f"generator_{direction}"] = generator
+        for kind in "BA":
+            networks[f"discriminator_{kind}"] = common.new_discriminator(generator, photo=False)
         super().__init__(networks)
         self.pools = {"pool_A": [], "pool_B": []}
         self.cycle = args.cycle
         self.identity = args.identity
 
     def fakes(self, batch):
+        """[fakes of B, fakes of A]; with --identity also what comes of each other kind's pictures,
+        [..., B made of B, A made of A]."""
         a, b, _ = batch
         if not self.identity:
             return [self.ddp["generator_AtoB"](a), self.ddp["generator_BtoA"](b)]
-        to_b, same_b = self.ddp["generator_AtoB"](torch.cat([a, b])).chunk(2)
-        to_a, same_a = self.ddp["generator_BtoA"](torch.cat([b, a])).chunk(2)
-        return [to_b, to_a, same_b, same_a]
+        fake_b, same_b = self.ddp["generator_AtoB"](torch.cat([a, b])).chunk(2)
+        fake_a, same_a = self.ddp["generator_BtoA"](torch.cat([b, a])).chunk(2)
+        return [fake_b, fake_a, same_b, same_a]
 
     def generator_loss(self, batch, fakes):
         a, b, _ = batch
-        to_b, to_a, *same = fakes
-        gan = (self.alone["discriminator_B"](None, to_b).float() - 1).square().mean()
-        gan = gan + (self.alone["discriminator_A"](None, to_a).float() - 1).square().mean()
-        cycle = F.l1_loss(self.ddp["generator_BtoA"](to_b).float(), a)
-        cycle = cycle + F.l1_loss(self.ddp["generator_AtoB"](to_a).float(), b)
-        identity = sum(F.l1_loss(x.float(), y) for x, y in zip(same, (b, a), strict=False))
+        fake_b, fake_a, *same = fakes
+        gan = (self.alone["discriminator_B"](None, fake_b).float() - 1).square().mean()
+        gan = gan + (self.alone["discriminator_A"](None, fake_a).float() - 1).square().mean()
+        cycle = F.l1_loss(self.ddp["generator_BtoA"](fake_b).float(), a)
+        cycle = cycle + F.l1_loss(self.ddp["generator_AtoB"](fake_a).float(), b)
+        identity = 0
+        if same:
+            same_b, same_a = same
+            identity = F.l1_loss(same_b.float(), b) + F.l1_loss(same_a.float(), a)
         return gan + self.cycle * (cycle + self.identity * identity), {"cycle": cycle / 2}
 
     def discriminator_loss(self, batch, fakes):
+        a, b, _ = batch
+        fake_b, fake_a, *_ = fakes
         loss = 0
-        for side, picture, fake in (("A", batch[0], fakes[1]), ("B", batch[1], fakes[0])):
-            discriminator = self.ddp[f"discriminator_{side}"]
-            earlier = swap(self.pools[f"pool_{side}"], fake)
-            loss = loss + least_squares(discriminator(None, picture), discriminator(None, earlier))
+        for kind, picture, fake in (("A", a, fake_a), ("B", b, fake_b)):
+            discriminator = self.ddp[f"discriminator_{kind}"]
+            shown = swap(self.pools[f"pool_{kind}"], fake)
+            loss = loss + least_squares(discriminator(None, picture), discriminator(None, shown))
         return loss
 
     def measure(self, test, with_fid: bool) -> list[dict]:
-        """A row per direction; SWD to the other kind's pictures, PSNR only where they are pairs."""
+        """A row per direction: SWD to the wanted kind's pictures and, where `test` is paired, the
+        PSNR too."""
         rows = []
         a = test.pictures(0)
         b = test.pictures(1)
         device = next(self.parameters()).device
-        for way, back, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
-            there = self.networks[f"generator_{way}"].eval()
-            home = self.networks[f"generator_{back}"].eval()
-            fake = training.run_generator(there, x, 0)
-            row = {"direction": way}
+        for direction, opposite, x, y in (("AtoB", "BtoA", a, b), ("BtoA", "AtoB", b, a)):
+            fake = training.run_generator(self.networks[f"generator_{direction}"].eval(), x, 0)
+            row = {"direction": direction}
             if test.paired:
                 row["PSNR dB"] = training.mean_psnr(fake, y)
                 row["picture unchanged dB"] = training.mean_psnr(x, y)
             if with_fid:
                 row["FID"] = training.fid(fake, y, device)
-            again = training.run_generator(home, fake, 0)
-            row["PSNR dB there and back"] = training.mean_psnr(again, x)
-            n = min(len(x), len(y))
+            back = training.run_generator(self.networks[f"generator_{opposite}"].eval(), fake, 0)
+            row["PSNR dB there and back"] = training.mean_psnr(back, x)
+            n = min(len(x), len(y))  # swd takes equally many
             rows.append(row | training.swd(fake[:n].to(device), y[:n].to(device)))
         return rows
 
     def picture(self, test):
-        rows, labels = [], []
-        for number, way in enumerate(("AtoB", "BtoA")):
-            x = test.pictures(number)
-            fake = training.run_generator(self.networks[f"generator_{way}"].eval(), x[:4], 0)
-            rows += zip(x[:4], fake, strict=True)
-            labels += [way] * len(fake)
+        rows = []
+        labels = []
+        for number, direction in enumerate(("AtoB", "BtoA")):
+            x = test.pictures(number)[:4]
+            fake = training.run_generator(self.networks[f"generator_{direction}"].eval(), x, 0)
+            rows += zip(x, fake, strict=True)
+            labels += [direction] * len(fake)
         return dataset.picture_grid(rows, ["picture", "made of it"], labels)
 
 
 def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
-    """fakes (B, 3, S, S) -> as many: once the pool of earlier fakes is full, half of them replaced
-    by some of these, whose places they take (CycleGAN)."""
+    """What a discriminator is shown instead of some fakes, (B, 3, S, S) like them (CycleGAN).
+
+    While the pool of earlier fakes is not full it takes them all, and they are shown themselves.
+    Then about half of them change places with random ones of the pool."""
     given = []
     for fake in fakes.detach().float():
         if len(pool) < POOL:
@@ -697,7 +784,7 @@ def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
 
 
 class Dcgan(Task):
-    """Pictures from noise: DCGAN's generator and discriminator, cross entropy."""
+    """DCGAN, which makes pictures from noise, with the cross-entropy loss."""
 
     def __init__(self, args, data, trained=None):
         super().__init__(common.dcgan_networks(args.width, data.size))
@@ -710,21 +797,22 @@ class Dcgan(Task):
         return F.softplus(-self.alone["discriminator"](fakes[0]).float()).mean(), {}
 
     def discriminator_loss(self, batch, fakes):
-        # not one pass: batch norm would mix their statistics
-        real, fake = (self.ddp["discriminator"](x).float() for x in (batch[0], fakes[0]))
+        # two passes, as batch norm would mix the statistics of real and fake pictures
+        real = self.ddp["discriminator"](batch[0]).float()
+        fake = self.ddp["discriminator"](fakes[0]).float()
         return F.softplus(-real).mean() + F.softplus(fake).mean()
 
     @torch.no_grad()
     def samples(self, count: int) -> torch.Tensor:
-        """uint8 (count, 3, S, S), from noise that is always the same."""
+        """Pictures uint8 (count, 3, S, S), of noise that is always the same."""
         generator = self.networks["generator"].eval()
         rng = torch.Generator().manual_seed(0)
         noise = torch.randn(count, common.FIXED["noise"], generator=rng).to(next(self.parameters()))
         return torch.cat([dataset.to_uint8(generator(z)).cpu() for z in noise.split(100)])
 
     def measure(self, test, with_fid: bool) -> list[dict]:
-        """FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception: it sees
-        colours and layout, no more."""
+        """SWD, FID, and the Frechet distance of 8x8 thumbnails, which needs no Inception but sees
+        only colours and layout."""
         real = test.pictures(0)
         fake = self.samples(len(real))
         thumbnails = []
@@ -746,117 +834,132 @@ class Dcgan(Task):
 TASKS = {"pix2pix": Pix2pix, "cyclegan": CycleGan, "dcgan": Dcgan}
 
 
-# ---- Data: the pairs, or the field's usual layouts ----------------------------------------------
+# ---- Data: stage 1's pairs, or a downloaded folder ----------------------------------------------
+# This file's docstring lists the layouts of a downloaded folder, whose names are used here.
 
+SIDES = (("{}A", "{}B"), ("{}_A", "{}_B"), ("A/{}", "B/{}"), ("{}/A", "{}/B"))  # {}: the split
 WANTED = {
     "pix2pix": "A|B in train/, or equal names in trainA/ and trainB/ (or train_A/, A/train/, A/)",
     "cyclegan": "pictures in trainA/ and trainB/ (or train_A/, A/train/, A/)",
     "dcgan": "four or more pictures",
 }
 FEWEST = 4  # pictures of which some can be held out
-# of the two kinds' folders: CycleGAN's, img2img-turbo's, pix2pix's before they are combined
-SIDES = (("{}A", "{}B"), ("{}_A", "{}_B"), ("A/{}", "B/{}"), ("{}/A", "{}/B"))
 
 
 class Downloaded(dataset.Pictures):
-    """Pictures as people have them, of which some cannot be read: these are skipped and named.
+    """Pictures from anywhere. Those that cannot be read are skipped and named.
 
-    A subclass reads one by read(index), and forgets some by leave_out(indices). The cache holds
-    black pictures in their place and, beside it, a list that says what is wrong with them."""
-
-    def __init__(self, files: list[Path], size: int, concepts: list[dict], *indices, about: object):
-        """HEIC files are decoded anew once their package is installed, as `about` changes then."""
-        heic = any(path.suffix.lower() in dataset.HEIC for path in files) and dataset.reads_heic()
-        super().__init__(files, size, concepts, *indices, about=[about, heic])
+    The cache holds black pictures in their place, and a file beside it says what is wrong with
+    them. A subclass defines read(index), which returns a picture's square (UserError if it cannot
+    be read), and leave_out(indices), which takes pictures out of the batches."""
 
     def load(self, index: int) -> torch.Tensor:
         try:
             return dataset.to_pixels(self.read(index))
         except UserError as error:
-            self.troubles[index] = str(error)
+            self.skipped[index] = str(error)
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
 
     def write_pixels(self, path: Path) -> None:
-        self.troubles = {}
+        self.skipped = {}  # filled by load
         super().write_pixels(path)
-        runs.write_json(self.list_of_troubles(path.parent), self.troubles)
+        runs.write_json(self.skipped_file(path.parent), self.skipped)
 
-    def list_of_troubles(self, folder: Path) -> Path:
+    def skipped_file(self, folder: Path) -> Path:
+        """The JSON file {index: what is wrong} that belongs to the cache in this folder."""
         return folder / f"{self.cache_hash}.skipped.json"
 
     def cache(self, folder: Path):
-        # without the list, black stand-ins would be trained on
-        if runs.rank() == 0 and not self.list_of_troubles(folder).exists():
+        if runs.rank() == 0 and not self.skipped_file(folder).exists():
+            # decode again: nothing says which of the cached pictures are black stand-ins
             (folder / f"{self.cache_hash}.u8").unlink(missing_ok=True)
         super().cache(folder)
-        troubles = runs.read_json(self.list_of_troubles(folder))
-        if not troubles:
+        skipped = runs.read_json(self.skipped_file(folder))
+        if not skipped:
             return self
-        self.leave_out(torch.tensor([int(index) for index in troubles]))
+        self.leave_out(torch.tensor([int(index) for index in skipped]))
         if min(self.counts) == 0:
-            raise UserError(f"no picture is left: {next(iter(troubles.values()))}")
+            raise UserError(f"no picture is left: {next(iter(skipped.values()))}")
         if runs.rank() == 0:
-            for trouble in dict.fromkeys(troubles.values()):
-                print(f"skipped: {trouble}")
+            for reason in dict.fromkeys(skipped.values()):  # each once
+                print(f"skipped: {reason}")
         return self
 
 
+def hashed_with(files: list[Path], about: object) -> list:
+    """What the pixels of downloaded files depend on beside their bytes: `about`, and whether HEIC
+    files among them can be read, so that they are decoded anew once their package is installed."""
+    has_heic = any(path.suffix.lower() in dataset.HEIC for path in files)
+    return [about, has_heic and dataset.reads_heic()]
+
+
 class DownloadedPairs(Downloaded, dataset.Pairs):
-    """Pairs of a photo and its edit, of which both must be readable."""
+    """Pairs of a photo and its edit. A pair is left out if either cannot be read."""
+
+    def __init__(
+        self, photos: list[Path], edits: list[Path], size: int, concepts: list[dict], about: str
+    ):
+        files = [*photos, *edits]
+        self.number_of_pairs = len(photos)
+        indices = torch.arange(len(files)).view(2, -1).T  # (pairs, 2): of photo and edit
+        super().__init__(files, size, concepts, [indices], hashed_with(files, about))
 
     def leave_out(self, broken: torch.Tensor) -> None:
-        [pairs] = self.indices
-        self.indices = [pairs[~torch.isin(pairs, broken).any(1)]]
+        [indices] = self.indices
+        self.indices = [indices[~torch.isin(indices, broken).any(1)]]
 
 
-class SideBySide(DownloadedPairs):
-    """pix2pix's layout: the left half of a file is A, its right half B; of each the middle square
-    counts. AtoB: A is the photo, B its edit."""
+class CombinedPairs(DownloadedPairs):
+    """Pairs that share a file: A is its left half, B its right half, and of each the middle square
+    is used. direction: AtoB if A is the photo and B its edit, else BtoA."""
 
     def __init__(self, files: list[Path], size: int, concepts: list[dict], direction: str):
-        indices = torch.arange(2 * len(files)).view(2, -1).T
-        super().__init__([*files, *files], size, concepts, [indices], about=direction)
+        super().__init__(files, files, size, concepts, direction)
         self.direction = direction
 
     def read(self, index: int) -> Image.Image:
         picture = dataset.read_picture(self.files[index])
         width, height = picture.size
-        is_photo = index < len(self.files) // 2
         half = width // 2
-        left = 0 if is_photo == (self.direction == "AtoB") else width - half
+        is_photo = index < self.number_of_pairs
+        is_a = is_photo == (self.direction == "AtoB")
+        left = 0 if is_a else width - half
         picture = picture.crop((left, 0, left + half, height))
         return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.LANCZOS)
 
 
-class TwoFolders(DownloadedPairs):
-    """Photos in one folder and their edits in another. pairs: (photo, edit) files."""
+class TwoFilePairs(DownloadedPairs):
+    """Pairs (photo, edit) of two files. Of an edit, what lies in its photo's middle square is
+    used."""
 
     def __init__(self, pairs: list[tuple[Path, Path]], size: int, concepts: list[dict]):
-        photos, edits = zip(*pairs, strict=True)
-        indices = torch.arange(2 * len(pairs)).view(2, -1).T
-        super().__init__([*photos, *edits], size, concepts, [indices], about="two folders")
+        photos = [photo for photo, _ in pairs]
+        edits = [edit for _, edit in pairs]
+        super().__init__(photos, edits, size, concepts, "two folders")
 
     def read(self, index: int) -> Image.Image:
-        count = len(self.files) // 2
-        if index < count:
+        if index < self.number_of_pairs:
             return dataset.read_square(self.files[index], self.size)
-        photo_size = dataset.picture_size(self.files[index - count])
-        return dataset.read_edit(self.files[index], photo_size, self.size)
+        photo = self.files[index - self.number_of_pairs]
+        return dataset.read_edit(self.files[index], dataset.picture_size(photo), self.size)
 
 
-class Sets(Downloaded):
-    """One set of pictures' middle squares, or two, A and B: a row of a batch is then one of each,
-    drawn and mirrored independently. `paired`: B[i] is what A[i] should become."""
+class PictureSets(Downloaded):
+    """One set of pictures, or two, A and B; of each picture the middle square is used. A row of a
+    batch is a picture of each set, drawn and mirrored independently.
+
+    paired: whether B[i] is what A[i] should become, which only measuring uses."""
 
     def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
+        files = [path for files in sets for path in files]
         lengths = [len(files) for files in sets]
-        super().__init__([*itertools.chain(*sets)], size, concepts, about=lengths)
+        super().__init__(files, size, concepts, hashed_with(files, lengths))
         self.paired = paired
-        self.indices = list(torch.arange(sum(lengths)).split(lengths))  # of each set's pictures
+        self.indices = list(torch.arange(len(files)).split(lengths))  # of each set's pictures
 
     @property
     def counts(self) -> list[int]:
-        """As many rows as the largest set has pictures; 0 where a set has none."""
+        """[rows in an epoch]: as many as the largest set has pictures; 0 if a set has none."""
         lengths = [len(indices) for indices in self.indices]
         return [max(lengths) if all(lengths) else 0]
 
@@ -870,48 +973,45 @@ class Sets(Downloaded):
         self.indices = [indices[keep] for indices, keep in zip(self.indices, kept, strict=True)]
 
     def pictures(self, number: int) -> torch.Tensor:
-        """A set's pictures, uint8 (N, 3, S, S)."""
+        """The pictures of set 0 or 1, uint8 (N, 3, S, S)."""
         return self.pixels[self.indices[number]]
 
     def plan(self, step, batch, seed):
         k = len(self.indices)
         lengths = [len(indices) for indices in self.indices]
-        picks, flips = dataset.draw_picks(lengths, k * batch, step, seed)  # they take turns
+        picks, flips = dataset.draw_picks(lengths, k * batch, step, seed)  # the sets take turns
         numbers = picks[:, 1].view(batch, k)
         columns = [self.indices[i][numbers[:, i]] for i in range(k)]
         concepts = torch.zeros(batch, dtype=torch.long)
         return torch.stack(columns, 1), flips.view(batch, k), concepts
 
 
-def take_apart(pairs: Path, concept: str) -> list[Sets]:
-    """Unpaired training data whose truth is known: A is the photos of the first half of the
-    training pairs, B the edits of the others'. The test pairs stay pairs."""
-    data, test = (dataset.find_pairs(pairs, split, [concept]) for split in ("train", "test"))
-    n, m = data.counts[0], test.counts[0]
-    if n < 2:
-        raise UserError(f"{pairs / 'train'} holds one pair of {concept!r}; it takes two")
-    train = [data.files[: n // 2], data.files[n + n // 2 :]]
-    held_out = Sets([test.files[:m], test.files[m:]], test.size, test.concepts, paired=True)
-    return [Sets(train, data.size, data.concepts), held_out]
-
-
 def list_below(folder: Path) -> list[Path]:
+    """All pictures in a folder and its subfolders."""
     return dataset.list_pictures(folder, subfolders=True)
 
 
 def find_sides(folder: Path, *splits: str) -> list[Path]:
-    """The folders of A's and B's pictures, as SIDES names them, of the first split that has some;
-    [] if none has. The split "" is A/ and B/ themselves."""
+    """[A's folder, B's folder] of the first split that has both, or []. The split "" stands for A/
+    and B/ themselves."""
     for split, names in itertools.product(splits, SIDES):
-        # of the split "", or "/A" would be a folder of its own
         sides = [folder / name.format(split).strip("/") for name in names]
-        if all(map(list_below, sides)):
+        if all(list_below(side) for side in sides):
             return sides
     return []
 
 
+def find_train_and_test_sides(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sides to train on, and those that are held out; [] for either that is not there."""
+    train = find_sides(folder, "train")
+    test = find_sides(folder, "test", "val")
+    if not train and not test:
+        train = find_sides(folder, "")
+    return train, test
+
+
 def find_combined(folder: Path, *splits: str) -> list[Path]:
-    """The files of A|B side by side, of the first split that has some; else []."""
+    """The combined pictures of the first split that has some, or []."""
     for split in splits:
         files = dataset.list_pictures(folder / split)
         if not files and not find_sides(folder, split):
@@ -921,8 +1021,8 @@ def find_combined(folder: Path, *splits: str) -> list[Path]:
     return []
 
 
-def pair_files(photos: Path, edits: Path) -> list[tuple[Path, Path]]:
-    """(photo, edit) files of equal names in two folders. Photos without an edit are counted."""
+def match_sides(photos: Path, edits: Path) -> list[tuple[Path, Path]]:
+    """The pairs (photo, edit) of equal names in two folders. Says how many photos have no edit."""
     photo_files = dataset.named_pictures(photos)
     edit_files = dataset.match_names(photo_files, dataset.named_pictures(edits))
     lacking = sorted(photo_files.keys() - edit_files.keys())
@@ -934,60 +1034,61 @@ def pair_files(photos: Path, edits: Path) -> list[tuple[Path, Path]]:
     return [(photo_files[name], edit_files[name]) for name in photo_files if name in edit_files]
 
 
-def find_paired(folder: Path, size: int, concepts: list[dict], direction: str) -> list:
-    """Training pairs and held-out ones: pictures of A|B or, where there are none, folders of A and
-    B. [] where there are neither."""
+def find_pairs(folder: Path, size: int, concepts: list[dict], direction: str) -> list:
+    """[training pairs, held-out pairs] of a folder of combined pictures or, if there are none, of
+    two sides; [] if it holds neither."""
     combined = find_combined(folder, "train")
     if combined:
         parts = with_held_out(combined, find_combined(folder, "test", "val"), folder)
-        return [SideBySide(files, size, concepts, direction) for files in parts]
-    train, held_out = find_train_and_held_out_sides(folder)
+        return [CombinedPairs(files, size, concepts, direction) for files in parts]
+    train, test = find_train_and_test_sides(folder)
     if not train:
         return []
     if direction == "BtoA":
         train.reverse()
-        held_out.reverse()
-    held_out_pairs = pair_files(*held_out) if held_out else []
-    parts = with_held_out(pair_files(*train), held_out_pairs, folder)
-    return [TwoFolders(pairs, size, concepts) for pairs in parts]
+        test.reverse()
+    test_pairs = match_sides(*test) if test else []
+    parts = with_held_out(match_sides(*train), test_pairs, folder)
+    return [TwoFilePairs(pairs, size, concepts) for pairs in parts]
 
 
-def find_unpaired(folder: Path) -> list[list[list[Path]]]:
-    """[A's and B's training pictures, A's and B's held-out ones]; [] where there are none."""
-    train, held_out = find_train_and_held_out_sides(folder)
+def find_unpaired(folder: Path, size: int, concepts: list[dict]) -> list:
+    """[training pictures, held-out pictures] of a folder of two sides, or []."""
+    train, test = find_train_and_test_sides(folder)
     if not train:
         return []
-    parts = []
-    for i in (0, 1):
-        others = list_below(held_out[i]) if held_out else []
-        parts.append(with_held_out(list_below(train[i]), others, train[i]))
-    return [list(sides) for sides in zip(*parts, strict=True)]
+    train_files = []  # of A, of B
+    test_files = []
+    for i, side in enumerate(train):
+        others = list_below(test[i]) if test else []
+        files, held_out = with_held_out(list_below(side), others, side)
+        train_files.append(files)
+        test_files.append(held_out)
+    return [PictureSets(sets, size, concepts) for sets in (train_files, test_files)]
 
 
-def find_train_and_held_out_sides(folder: Path) -> tuple[list[Path], list[Path]]:
-    """find_sides of both; all of A/ and B/ train where no pictures are held out."""
-    train = find_sides(folder, "train")
-    held_out = find_sides(folder, "test", "val")
-    if not train and not held_out:
-        train = find_sides(folder, "")
-    return train, held_out
+def find_flat(folder: Path, size: int, concepts: list[dict]) -> list:
+    """[training pictures, held-out pictures] of all that lie below a folder; [] of too few."""
+    files = list_below(folder)
+    if len(files) < FEWEST:
+        return []
+    return [PictureSets([part], size, concepts) for part in hold_out_a_tenth(files)]
 
 
 def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> list:
-    """A folder's training pictures and its held-out ones, not decoded yet, in the task's layout.
-    The concept bears the folder's name."""
+    """[training data, held-out data] of a downloaded folder, not decoded yet, as the task reads it.
+    The folder's name becomes the concept's."""
     if task != "dcgan" and (size % 8 or size < 24):
         raise UserError(f"--size {size}: the networks need a multiple of 8 from 24 on")
-    concepts = [{"name": folder.resolve().name, "prompt": ""}]
-    runs.check_name(concepts[0]["name"], folder)
+    name = folder.resolve().name
+    runs.check_name(name, folder)
+    concepts = [{"name": name, "prompt": ""}]
     if task == "pix2pix":
-        found = find_paired(folder, size, concepts, direction)
+        found = find_pairs(folder, size, concepts, direction)
     elif task == "cyclegan":
-        found = [Sets(sides, size, concepts) for sides in find_unpaired(folder)]
+        found = find_unpaired(folder, size, concepts)
     else:
-        files = list_below(folder)
-        parts = hold_out_a_tenth(files) if len(files) >= FEWEST else []
-        found = [Sets([part], size, concepts) for part in parts]
+        found = find_flat(folder, size, concepts)
     if not found:
         wanted = f"--task {task} wants {WANTED[task]}"
         raise UserError(f"--data {folder} holds {describe(folder)}; {wanted}")
@@ -995,7 +1096,8 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
 
 
 def describe(folder: Path) -> str:
-    """What a folder holds: the first names in it, and how many pictures are in folders."""
+    """The first names in a folder, for an error message, and how many pictures its subfolders
+    hold."""
     names = []
     paths = sorted(folder.glob("*"))
     for path in paths[:8]:
@@ -1008,34 +1110,51 @@ def describe(folder: Path) -> str:
     return ", ".join(names) or "nothing"
 
 
-def with_held_out(train: list, held_out: list, folder: Path) -> list[list]:
-    """[train, held_out]; where nothing is held out, a tenth of `train` is. UserError where that is
-    too few."""
-    if held_out:
-        return [train, held_out]
+def with_held_out(train: list, test: list, folder: Path) -> list[list]:
+    """[train, test]; if `test` is empty, a tenth of `train` is held out for it. folder: where they
+    were found, for messages."""
+    if test:
+        return [train, test]
     if len(train) < FEWEST:
         raise UserError(f"{folder}: {len(train)} pictures are too few to hold some out for a test")
-    train, held_out = hold_out_a_tenth(train)
+    train, test = hold_out_a_tenth(train)
     if runs.rank() == 0:
-        print(f"{folder} has no test pictures: {len(held_out)} of its others are held out")
-    return [train, held_out]
+        print(f"{folder} has no test pictures: {len(test)} of its others are held out")
+    return [train, test]
 
 
 def hold_out_a_tenth(items: list) -> tuple[list, list]:
-    """(what to train on, a tenth of all drawn at random, at least 2 and at most 1000)"""
+    """(the others, a tenth drawn at random, but at least 2 items and at most 1000)"""
     order = np.random.default_rng(0).permutation(len(items))
     tenth = max(2, min(1000, len(items) // 10))
     return [items[i] for i in sorted(order[tenth:])], [items[i] for i in sorted(order[:tenth])]
 
 
+def unpair(pairs: Path, concept: str) -> list[PictureSets]:
+    """[unpaired training data, held-out pairs] of stage 1's pairs, so that CycleGAN can be measured
+    against the truth: A is the photos of the first half of the training pairs, B the edits of the
+    other half."""
+    train = dataset.find_pairs(pairs, "train", [concept])
+    test = dataset.find_pairs(pairs, "test", [concept])
+    n = train.counts[0]
+    if n < 2:
+        raise UserError(f"{pairs / 'train'} holds one pair of {concept!r}; cyclegan needs two")
+    photos = train.files[:n]
+    edits = train.files[n:]
+    unpaired = PictureSets([photos[: n // 2], edits[n // 2 :]], train.size, train.concepts)
+    m = test.counts[0]
+    sets = [test.files[:m], test.files[m:]]
+    return [unpaired, PictureSets(sets, test.size, test.concepts, paired=True)]
+
+
 def read_data(args, trained: common.Generator | None) -> list:
-    """Training pictures and held-out ones, not decoded yet: of --data, or of stage 1's pairs."""
+    """[training data, held-out data], not decoded yet, of --data or of stage 1's pairs."""
     if args.data:
         size = args.size or (64 if args.task == "dcgan" else 256)
         return find_data(args.task, args.data, size, args.direction)
-    names = list(dict.fromkeys(args.concept or []))
+    names = list(dict.fromkeys(args.concept or []))  # each once
     if args.task == "cyclegan" and len(names) == 1:
-        return take_apart(args.pairs, names[0])
+        return unpair(args.pairs, names[0])
     if args.task != "pix2pix":
         raise UserError(f"give --data with {WANTED[args.task]} (or one --concept, for cyclegan)")
     if not names and trained:
@@ -1051,30 +1170,98 @@ def read_data(args, trained: common.Generator | None) -> list:
 def parse() -> argparse.Namespace:
     parser = runs.Parser(__doc__, "runs/coronet")
     flag = parser.add_argument
-    flag("--task", choices=list(TASKS), default="pix2pix", help="what kind of GAN")
-    flag("--data", type=Path, help="a folder in the layout of pix2pix, CycleGAN, or of pictures")
-    flag("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="of A|B: photo to edit")
-    flag("--size", type=runs.count, help="pixels to scale --data to: 256, or 64 for dcgan")
+    flag(
+        "--task",
+        choices=list(TASKS),
+        default="pix2pix",
+        help="pix2pix: pairs; cyclegan: unpaired pictures of two kinds; dcgan: pictures from noise",
+    )
+    flag(
+        "--data",
+        type=Path,
+        help="a downloaded folder, in place of --pairs, in one of the layouts above",
+    )
+    flag(
+        "--direction",
+        choices=["AtoB", "BtoA"],
+        default="AtoB",
+        help="for pix2pix with --data, AtoB: A is the photo and B its edit; BtoA: the reverse",
+    )
+    flag(
+        "--size",
+        type=runs.count,
+        help="width and height in pixels to which --data's pictures are scaled (default: 256, or "
+        "64 for dcgan)",
+    )
     training.add_flags(parser)
-    flag("--concept", action="append", help="of --pairs (default: the generator's); repeatable")
-    known = f"a file, or {', '.join(common.ARCHITECTURES)}; auto: stage 3's, or one for the task"
-    flag("--generator", default="auto", help=known)
+    flag(
+        "--concept",
+        action="append",
+        help="train this concept of --pairs (default: all that the trained generator knows, or of "
+        "a new one all of --pairs); repeatable",
+    )
+    flag(
+        "--generator",
+        default="auto",
+        help=f"a trained generator's file, or to start from scratch one of "
+        f"{', '.join(common.ARCHITECTURES)}; auto: stage 3's file, or with --data or for another "
+        f"task a new one",
+    )
     training.add_discriminator_flag(parser)
-    flag("--no-text", action="store_true", help="a new e2gan without prompts, for one concept")
-    flag("--width", type=runs.count, default=64, help="a new generator's first layer's channels")
-    methods = ["coronet", "uniform", "random", "magnitude"]
-    flag("--method", choices=methods, default="coronet", help="the others are to compare with")
-    made = "latents of 1 and the network's weights, or the paper's random latents and weights"
-    flag("--start", choices=["weights", "paper"], default="weights", help=made)
-    flag("--keep", type=runs.positive, default=0.25, help="share of the MACs to keep")
-    multiple = "round pruned widths to multiples of this; 8 suits the units of GPUs and phones"
-    flag("--multiple", type=runs.count, default=1, help=multiple)
-    flag("--prune-discriminator", action="store_true", help="prune these to the same share")
-    flag("--search-epochs", type=runs.count, default=20, help="passes while pruning")
-    flag("--epochs", type=runs.count, default=180, help="passes after it, rates falling to 0")
-    flag("--lr", type=runs.positive, default=2e-4, help="the generator's while converging")
-    flag("--lr-search", type=runs.positive, default=1e-4, help="its rate in the search")
-    flag("--lr-z", type=runs.positive, default=1e-4, help="the latents' (SGD, momentum 0.9)")
+    flag("--no-text", action="store_true", help="a new e2gan takes no prompt and one concept")
+    flag("--width", type=runs.count, default=64, help="channels of a new generator's first layer")
+    flag(
+        "--method",
+        choices=["coronet", "uniform", "random", "magnitude"],
+        default="coronet",
+        help="how channels are chosen, coronet: by a search; to compare with, uniform: all groups "
+        "narrowed alike; random: by chance; magnitude: by the size of their weights",
+    )
+    flag(
+        "--start",
+        choices=["weights", "paper"],
+        default="weights",
+        help="the search starts from, weights: latents of 1 and the network's weights; paper: "
+        "random latents and weights",
+    )
+    flag("--keep", type=runs.positive, default=0.25, help="share of the MACs to keep, below 1")
+    flag(
+        "--multiple",
+        type=runs.count,
+        default=1,
+        help="round pruned widths to multiples of this; 8 suits the units of GPUs and phones",
+    )
+    flag(
+        "--prune-discriminator",
+        action="store_true",
+        help="prune the discriminators too, to the same share",
+    )
+    flag("--search-epochs", type=runs.count, default=20, help="passes over the data in the search")
+    flag(
+        "--epochs",
+        type=runs.count,
+        default=180,
+        help="passes over the data after the search, in the second half of which the learning "
+        "rates fall to 0",
+    )
+    flag(
+        "--lr",
+        type=runs.positive,
+        default=2e-4,
+        help="the generators' learning rate after the search",
+    )
+    flag(
+        "--lr-search",
+        type=runs.positive,
+        default=1e-4,
+        help="the generators' learning rate in the search",
+    )
+    flag(
+        "--lr-z",
+        type=runs.positive,
+        default=1e-4,
+        help="the latents' learning rate (SGD with momentum 0.9)",
+    )
     flag("--cycle", type=runs.weight, default=10.0, help="cyclegan: weight of the cycle loss")
     flag(
         "--identity",
@@ -1098,8 +1285,8 @@ def default_generator(args) -> str:
 
 
 def read_generator(args) -> common.Generator | None:
-    """The trained generator in the file --generator, on the CPU; None where it is an architecture.
-    UserError for flags that do not fit it."""
+    """The trained generator in the file --generator, on the CPU; None if --generator names an
+    architecture. UserError for flags that do not fit it."""
     path = Path(args.generator)
     trained = args.task == "pix2pix" and path.is_file()
     if path.suffix == ".safetensors" and not path.is_file():
@@ -1111,14 +1298,17 @@ def read_generator(args) -> common.Generator | None:
             takes += " or a trained one's file"
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
     if trained and args.start == "paper":
-        raise UserError("--start paper forgets what a generator learned")
+        raise UserError(
+            "--start paper forgets what a generator learned: leave it out, or give an "
+            "architecture as --generator"
+        )
     if (args.concept and args.data) or (args.size and not args.data):
         raise UserError("--concept goes with --pairs and --size with --data: leave one out")
     return common.load_generator(path) if trained else None
 
 
 def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
-    """Bars of every group's channels, before and after."""
+    """Draws a bar chart per pruned network: the channels of every group before and after."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(targets), 3.8), layout="constrained")
@@ -1133,7 +1323,8 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
 
 
 def pruning_rows(task, targets: dict[str, Target], args) -> tuple[list[dict], list[dict]]:
-    """Two tables' rows: what each pruned network cost and costs, and its channel groups' widths."""
+    """The rows of two tables: each pruned network's size before and after, and the widths of its
+    channel groups."""
     data = " ".join([(args.data or args.pairs).resolve().name, *(args.concept or [])])
     sizes, channels = [], []
     for name, target in targets.items():
@@ -1162,7 +1353,7 @@ def pruning_rows(task, targets: dict[str, Target], args) -> tuple[list[dict], li
 
 
 def add_earlier(rows: list[dict], earlier: list[dict], when: str) -> None:
-    """Adds columns: PSNR and FID as they were measured before, where they were."""
+    """Adds to rows the PSNR and FID of earlier ones, as columns such as "PSNR dB before"."""
     if not earlier:
         return
     for row, before in zip(rows, earlier, strict=True):
@@ -1187,8 +1378,8 @@ def main() -> None:
     training.set_threads(device, task, args.batch, args.crop or data.size)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep, args.multiple) for name, network in pruned.items()}
-    data.cache(args.cache)  # by which all input is known to be good
-    test.cache(args.cache)
+    data.cache(args.cache)
+    test.cache(args.cache)  # from here on all input is known to be good
     first_generator = next(iter(task.named("generator").values()))
     settings = runs.settings_of(
         args,
@@ -1214,7 +1405,7 @@ def main() -> None:
         sliced = task.measure(test, with_fid=False)
     for pool in task.pools.values():
         pool.clear()
-    # what the search did not need is added: equal flags, equal steps
+    # steps that the search did not need are trained here, so that all methods train equally long
     pace |= converge(task, data, test, args, steps - pace["search steps"])
     if not measures:
         return

@@ -161,7 +161,7 @@ def toy():
 def test_the_search_keeps_what_the_loss_needs_though_its_weights_are_small(five, toy):
     before = toy(*toy.example(device="cpu"))
     target = five.Target(toy, 0.5)
-    by_size = target.kept(five.channel_importance(toy), 0.5)
+    by_size = target.kept(five.weight_sizes(toy), 0.5)
     assert by_size["middle"].tolist() == [1, 3, 5, 7, 9, 11]
     five.add_latents(toy, "weights")
     left, steps = [], 40
@@ -210,7 +210,7 @@ def test_uniform_keeps_the_largest_channels_and_narrows_all_groups_alike(five, t
     network = common.new_generator("e2gan", 16, 64, [{"name": "a", "prompt": ""}])
     target, args = five.Target(network, 0.25), argparse.Namespace(method="uniform")
     kept = target.kept(five.channel_scores(network, target, args), 0.25)
-    sizes = five.channel_importance(network)
+    sizes = five.weight_sizes(network)
     for group, size in sizes.items():
         assert 0.35 < len(kept[group]) / len(size) < 0.6
         largest = size.argsort(descending=True)[: len(kept[group])]
@@ -373,7 +373,7 @@ def test_unpaired_rows_are_drawn_and_mirrored_apart(find, tmp_path):
 
 
 def test_pairs_taken_apart_share_no_photo(five, data):
-    train, test = five.take_apart(data / "pairs", "dark")
+    train, test = five.unpair(data / "pairs", "dark")
     a, b = train.files[:12], train.files[12:]
     assert not {x.name for x in a} & {x.name for x in b} and len(b) == 12
     assert {x.parent.name for x in a} == {"source"} and {x.parent.name for x in b} == {"dark"}
