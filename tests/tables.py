@@ -107,7 +107,7 @@ def diffusion(args) -> tuple[str, list[dict]]:
     pairs = args.out / "pairs"
     shared = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL}"
     frames = f"--teacher {args.data / 'clips/edits'} {RANDOM_CLIP} --train 30 --test 40"
-    painted = "--concept popart --concept woodcut --concept crayon"
+    painted = " ".join(f"--concept {name}" for name in PAINTED)
     autumn = "--concept autumn='turn it into autumn'"
     watercolor = "--concept watercolor='paint it in watercolors'"
     photos = f"--images {args.data / 'photos'} --train 100 --test 40"
@@ -128,6 +128,8 @@ def diffusion(args) -> tuple[str, list[dict]]:
         fresh = f"{flags} {width} --no-text --concept watercolor"
         stage("03", f"{fresh} --steps 1050 --out {alone}")
         stage("03", f"{fresh} --steps 330 --out {runs_of / 'short'}")
+        if seed == 0:
+            stage("03", f"{fresh} --steps 2950 --out {runs_of / 'long'}")
         prune = f"--generator {alone / 'generator.safetensors'} --keep 0.25 --lr-search 2e-4"
         phases = "--search-epochs 1 --epochs 3 --steps 840"
         stage("05", f"{flags} {prune} {phases} --out {runs_of / 'pruned'}")
@@ -149,8 +151,9 @@ def diffusion(args) -> tuple[str, list[dict]]:
         for name, folder in names.items():
             ways.setdefault(name, []).append(folder)
         bases.append(base)
+    ways["from scratch, longer"] = [args.out / "seed0/long"]
     rows = [measured(name, folders) for name, folders in ways.items()]
-    for concept in ("autumn", "popart", "woodcut", "crayon"):
+    for concept in ("autumn", *PAINTED):
         rows.append(measured(f"the base: {concept}", bases, concept))
     return "watercolor, and what the base learned before", rows
 
