@@ -184,22 +184,24 @@ def pruning(args) -> tuple[str, list[dict]]:
     diffusion_runs = args.out.parent / "diffusion"
     shared = f"--pairs {diffusion_runs / 'pairs'} --cache {diffusion_runs / 'cache'} {SMALL}"
     rows = []
-    for keep in ("0.12", "0.06", "0.25"):
-        for method in ("coronet", "uniform", "magnitude", "random"):
-            folders = []
-            for seed in SEEDS:
-                base = diffusion_runs / f"seed{seed}/base/generator.safetensors"
-                out = args.out / f"{method}-{keep}/seed{seed}"
-                how = f"--method {method} --keep {keep} --lr 1e-3 --lr-search 2e-4"
-                phases = "--search-epochs 1 --epochs 2 --steps 600"
-                stage("05", f"{shared} --seed {seed} --generator {base} {how} {phases} --out {out}")
-                folders.append(out)
-            found = [result(folder, "generator") for folder in folders]
-            row = {"MACs to keep": keep, "method": method, "seeds": len(folders)}
-            row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
-            row["M parameters"] = ", ".join(f"{run['parameters M']:.3f}" for run in found)
-            row |= mean_over_concepts(folders, ("autumn", *PAINTED))
-            rows.append(row)
+    methods = ("coronet", "uniform", "magnitude")
+    ways = [("0.12", method) for method in (*methods, "random")]
+    ways += [("0.06", method) for method in methods]
+    for keep, method in ways:
+        folders = []
+        for seed in SEEDS:
+            base = diffusion_runs / f"seed{seed}/base/generator.safetensors"
+            out = args.out / f"{method}-{keep}/seed{seed}"
+            how = f"--method {method} --keep {keep} --lr 1e-3 --lr-search 2e-4"
+            phases = "--search-epochs 1 --epochs 2 --steps 600"
+            stage("05", f"{shared} --seed {seed} --generator {base} {how} {phases} --out {out}")
+            folders.append(out)
+        found = [result(folder, "generator") for folder in folders]
+        row = {"MACs to keep": keep, "method": method, "seeds": len(folders)}
+        row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
+        row["M parameters"] = ", ".join(f"{run['parameters M']:.3f}" for run in found)
+        row |= mean_over_concepts(folders, ("autumn", *PAINTED))
+        rows.append(row)
     return "mean over four concepts", rows
 
 
@@ -212,8 +214,6 @@ def strokes(args) -> tuple[str, list[dict]]:
     stage("01", f"{photos} --teacher styles {RANDOM_CLIP} {concepts} --out {pairs}")
     ways = {
         "the default": "--steps 1050",
-        "whole pictures from the first step": "--steps 840 --half-size 0",
-        "no feature matching": "--steps 1100 --fm 0 --l1 10",
         "no perceptual term": "--steps 1640 --perceptual 0",
         "the same on crops of 128, discriminator at 5e-4": "--steps 2700 --perceptual 0 --crop 128 "
         "--half-size 0 --lr-d 5e-4",
@@ -223,7 +223,7 @@ def strokes(args) -> tuple[str, list[dict]]:
     for name, flags in ways.items():
         folders = []
         for seed in SEEDS[:2]:
-            out = args.out / name.replace(" ", "-") / f"seed{seed}"
+            out = args.out / name.replace(" ", "-").replace("'", "") / f"seed{seed}"
             flags_of_all = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --seed {seed}"
             stage("03", f"{flags_of_all} {concepts} --width 16 --lr 1e-3 {flags} --out {out}")
             folders.append(out)
@@ -235,8 +235,8 @@ def strokes(args) -> tuple[str, list[dict]]:
 
 
 def styles(args) -> tuple[str, list[dict]]:
-    """Ten painterly styles in one base, and six that it never saw: adapters of all photos, of few,
-    of other ranks; all weights; from scratch."""
+    """Ten painterly styles in one base, and six that it never saw: adapters and all weights; of
+    three of them adapters of another rank and of ten photos, and networks from scratch."""
     pairs = args.out / "pairs"
     shared = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL}"
     ten = " ".join(f"--concept {name}" for name in TEN)
@@ -246,23 +246,23 @@ def styles(args) -> tuple[str, list[dict]]:
     base = args.out / "base"
     stage("03", f"{shared} {ten} --width 16 --lr 1e-3 --steps 4800 --out {base}")
 
-    tune = f"{shared} --base {base / 'generator.safetensors'} {six}"
-    adapter = f"{tune} --steps 240 --lr 3e-3"
-    all_weights = f"{tune} --lr 1e-3 --samples all"
+    tune = f"{shared} --base {base / 'generator.safetensors'}"
+    adapter = "--steps 240 --lr 3e-3"
+    all_weights = "--lr 1e-3 --samples all"
     ways = {
-        "adapter": f"{adapter} --samples all",
-        "adapter, rank 8": f"{adapter} --samples all --rank 8",
-        "adapter, rank 1": f"{adapter} --samples all --rank 1",
-        "adapter, ten photos": f"{adapter} --samples random:10",
-        "all weights of the base": f"{all_weights} --steps 240 --mode full",
-        "from scratch": f"{all_weights} --steps 240 --mode scratch",
-        "from scratch, 1,050 steps": f"{all_weights} --steps 1050 --mode scratch",
+        "adapter": (SIX, f"{adapter} --samples all"),
+        "all weights of the base": (SIX, f"{all_weights} --steps 240 --mode full"),
+        "adapter, rank 8": (SIX[:3], f"{adapter} --samples all --rank 8"),
+        "adapter, ten photos": (SIX[:3], f"{adapter} --samples random:10"),
+        "from scratch": (SIX[:3], f"{all_weights} --steps 240 --mode scratch"),
+        "from scratch, longer": (SIX[:3], f"{all_weights} --steps 1050 --mode scratch"),
     }
     rows = [{"network": "base", "style": name} | one_run(base, name) for name in TEN]
-    for name, flags in ways.items():
+    for name, (concepts, flags) in ways.items():
         out = args.out / name.replace(",", "").replace(" ", "-")
-        stage("04", f"{flags} --out {out}")
-        for concept in SIX:
+        new = " ".join(f"--concept {concept}" for concept in concepts)
+        stage("04", f"{tune} {new} {flags} --out {out}")
+        for concept in concepts:
             rows.append({"network": name, "style": concept} | one_run(out / concept))
     return "ten styles in one base, six new ones", rows
 
