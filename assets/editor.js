@@ -7,6 +7,7 @@
 //   context.putImageData(edit, 0, 0);
 //
 // Make one call at a time. A call that throws changes nothing; the error's message is a sentence.
+// Where a GPU fails later on, as a phone's may when it is put away, the CPU goes on with the work.
 
 const FOLDER = new URL(".", import.meta.url);
 const SMALLEST_SIDE = 32; // instance norm needs more than one place in the smallest feature map
@@ -29,12 +30,22 @@ export class Editor {
     editor.base = new TensorFile("base.safetensors", await editor.fetchChecked("base.safetensors"));
     editor.adapters = {}; // {file: TensorFile} of those fetched so far
 
+    editor.backends = await possibleBackends(); // those not tried yet
+    const [first] = editor.index.concepts;
+    editor.strengths = { [first.name]: first.adapter ? editor.index.strength : 1 };
+    await editor.startFastest();
+    editor.onProgress = () => {}; // adapters are kilobytes
+    return editor;
+  }
+
+  // Starts the fastest backend that works, of those not tried yet.
+  async startFastest() {
     let lastError;
-    for (const [provider, threads] of await possibleBackends()) {
+    while (this.backends.length) {
+      const [provider, threads] = this.backends.shift();
       try {
-        await editor.start(provider, threads);
-        editor.onProgress = () => {}; // adapters are kilobytes
-        return editor;
+        await this.start(provider, threads);
+        return;
       } catch (error) {
         console.warn(`${provider}, threads: ${threads}: ${error.message ?? error}`);
         lastError = error;
@@ -43,8 +54,9 @@ export class Editor {
     throw lastError;
   }
 
-  // Loads ONNX Runtime for this provider and proves it with a first, small edit.
+  // Loads ONNX Runtime for this provider and proves it with a small edit.
   async start(provider, threads) {
+    this.isProven = false;
     const folder = new URL(this.index.web, FOLDER);
     const build = provider === "webgpu" ? "threaded.asyncify" : "threaded";
     const ort = await import(new URL(`ort.${provider}.min.mjs?${threads}`, folder));
@@ -58,9 +70,24 @@ export class Editor {
     this.ort = ort;
     this.provider = provider;
     this.threads = threads;
-    const first = this.index.concepts[0];
-    await this.use({ [first.name]: first.adapter ? this.index.strength : 1 });
+    await this.use(this.strengths);
     await this.edit(new ImageData(64, 64));
+    this.isProven = true;
+  }
+
+  // What an action with ONNX Runtime returns. Where a GPU that has worked fails at it, since its
+  // device is lost or its memory is full, the CPU does it, and whatever comes after it.
+  async orOnCpu(action) {
+    try {
+      return await action();
+    } catch (error) {
+      if (this.provider !== "webgpu" || !this.isProven) {
+        throw error;
+      }
+      console.warn(`webgpu: ${error.message ?? error}`);
+      await this.startFastest();
+      return await action();
+    }
   }
 
   // What lies at an address, as an ArrayBuffer; onProgress hears how far it is. total: its bytes,
@@ -131,15 +158,19 @@ export class Editor {
     }
     const prompt = this.base.has("tokens") ? mixPrompts(prompts) : null;
 
-    const session = await this.ort.InferenceSession.create(this.graph.slice(0), {
-      executionProviders: [this.provider],
-      externalData: [{ path: "base.safetensors", data: new Uint8Array(weights) }],
-    });
+    const session = await this.orOnCpu(() => this.createSession(weights));
     const oldSession = this.session;
     this.session = session;
     this.prompt = prompt;
     this.strengths = strengths;
     await oldSession?.release().catch(console.warn); // the new one works all the same
+  }
+
+  async createSession(weights) {
+    return await this.ort.InferenceSession.create(this.graph.slice(0), {
+      executionProviders: [this.provider],
+      externalData: [{ path: "base.safetensors", data: new Uint8Array(weights) }],
+    });
   }
 
   async fetchAdapter(file) {
@@ -250,17 +281,7 @@ export class Editor {
       }
     }
 
-    const { Tensor } = this.ort;
-    const inputs = { photo: new Tensor("uint8", rgb, [1, paddedHeight, paddedWidth, 3]) };
-    if (this.prompt) {
-      const count = this.prompt.length;
-      const width = this.prompt[0].length;
-      const numbers = new Float32Array(count * width);
-      this.prompt.forEach((row, index) => numbers.set(row, index * width));
-      inputs.text = new Tensor("float32", numbers, [1, count, width]);
-    }
-    const outputs = await this.session.run(inputs);
-    const edited = outputs.edit.data;
+    const edited = await this.orOnCpu(() => this.run(rgb, [1, paddedHeight, paddedWidth, 3]));
 
     const rgba = new Uint8ClampedArray(4 * width * height);
     to = 0;
@@ -276,6 +297,21 @@ export class Editor {
       }
     }
     return new ImageData(rgba, width, height);
+  }
+
+  // The network's edit of a photo, both uint8 of this shape.
+  async run(rgb, shape) {
+    const { Tensor } = this.ort;
+    const inputs = { photo: new Tensor("uint8", rgb, shape) };
+    if (this.prompt) {
+      const count = this.prompt.length;
+      const width = this.prompt[0].length;
+      const numbers = new Float32Array(count * width);
+      this.prompt.forEach((row, index) => numbers.set(row, index * width));
+      inputs.text = new Tensor("float32", numbers, [1, count, width]);
+    }
+    const outputs = await this.session.run(inputs);
+    return outputs.edit.data;
   }
 
   paddedSide(side) {

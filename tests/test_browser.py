@@ -5,6 +5,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,50 @@ def made(folder, page, name, strength=1.0) -> np.ndarray:
     return Editor(folder).use(name, strength).edit(np.asarray(Image.open(page.photo))).astype(int)
 
 
+@pytest.fixture
+def fresh(browser):
+    """A page that is not open yet, whose every fetch the test can change."""
+    with browser.new_context(service_workers="block") as context:
+        yield context.new_page()
+
+
+def test_while_all_loads_the_photo_and_the_progress_are_shown(fresh, address):
+    fresh.add_init_script("""
+        window.told = [];
+        const note = () => told.push(document.getElementById("status")?.textContent);
+        const options = { subtree: true, childList: true };
+        new MutationObserver(note).observe(document, options);
+    """)
+    held = []
+    fresh.route("**/*.wasm", lambda route: held.append(route))
+    with fresh.expect_request("**/*.wasm", timeout=60_000):
+        fresh.goto(address)
+    live = fresh.locator("form :is(button, select, input):enabled:visible")
+    assert live.count() == 0 and fresh.locator("#divider").is_hidden()
+    assert fresh.locator("#before").evaluate("canvas => canvas.width") == 32  # the sample photo
+    fresh.wait_for_timeout(100)  # ms, in which the fetch reaches `held`
+    held[0].continue_()
+    fresh.wait_for_selector("figure[aria-busy=false]", timeout=60_000)
+    told = fresh.evaluate("told")
+    assert any("Loading ort-wasm" in words and " of 14.2 MB" in words for words in told)
+    assert "Starting …" in told and "CPU" in told[-1]
+    assert live.count() > 0 and fresh.locator("#loading").is_hidden()
+
+
+def test_one_thread_is_explained(fresh, address):
+    def without_headers(route):
+        answer = route.fetch()
+        names = ("cross-origin-opener-policy", "cross-origin-embedder-policy")
+        kept = {name: value for name, value in answer.headers.items() if name not in names}
+        route.fulfill(response=answer, headers=kept)
+
+    fresh.route(f"{address}/", without_headers)
+    fresh.goto(address)
+    fresh.wait_for_selector("figure[aria-busy=false]", timeout=60_000)
+    status = fresh.locator("#status").inner_text()
+    assert "one thread: for more, the server must send the headers that serve.py" in status
+
+
 def test_edits_equal_pythons_and_an_adapter_is_all_that_is_fetched(folder, page):
     assert np.abs(shown(page) - made(folder, page, "dark")).max() <= 1
     assert page.get_by_label("Strength").is_disabled()
@@ -148,6 +193,78 @@ def test_a_bad_adapter_is_a_sentence(folder, page, name, words):
     assert page.get_by_role("alert").inner_text() == ""
     wait(page)
     assert np.abs(shown(page) - made(folder, page, "inverted")).max() <= 1
+
+
+def test_a_slow_edit_is_told_and_the_new_photo_is_shown_alone(page, tmp_path):
+    assert re.fullmatch(r"128 × 96, \d+ ms", page.locator("#speed").inner_text())
+    page.evaluate("""async () => {
+        const { Editor } = await import("./editor.js");
+        const { run } = Editor.prototype;
+        const goOn = new Promise((resolve) => (window.goOn = resolve));
+        Editor.prototype.run = async function (...photo) {
+            await goOn;
+            return await run.apply(this, photo);
+        };
+    }""")
+    Image.new("RGB", (60, 90), "teal").save(tmp_path / "tall.png")
+    page.get_by_label("Photo", exact=True).set_input_files(tmp_path / "tall.png")
+    page.wait_for_function("document.getElementById('speed').value === 'editing …'")
+    assert page.locator("#before").evaluate("canvas => canvas.height") == 90
+    assert page.locator("#after").is_hidden()
+    assert page.get_by_role("button", name="Save").is_disabled()
+    page.evaluate("goOn()")
+    wait(page)
+    assert re.fullmatch(r"85 × 128, \d+ ms", page.locator("#speed").inner_text())
+    assert page.locator("#after").is_visible()
+    assert page.get_by_role("button", name="Save").is_enabled()
+
+
+def test_where_the_gpu_fails_the_cpu_goes_on(folder, page):
+    """The GPU is the CPU here, under another name."""
+    page.evaluate("""async () => {
+        const { Editor } = await import("./editor.js");
+        const { run } = Editor.prototype;
+        Editor.prototype.run = async function () {
+            Editor.prototype.run = run;
+            this.provider = "webgpu";
+            this.backends = [["wasm", 1]];
+            throw Error("The device is lost.");
+        };
+    }""")
+    page.get_by_role("radio", name="inverted").check(force=True)
+    wait(page)
+    assert np.abs(shown(page) - made(folder, page, "inverted")).max() <= 1
+    assert page.get_by_role("alert").inner_text() == ""
+    assert "one thread of the CPU" in page.locator("#status").inner_text()
+
+
+def test_a_slow_camera_is_edited_at_a_smaller_size(fresh, address, folder):
+    """By a clock that stands still but while an edit is made."""
+    index = runs.read_json(folder / "index.json")
+    fresh.route("**/index.json", lambda route: route.fulfill(json={**index, "size": 256}))
+    fresh.goto(address)
+    fresh.wait_for_selector("figure[aria-busy=false]", timeout=60_000)
+    fresh.evaluate("""async () => {
+        const { Editor } = await import("./editor.js");
+        const { run } = Editor.prototype;
+        let clock = performance.now();
+        performance.now = () => clock;
+        window.milliseconds = 100; // of an edit
+        Editor.prototype.run = async function (...photo) {
+            const edit = await run.apply(this, photo);
+            clock += milliseconds;
+            return edit;
+        };
+    }""")
+    fresh.get_by_role("button", name="Camera", exact=True).click()
+    for milliseconds, shown_size in ((100, "184 × 138"), (60, "184 × 138"), (20, "256 × 192")):
+        fresh.evaluate("value => (window.milliseconds = value)", milliseconds)
+        size = "size => document.getElementById('speed').value.startsWith(size)"
+        fresh.wait_for_function(size, arg=shown_size)
+    fresh.evaluate("window.milliseconds = 1000")
+    fresh.wait_for_function(size, arg="128 × 96")
+    fresh.get_by_label("Pixels").select_option("192")  # what is chosen is kept to
+    fresh.wait_for_function(size, arg="192 × 144, 1.0 frames/s")
 
 
 def test_styles_change_while_the_camera_runs(folder, page):
@@ -282,7 +399,31 @@ def test_a_button_turns_to_the_other_camera(page):
     assert page.get_by_role("alert").inner_text() == ""
 
 
-def test_a_front_camera_is_a_mirror(page):
+def test_a_phones_front_camera_is_a_mirror_and_its_other_one_is_not(page):
+    page.evaluate("""async () => {
+        const { Editor } = await import("./editor.js");
+        const { frame } = Editor.prototype;
+        Editor.prototype.frame = function (source, size, isMirrored) {
+            window.isMirrored = isMirrored;
+            return frame.call(this, source, size, isMirrored);
+        };
+        const devices = navigator.mediaDevices;
+        const getUserMedia = devices.getUserMedia.bind(devices);
+        devices.getUserMedia = async ({ video }) => {
+            MediaStreamTrack.prototype.getSettings = () => ({ facingMode: video.facingMode });
+            return await getUserMedia({ video: true });
+        };
+    }""")
+    assert not page.evaluate("window.isMirrored")  # a photo
+    page.get_by_role("button", name="Camera", exact=True).click()
+    page.wait_for_function("window.isMirrored === true")
+    page.get_by_role("button", name="Other camera").click()
+    page.wait_for_function("window.isMirrored === false")
+    page.get_by_role("button", name="Other camera").click()
+    page.wait_for_function("window.isMirrored === true")
+
+
+def test_a_mirrored_frame(page):
     [plain, mirrored] = page.evaluate("""async () => {
         const { Editor } = await import("./editor.js");
         const photo = document.getElementById("before");
@@ -291,6 +432,27 @@ def test_a_front_camera_is_a_mirror(page):
     }""")
     shape = (96, 128, 4)
     assert (np.reshape(mirrored, shape) == np.reshape(plain, shape)[:, ::-1]).all()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    {
+        "OverconstrainedError": "there is none of this kind",
+        "NotAllowedError": "the browser was not allowed to",
+    }.items(),
+)
+def test_why_there_is_no_camera_is_a_sentence(page, name, words):
+    page.evaluate(
+        """(name) => {
+            const refusal = new DOMException("Invalid constraint", name);
+            navigator.mediaDevices.getUserMedia = () => Promise.reject(refusal);
+        }""",
+        name,
+    )
+    page.get_by_role("button", name="Camera", exact=True).click()
+    page.wait_for_function("document.getElementById('error').textContent !== ''")
+    assert page.get_by_role("alert").inner_text() == f"The camera cannot be used: {words}."
+    assert page.get_by_role("button", name="Record").is_hidden()
 
 
 def test_the_end_of_the_camera_is_told_and_its_last_picture_stays(page):
@@ -306,11 +468,27 @@ def test_the_end_of_the_camera_is_told_and_its_last_picture_stays(page):
     assert page.evaluate("document.getElementById('before').height") == 96  # of 128 x 96
 
 
-@pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 800), (1280, 600)])
+SCREENS = [(390, 844), (320, 568), (844, 390), (1280, 800), (1280, 600)]
+
+
+@pytest.mark.parametrize("width, height", SCREENS)
 def test_all_buttons_are_on_the_screen_while_two_styles_are_mixed(page, width, height):
+    """The camera's picture is higher than wide, as phones' are."""
     page.set_viewport_size({"width": width, "height": height})
     page.get_by_label("Mix with").select_option("inverted")
+    page.evaluate("""() => {
+        const canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [480, 640];
+        const context = canvas.getContext("2d");
+        setInterval(() => context.fillRect(0, 0, 480, 640), 50);
+        navigator.mediaDevices.getUserMedia = async () => canvas.captureStream();
+    }""")
     page.get_by_role("button", name="Camera", exact=True).click()
+    page.wait_for_function("document.getElementById('speed').value.startsWith('96 × 128, ')")
+    for picture in ("figure", "figcaption"):
+        box = page.locator(picture).bounding_box()
+        assert box["y"] + box["height"] <= height
+    assert box["height"] < 30  # a line
     for name in ("Camera", "Save", "Record", "Other camera"):
         button = page.get_by_role("button", name=name, exact=True)
         button.wait_for()
@@ -320,12 +498,17 @@ def test_all_buttons_are_on_the_screen_while_two_styles_are_mixed(page, width, h
     assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-def test_what_is_dropped_without_a_picture_is_a_sentence(page):
+def test_what_is_dropped_or_pasted_without_a_picture_is_a_sentence(page):
     page.evaluate("""() => {
         const dataTransfer = new DataTransfer();
         document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
     }""")
-    assert "holds no picture" in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("alert").inner_text() == "What was dropped holds no picture."
+    page.evaluate("""() => {
+        const clipboardData = new DataTransfer();
+        document.dispatchEvent(new ClipboardEvent("paste", { clipboardData }));
+    }""")
+    assert page.get_by_role("alert").inner_text() == "What was pasted holds no picture."
 
 
 def test_the_runtime_travels_compressed(folder, address):
