@@ -253,7 +253,6 @@ def main() -> None:
     args.l1 = training.l1_weight(args)
     training.check_crop(args.crop, train.size, whole_only=arch == "unet256")
     training.check_loop(args, device)
-    training.set_threads(device, generator, args.batch, args.crop or train.size)
     if arch == "unet256" or args.init:
         # a U-Net's innermost map is one pixel at the full size; what is trained needs no such start
         args.half_size = 0.0
@@ -267,6 +266,7 @@ def main() -> None:
     )
     if runs.begin_run(args.out, settings, args.overwrite):
         return
+    training.set_threads(device, generator, args.batch, args.crop or train.size, args.out)
     pace, rows = train_base(generator, discriminator, train, test, args)
     with_fid = args.fid == "auto"
     if with_fid or not rows:

@@ -394,11 +394,13 @@ def search_layers(args, concepts: list[str], base: common.Generator, device: tor
     """The layer search, by the rule in this file's docstring, in <out>/layer-search."""
     out = args.out / "layer-search"
     shapes = layer_shapes(base)
-    data = [training_pairs(args, name).data_hash for name in concepts]
+    pairs = [training_pairs(args, name) for name in concepts]
+    data = [part.data_hash for part in pairs]
     unused = {"rank": 1, "steps": None, "epochs": None}  # by probes
     settings = runs.settings_of(args, data=data, concept=concepts, base=base.sha256, **unused)
     if runs.begin_run(out, settings, args.overwrite):
         return
+    training.set_threads(device, base, args.batch, args.crop or pairs[0].size, out)
     probes = Probes(args, concepts, out / "probes.json", device)
     rows = []
     for group in dict.fromkeys(map(layer_group, shapes)):
@@ -500,7 +502,8 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
     train = training_pairs(args, name).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = ranks_of(args, groups)
-    generator, discriminator = prepare(args, train.concepts[0], ranks, device)
+    # what cannot be prepared is told before anything is written
+    _, discriminator = prepare(args, train.concepts[0], ranks, device)
     settings = runs.settings_of(
         args,
         concept=name,
@@ -511,6 +514,7 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
     )
     if runs.begin_run(out, settings, args.overwrite):
         return
+    training.set_threads(device, base, args.batch, args.crop or train.size, out)
     search_tables = {}
     if args.rank == "auto":
         probes = Probes(args, [name], out / "probes.json", device)
@@ -518,7 +522,8 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
         ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
         search_tables["Rank search, held-out error relative to the base's"] = path
         search_tables["Rank search, found"] = [found]
-        generator, discriminator = prepare(args, train.concepts[0], ranks, device)
+    # anew, as adapters begin with singular vectors, which depend on the number of threads
+    generator, discriminator = prepare(args, train.concepts[0], ranks, device)
 
     photos, edits = test.pictures(0)
     generator.eval()
@@ -556,7 +561,6 @@ def main() -> None:
     args.l1 = training.l1_weight(args)
     training.check_crop(args.crop, size, whole_only=base.config["arch"] == "unet256")
     training.check_loop(args, device)
-    training.set_threads(device, base, args.batch, args.crop or size)
     if base.config["arch"] == "unet256":
         args.half_size = 0.0  # its innermost map is one pixel at the full size
     if not args.new_discriminator:

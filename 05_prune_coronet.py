@@ -1375,7 +1375,6 @@ def main() -> None:
     whole_only = bool(architectures & {"unet256", "dcgan"})
     training.check_crop(args.crop, data.size, whole_only)
     training.check_loop(args, device)
-    training.set_threads(device, task, args.batch, args.crop or data.size)
     pruned = dict(task.networks) if args.prune_discriminator else task.named("generator")
     targets = {name: Target(network, args.keep, args.multiple) for name, network in pruned.items()}
     data.cache(args.cache)
@@ -1390,6 +1389,7 @@ def main() -> None:
     )
     if runs.begin_run(args.out, settings, args.overwrite):
         return
+    training.set_threads(device, task, args.batch, args.crop or data.size, args.out)
 
     epochs = args.search_epochs + args.epochs
     steps = args.steps or epochs * dataset.steps_per_epoch(data.counts, args.batch)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as distributed
 import torch.nn as nn
@@ -193,20 +194,40 @@ def start(args) -> torch.device:
     return device
 
 
-def set_threads(device: torch.device, network: nn.Module, batch: int, side: int) -> None:
-    """Where training is on the CPU: as many threads as pay for themselves; OMP_NUM_THREADS wins.
+def set_threads(device: torch.device, network: nn.Module, batch: int, side: int, out: Path) -> None:
+    """Where training is on the CPU: as many threads as pay for themselves, on cores that are idle
+    when the run begins. OMP_NUM_THREADS wins, which torchrun sets for its processes.
 
-    They meet at each of a thousand operators a step, which takes as long for small ones as for
-    large ones. Called once, before anything is computed, with nothing but settings, as the number
-    decides how sums are rounded, and a run that is continued must do so as it began.
+    Threads meet at each of a thousand operators a step, which takes as long for small ones as for
+    large ones; and there all of them wait for one whose core is busy with another program.
 
-    network: whose first layer tells the work. batch: of all processes together. side: of pictures,
-    in pixels."""
-    first = next((x for x in network.modules() if isinstance(x, nn.Conv2d)), None)
-    if first is None or device.type != "cpu" or "OMP_NUM_THREADS" in os.environ:
+    The number decides how sums are rounded, so it is kept in the run's folder, and a run that is
+    continued goes on as it began, whatever is beside it then. Called after begin_run, before
+    anything is computed.
+
+    network: whose first layer tells the work. side: of pictures, in pixels. out: the folder."""
+    if device.type != "cpu" or world() > 1 or "OMP_NUM_THREADS" in os.environ:
         return
-    work = batch // world() * first.out_channels * side**2
-    torch.set_num_threads(min(CORES, max(1, work // WORK_OF_A_THREAD)))
+    file = out / "threads.json"
+    if not file.exists():
+        first = next(x for x in network.modules() if isinstance(x, nn.Conv2d))
+        work = batch * first.out_channels * side**2
+        paying = min(CORES, max(1, work // WORK_OF_A_THREAD))
+        threads = paying
+        if paying > 1:
+            threads = max(1, min(paying, idle_cores()))
+        if threads < paying:
+            print(f"other programs are at work: training takes {threads} of {paying} threads")
+        runs.write_json(file, {"threads": threads})
+    with explain(f"{file} tells no number of threads (--overwrite starts again)"):
+        torch.set_num_threads(min(CORES, runs.read_json(file)["threads"]))
+
+
+def idle_cores() -> int:
+    """How many cores other programs leave idle, measured for half a second, in which this process
+    sleeps. What keeps less than half a core busy is not counted."""
+    cores = psutil.cpu_count()
+    return cores - round(cores * psutil.cpu_percent(interval=0.5) / 100)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -472,6 +493,7 @@ class Loop:
             "training s": None if self.first_step else self.seconds,
             "waited for pictures s": None if self.first_step else self.waited,
             "peak memory GB": peak_memory(self.device),
+            "threads": torch.get_num_threads(),
             "images/s": steps * self.args.batch / self.seconds if self.seconds else None,
         }
 

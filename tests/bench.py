@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import math
 import multiprocessing
@@ -255,8 +256,9 @@ def pix2pix(args, seed: int) -> dict:
 def bench_busy(args) -> tuple[str, list[dict]]:
     """A step of stage 3 (e2gan, its defaults, but --batch) beside 0, 1 and 4 processes that are
     never idle: with one thread, with --threads that wait spinning (OpenMP's default) or asleep, and
-    as stage 3 chooses. These ways take turns of two seconds: mean ms a step of the best turn of
-    --rounds, and how many times the best way's that had the machine to itself."""
+    as stage 3 chooses when it begins beside them. These ways take turns of two seconds: mean ms a
+    step of the best turn of --rounds, and how many times the best way's that had the machine to
+    itself."""
     asleep = {"OMP_WAIT_POLICY": "PASSIVE"}
     soon = {"GOMP_SPINCOUNT": "3000"}  # what runs.py sets
     many = {"OMP_NUM_THREADS": str(args.threads)}
@@ -314,10 +316,15 @@ class Stepper:
 
 def take_steps(pipe, width: int, size: int, batch: int) -> None:
     """Stage 3's own training, whose batches come when they are asked for."""
-    training.tqdm = functools.partial(tqdm, disable=True)
+    training.tqdm = functools.partial(tqdm, file=io.StringIO())  # no bars
     stage = load_stage("03")
     photo, edit = torch.rand(2, batch, 3, size, size) * 2 - 1
     concept = torch.zeros(batch, dtype=torch.long)
+
+    def choose_threads():
+        """As a run that begins now, unless OMP_NUM_THREADS is set."""
+        with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr):
+            training.set_threads(torch.device("cpu"), generator, batch, size, Path(out))
 
     def batches(*_, **__):
         yield photo, edit, concept  # warms up
@@ -325,6 +332,7 @@ def take_steps(pipe, width: int, size: int, batch: int) -> None:
         pipe.send("ready")
         while True:
             seconds = pipe.recv()
+            choose_threads()
             times = []
             while sum(times) < seconds:
                 start = time.perf_counter()
@@ -338,7 +346,6 @@ def take_steps(pipe, width: int, size: int, batch: int) -> None:
     flags.l1, flags.out, flags.eval_every, flags.save_every = 10.0, None, 10**6, 10**6
     torch.manual_seed(0)
     generator = untrained("e2gan", width, size)
-    training.set_threads(torch.device("cpu"), generator, batch, size)
     stage.train_base(generator, common.new_discriminator(generator), data, data, flags)
 
 

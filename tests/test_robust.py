@@ -11,6 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import filelock
+import psutil
 import pytest
 import torch
 import torch.multiprocessing
@@ -268,22 +269,85 @@ def test_threads_sleep_soon_while_they_wait_unless_the_user_says_otherwise(asked
         assert set(counts) == {asked.get("GOMP_SPINCOUNT", "3000")}
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def free_threads(monkeypatch):
+    """A machine of four cores whose user did not choose a number of threads. Yields what sets how
+    many of its cores are there, and how many of them other programs keep busy."""
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+
+    def machine(cores: int, busy: float):
+        monkeypatch.setattr(training, "CORES", cores)
+        monkeypatch.setattr(psutil, "cpu_count", lambda: cores)
+        monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100 * busy / cores)
+
+    machine(cores=4, busy=0)
+    yield machine
+    torch.set_num_threads(before)
+
+
+def first_layer(width: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Conv2d(3, width, 7))
+
+
 @pytest.mark.parametrize(
     ("width", "side", "batch", "threads"),
     [(16, 128, 1, 1), (32, 128, 1, 1), (64, 128, 1, 2), (64, 256, 16, 4), (16, 32, 16, 1)],
 )
-def test_small_steps_take_fewer_threads(monkeypatch, width, side, batch, threads):
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, width, 7))
-    monkeypatch.setattr(training, "CORES", 4)
+def test_small_steps_take_fewer_threads(free_threads, tmp_path, width, side, batch, threads):
+    training.set_threads(CPU, first_layer(width), batch, side, tmp_path)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("cores", "busy", "threads"),
+    [(2, 0, 2), (2, 0.2, 2), (2, 1, 1), (2, 2, 1), (16, 0.4, 16), (16, 1.1, 15), (16, 20, 1)],
+)
+def test_busy_cores_take_threads_away(free_threads, tmp_path, capsys, cores, busy, threads):
+    free_threads(cores, busy)
+    training.set_threads(CPU, first_layer(64), 16, 256, tmp_path)
+    assert torch.get_num_threads() == threads
+    assert (f"takes {threads} of {cores} threads" in capsys.readouterr().out) == (threads < cores)
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(free_threads, tmp_path):
+    for began, later, cores in ((0, 1, 4), (3, 0, 4), (0, 0, 2)):
+        out = tmp_path / f"{began}-{later}-{cores}"
+        free_threads(4, busy=began)
+        training.set_threads(CPU, first_layer(64), 16, 256, out)
+        assert torch.get_num_threads() == 4 - began
+        free_threads(cores, busy=later)
+        training.set_threads(CPU, first_layer(64), 16, 256, out)
+        assert torch.get_num_threads() == min(4 - began, cores)  # as many as there are
+    runs.write_json(out / "threads.json", {"threads": "many"})
+    with pytest.raises(runs.UserError, match="threads.json tells no number of threads"):
+        training.set_threads(CPU, first_layer(64), 16, 256, out)
+
+
+def test_the_user_s_number_of_threads_wins(monkeypatch, tmp_path):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: pytest.fail("it was measured"))
     before = torch.get_num_threads()
-    cpu = torch.device("cpu")
-    training.set_threads(cpu, network, batch, side)  # the user has chosen, as tests have
-    assert torch.get_num_threads() == before
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    training.set_threads(cpu, network, batch, side)
-    found = torch.get_num_threads()
-    torch.set_num_threads(before)
-    assert found == threads
+    runs.write_json(tmp_path / "threads.json", {"threads": 2})
+    training.set_threads(CPU, first_layer(64), 16, 256, tmp_path)
+    assert torch.get_num_threads() == before == int(os.environ["OMP_NUM_THREADS"])
+
+
+def test_stages_keep_the_number_with_the_run(good, tmp_path, free_threads, monkeypatch):
+    monkeypatch.setattr(training, "write_curve", lambda path, rows: None)  # longer than a step
+    every = f"--pairs {good}/pairs --cache {tmp_path}/cache --batch 2 --steps 2 --device cpu "
+    every += "--fid off --perceptual 0"
+    flags = {
+        "03": f"--clusters {good}/clusters --width 8",
+        "04": f"--base {good}/base.safetensors --concept inverted --samples all",
+        "05": f"--generator {good}/base.safetensors --keep 0.5",
+    }
+    for number, more in flags.items():
+        run_main(number, *f"{every} {more}".split(), "--out", tmp_path / number)
+    for out in ("03", "04/inverted", "05"):
+        assert runs.read_json(tmp_path / out / "threads.json") == {"threads": 1}
 
 
 def test_stages_import_runs_before_torch():
