@@ -73,11 +73,14 @@ def list_pictures(folder: Path, subfolders: bool = False) -> list[Path]:
 
 
 def named_pictures(folder: Path) -> dict[str, Path]:
-    """{path below the folder, with ? for bytes that are not UTF-8: file} of its pictures."""
+    """{name: file} of the pictures in a folder and below it. The name is the path below the folder,
+    with ? for bytes that are not UTF-8, and more at its start where two paths would be alike."""
     files = {}
     for path in list_pictures(folder, subfolders=True):
-        name = path.relative_to(folder).as_posix()
-        files[name.encode(errors="replace").decode()] = path
+        name = path.relative_to(folder).as_posix().encode(errors="replace").decode()
+        while name in files:
+            name = f"?{name}"
+        files[name] = path
     return files
 
 

@@ -124,8 +124,9 @@ class Tower:
 
 
 @pytest.fixture
-def here(load_stage, monkeypatch):
-    """here("--demo", ...) runs the stage in this process with Tower, or other replacements."""
+def run_stage_1(load_stage, monkeypatch):
+    """run_stage_1("--demo", ...) runs stage 1 in this process, with Tower as its CLIP and any other
+    replacements."""
 
     def call(*flags, **patches):
         module = load_stage("01")

@@ -50,21 +50,21 @@ def test_layout(tmp_path):
     assert [row["concept"] for row in result["tables"]["Pairs"]] == list(concepts)
 
 
-def test_adding_concepts_is_the_same_as_all_at_once(here, tmp_path, capsys):
+def test_adding_concepts_is_the_same_as_all_at_once(run_stage_1, tmp_path, capsys):
     """Nothing is made anew, what is lacking is made; test_killed.py stops it at any moment."""
     added, at_once = tmp_path / "added", tmp_path / "at once"
-    here(*DEMO, *TWO[2:], "--out", added)
+    run_stage_1(*DEMO, *TWO[2:], "--out", added)
     (added / "train/starry/00003.png").unlink()
     finished = {path: path.stat().st_mtime_ns for path in added.rglob("0*.png")}
     for out in added, at_once:
-        here(*DEMO, *TWO, "--out", out)
+        run_stage_1(*DEMO, *TWO, "--out", out)
     assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
     before, wanted = contents(added), contents(at_once)
     for name in ("concepts.json", "samples.png", "train/metadata.jsonl", "test/metadata.jsonl"):
         assert before[name] != wanted.pop(name)  # there concepts come in another order
     assert wanted.items() < before.items() and len(finished) == 13
     capsys.readouterr()
-    here(*DEMO, *TWO, "--out", added, Clip=None, load_teacher=None)  # neither is loaded
+    run_stage_1(*DEMO, *TWO, "--out", added, Clip=None, load_teacher=None)  # neither is loaded
     assert "done already" in capsys.readouterr().out and contents(added) == before
 
 
@@ -105,14 +105,14 @@ def flags(tmp_path):
     return (*small, *where, "--concept", "negative=turn it into a negative")
 
 
-def test_edits_of_another_tool(here, flags, tmp_path):
+def test_edits_of_another_tool(run_stage_1, flags, tmp_path):
     """Cropped as their photos, one of which is turned and one too small."""
     path, out, exif = tmp_path / "photos/0.jpg", tmp_path / "out", Image.Exif()
     exif[0x0112] = 6  # turn clockwise to view
     Image.open(path).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     for folder in "photos", "edits/negative":
         Image.new("RGB", (40, 30)).save(tmp_path / folder / "small.png")
-    here(*flags)
+    run_stage_1(*flags)
     [photos] = runs.read_json(out / "photos.json").values()
     assert photos["skipped"].keys() == {"small.png"}
     assert len(rows(out, "train")) == 8 and len(rows(out, "test")) == 2
@@ -173,30 +173,30 @@ def test_prompts_that_are_cut_are_named(load_stage, capsys):
 # ---- Features and the gate ----------------------------------------------------------------------
 
 
-def test_features_follow_prompt_tower_and_pictures(here, tmp_path):
+def test_features_follow_prompt_tower_and_pictures(run_stage_1, tmp_path):
     """Only what they concern is embedded anew."""
     flags = (*DEMO, *TWO[:3], "starry=make it very dark", "--out", tmp_path)
-    here(*DEMO, *TWO, "--out", tmp_path)
+    run_stage_1(*DEMO, *TWO, "--out", tmp_path)
     before, Tower.embedded = features(tmp_path), 0
     runs.write_png(tmp_path / "train/wave/00004.png", Image.new("RGB", (64, 64), "blue"))
     text = (tmp_path / "concepts.json").read_text()
     (tmp_path / "concepts.json").write_text(text.replace("make it night", "make it very dark"))
-    here(*flags)
+    run_stage_1(*flags)
     after = features(tmp_path)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"train/wave", "tokens/starry"} and Tower.embedded == 5 + 7
     assert after["train/wave"][4].tolist() == pytest.approx([1 / 256, 1], abs=1e-4)
-    here(*flags, "--clip", "another:random")
+    run_stage_1(*flags, "--clip", "another:random")
     assert Tower.embedded == 5 + 7 + 3 * 7
 
 
-def test_gate_moves_edits_without_making_them_anew(here, tmp_path):
+def test_gate_moves_edits_without_making_them_anew(run_stage_1, tmp_path):
     flags, out = (*DEMO[:3], "--train", 8, "--test", 4, *TWO, "--out", tmp_path), tmp_path
-    here(*flags)
+    run_stage_1(*flags)
     before, Tower.embedded = contents(out), 0
     scores = sorted(row["image_similarity"] for row in rows(out))
     made = {path.stat().st_mtime_ns for path in out.rglob("0*.png")}
-    here(*flags, "--min-image-similarity", scores[3])
+    run_stage_1(*flags, "--min-image-similarity", scores[3])
     kept = [row["image_similarity"] for row in rows(out)]
     assert sorted(kept) == [score for score in scores if score >= scores[3]] and len(kept) < 24
     for split in ("train", "test"):
@@ -206,11 +206,11 @@ def test_gate_moves_edits_without_making_them_anew(here, tmp_path):
             assert not (out / split / row["file_name"]).exists()
     assert len([*out.glob("rejected/*/*/*.png")]) == 24 - len(kept)
     assert {path.stat().st_mtime_ns for path in out.rglob("0*.png")} == made
-    here(*flags)
+    run_stage_1(*flags)
     assert contents(out) == before and Tower.embedded == 0
 
 
-def test_black_edits_are_rejected(here, tmp_path):
+def test_black_edits_are_rejected(run_stage_1, tmp_path):
     """A pipeline's safety checker leaves black pictures."""
 
     def careful(images, names, prompts, seeds):
@@ -221,7 +221,7 @@ def test_black_edits_are_rejected(here, tmp_path):
         return edits
 
     flags = (*DEMO[:3], "--train", 12, "--test", 6, *TWO, "--out", tmp_path)
-    here(*flags, load_teacher=lambda *_: careful)
+    run_stage_1(*flags, load_teacher=lambda *_: careful)
     refused = rows(tmp_path, "rejected/train", "rejected/test")
     assert refused and all(row["seed"] % 2 == 0 and "safety" in row["reason"] for row in refused)
     assert all(row["seed"] % 2 for row in rows(tmp_path) if row["concept"] == "starry")
@@ -239,7 +239,7 @@ def test_directional_similarity_is_that_of_the_changes(load_stage):
 # ---- Photos as people have them, and bad input ---------------------------------------------------
 
 
-def test_photos_of_every_kind(here, tmp_path):
+def test_photos_of_every_kind(run_stage_1, tmp_path):
     folder, picture = tmp_path / "photos", scene(200, 120)
     (folder / "sub folder/.thumbnails").mkdir(parents=True)
     exif = Image.Exif()
@@ -264,7 +264,7 @@ def test_photos_of_every_kind(here, tmp_path):
         names.add("caf?.png")
 
     flags = ("--images", folder, "--train", 100, "--test", 20, "--size", 64, *TWO[:2])
-    here("--demo", *flags, "--out", tmp_path / "pairs")
+    run_stage_1("--demo", *flags, "--out", tmp_path / "pairs")
     [known] = runs.read_json(tmp_path / "pairs/photos.json").values()
     used = {*known["train"].values(), *known["test"].values()}
     same = {name for name, why in known["skipped"].items() if "shows the same as" in why}
@@ -285,12 +285,13 @@ def test_photos_of_every_kind(here, tmp_path):
             assert psnr(source, wanted) > 25, name
 
 
-def test_bad_input(here, error_of, tmp_path):
+def test_bad_input(run_stage_1, error_of, tmp_path):
     empty, texts, out = tmp_path / "empty", tmp_path / "texts", ("--out", tmp_path / "out")
     empty.mkdir(), texts.mkdir()
     (texts / "fake.png").write_text("no picture")
     for flags, words in (
-        (("--images", tmp_path / "absent"), "holds no image files"),
+        (("--images", tmp_path / "absent"), "absent is no folder: give one of photos"),
+        (("--images", empty), "holds no image files"),
         (("--images", tmp_path), "lies in the photos' folder"),
         (("--concept", "sketch"), "has no prompt"),
         (("--arguments", "[1]"), "a JSON object"),
@@ -304,13 +305,13 @@ def test_bad_input(here, error_of, tmp_path):
     assert not (tmp_path / "out").exists()
     line = error_of("01", *DEMO, "--images", texts, *out)
     assert "can be used (1 files: 0 to train on, 0 to hold out; 1 x is not a picture" in line
-    here(*DEMO, *TWO, "--out", tmp_path / "pairs")
+    run_stage_1(*DEMO, *TWO, "--out", tmp_path / "pairs")
     strange = tmp_path / "pairs/train/wave/00099.png"
     Image.new("RGB", (64, 64), "red").save(strange)
     with pytest.raises(runs.UserError, match="00099.png is none of this stage's edits"):
-        here(*DEMO, *TWO, "--out", tmp_path / "pairs")
+        run_stage_1(*DEMO, *TWO, "--out", tmp_path / "pairs")
     strange.unlink()
-    here(*DEMO, *TWO, "--out", tmp_path / "pairs")
+    run_stage_1(*DEMO, *TWO, "--out", tmp_path / "pairs")
     before = contents(tmp_path)
     for flags, words in (
         ((*TWO, "--test", 3), "other settings"),

@@ -25,9 +25,9 @@ def negatives(images, names, prompts, seeds):
 
 
 @pytest.fixture
-def here(load_stage, monkeypatch, capsys, tmp_path):
-    """here(folder, "sketch", ...) runs the stage on photos in a folder of tmp_path, by default with
-    a teacher that makes negatives; returns what it printed."""
+def edit_photos(load_stage, monkeypatch, capsys, tmp_path):
+    """edit_photos(folder, "sketch", ...) runs the stage on photos in a folder of tmp_path, by
+    default with a teacher that makes negatives; returns what it printed."""
 
     def call(images, concept, *flags, teacher=negatives):
         module = load_stage("01")
@@ -67,17 +67,17 @@ def modified(folder):
 # ---- Folders that change -------------------------------------------------------------------------
 
 
-def test_a_folder_that_changed_goes_on_with_the_photos_that_the_pairs_have(here, tmp_path):
+def test_a_folder_that_changed_goes_on_with_the_photos_that_the_pairs_have(edit_photos, tmp_path):
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     write_photos(photos, range(6))
-    here(photos, "sketch")
+    edit_photos(photos, "sketch")
     before = modified(pairs)
     assert len(before) == 12
     write_photos(photos, [6])
-    assert "1 photo more, 0 fewer than before; going on with the 6" in here(photos, "sketch")
+    assert "1 photo more, 0 fewer than before; going on with the 6" in edit_photos(photos, "sketch")
     gone = photos_of(pairs, photos, "train")["00002.png"]
     (photos / gone).unlink()
-    words = here(photos, "dark")
+    words = edit_photos(photos, "dark")
     assert "1 photo more, 1 fewer than before" in words and "done already" not in words
     assert before.items() <= modified(pairs).items()
     assert len(rows(pairs, "train", "test")) == 12
@@ -86,34 +86,34 @@ def test_a_folder_that_changed_goes_on_with_the_photos_that_the_pairs_have(here,
         assert psnr((255 - source) // 3, pixels(path)) > 50
 
 
-def test_a_folder_that_moved_is_the_same_set(here, tmp_path):
+def test_a_folder_that_moved_is_the_same_set(edit_photos, tmp_path):
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     write_photos(photos, range(6))
-    here(photos, "sketch")
+    edit_photos(photos, "sketch")
     before = (pairs / "photos.json").read_bytes()
     photos.rename(tmp_path / "moved")
-    assert "done already" in here("moved", "sketch")
-    here("moved", "dark")
+    assert "done already" in edit_photos("moved", "sketch")
+    edit_photos("moved", "dark")
     assert (pairs / "photos.json").read_bytes() == before and len(rows(pairs)) == 12
 
 
 @pytest.mark.parametrize("teacher_size", [32, 64])
-def test_a_photo_that_shows_something_else_since_is_not_edited(here, tmp_path, teacher_size):
+def test_a_photo_that_shows_something_else_since_is_not_edited(edit_photos, tmp_path, teacher_size):
     """Its square is. The names may also be those of another folder's photos."""
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     write_photos(photos, range(6))
-    here(photos, "sketch")
+    edit_photos(photos, "sketch")
     changed = photos_of(pairs, photos, "train")["00002.png"]
     scene(48, 36, seed=50).save(photos / changed)
-    here(photos, "night", "--teacher-size", teacher_size)
+    edit_photos(photos, "night", "--teacher-size", teacher_size)
     for path in pairs.glob("t*/night/*.png"):
         source = pixels(path.parent.with_name("source") / path.name)
         assert psnr(255 - source, pixels(path)) > 20, path.name
 
 
-def test_what_a_set_was_asked_for_with_stays(here, error_of, tmp_path):
+def test_what_a_set_was_asked_for_with_stays(edit_photos, error_of, tmp_path):
     write_photos(tmp_path / "photos", range(6))
-    here("photos", "sketch")
+    edit_photos("photos", "sketch")
     flags = ("--images", tmp_path / "photos", "--out", tmp_path / "pairs")
     line = error_of("01", *SMALL, *flags, "--train", 3)
     assert "with other settings (train 4 there, 3 here)" in line
@@ -122,21 +122,21 @@ def test_what_a_set_was_asked_for_with_stays(here, error_of, tmp_path):
     assert "has photos of another folder" in error_of("01", *SMALL, *flags)
 
 
-def test_a_concept_that_failed_does_not_stand_in_the_way_of_others(here, tmp_path):
+def test_a_concept_that_failed_does_not_stand_in_the_way_of_others(edit_photos, tmp_path):
     def broken(*_):
         raise runs.UserError("out of memory")
 
     write_photos(tmp_path / "photos", range(6))
     with pytest.raises(runs.UserError, match="out of memory"):
-        here("photos", "dark", teacher=broken)
-    here("photos", "sketch")
+        edit_photos("photos", "dark", teacher=broken)
+    edit_photos("photos", "sketch")
     assert list(dataset.read_concepts(tmp_path / "pairs")) == ["sketch"]
 
 
-def test_two_processes_find_that_all_is_done(here, tmp_path):
+def test_two_processes_find_that_all_is_done(edit_photos, tmp_path):
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     write_photos(photos, range(6))
-    here("photos", "sketch")
+    edit_photos("photos", "sketch")
     before = (pairs / "result.json").stat().st_mtime_ns
     flags = (*SMALL, "--images", photos, "--out", pairs, "--teacher", "negatives")
     torchrun(script("01"), *flags, "--concept", "sketch=make it sketch")
@@ -146,19 +146,19 @@ def test_two_processes_find_that_all_is_done(here, tmp_path):
 # ---- Concepts with photos of their own -----------------------------------------------------------
 
 
-def test_a_second_set_joins(here, tmp_path):
+def test_a_second_set_joins(edit_photos, tmp_path):
     """Its numbers go on; a photo that both have keeps its number, and is trained on or held out for
     all. Stages 2 and 3 take each concept's own photos."""
     pairs, cache = tmp_path / "pairs", tmp_path / "cache"
     write_photos(tmp_path / "photos", range(6))
     write_photos(tmp_path / "faces", range(10, 16), (36, 48))
-    here("photos", "sketch")
+    edit_photos("photos", "sketch")
     before = modified(pairs)
     shared = {"train": "c.png", "test": "j.png"}  # new names, which come first in seed 0's order
     for split, name in shared.items():
         photo = photos_of(pairs, tmp_path / "photos", split)["00001.png"]
         shutil.copy(tmp_path / "photos" / photo, tmp_path / "faces" / name)
-    here("faces", "dark", "--train", 5, "--test", 3)
+    edit_photos("faces", "dark", "--train", 5, "--test", 3)
     assert before.items() <= modified(pairs).items()
     concepts = dataset.read_concepts(pairs)
     assert concepts["sketch"]["images"] == str(tmp_path / "photos")
@@ -182,7 +182,7 @@ def test_a_second_set_joins(here, tmp_path):
         for row in rows(pairs, split):
             photos = photos_of(pairs, concepts[row["concept"]]["images"], split)
             assert photos[row["source"].removeprefix("source/")] == row["photo"]
-    assert "done already" in here("photos", "sketch")
+    assert "done already" in edit_photos("photos", "sketch")
 
     run_main("02", "--pairs", pairs, "--out", tmp_path / "clusters", "--base", 2, "--samples", 3)
     edits = dataset.edit_names(pairs, "train", concepts)
@@ -199,18 +199,18 @@ def test_a_second_set_joins(here, tmp_path):
 # ---- A concept made anew -------------------------------------------------------------------------
 
 
-def test_redo_makes_one_concept_anew(here, error_of, tmp_path):
+def test_redo_makes_one_concept_anew(edit_photos, error_of, tmp_path):
     photos, pairs = tmp_path / "photos", tmp_path / "pairs"
     write_photos(photos, range(6))
-    here("photos", "sketch")
-    here("photos", "night")
+    edit_photos("photos", "sketch")
+    edit_photos("photos", "night")
     kept = {path: when for path, when in modified(pairs).items() if path.parent.name != "night"}
     flags = (*SMALL, "--images", photos, "--out", pairs, "--teacher", "negatives")
     line = error_of("01", *flags, "--concept", "night=a dark night")
     assert "has another 'night'" in line and "--redo night" in line
     line = error_of("01", *flags, "--concept", "sketch=make it sketch", "--redo", "night")
     assert "--redo night: say what it is" in line
-    here("photos", "sketch", "--concept", "night=a dark night", "--redo", "night")
+    edit_photos("photos", "sketch", "--concept", "night=a dark night", "--redo", "night")
     assert kept.items() <= modified(pairs).items() and len(kept) == 12
     assert dataset.read_concepts(pairs)["night"]["prompt"] == "a dark night"
     for path in pairs.glob("t*/night/*.png"):
@@ -222,11 +222,11 @@ def test_redo_makes_one_concept_anew(here, error_of, tmp_path):
 
 
 @pytest.fixture
-def made(here, tmp_path):
+def made(edit_photos, tmp_path):
     """made() runs the stage on ten photos and the edits of them that another tool made."""
     write_made(tmp_path)
     flags = ("--teacher", tmp_path / "edits", "--train", 9)
-    return lambda *more: here("photos", "negative", *flags, *more, teacher=None)
+    return lambda *more: edit_photos("photos", "negative", *flags, *more, teacher=None)
 
 
 def all_negative(pairs):

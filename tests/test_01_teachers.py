@@ -23,12 +23,12 @@ TWO = ("--concept", "wave=make it a wave", "--concept", "starry=make it night")
 
 
 @pytest.fixture
-def refusal(here):
+def refusal(run_stage_1):
     """refusal(...) runs the stage, whose CLIP is a stand-in, and returns its UserError's words."""
 
     def call(*flags):
         with pytest.raises(runs.UserError) as error:
-            here(*flags)
+            run_stage_1(*flags)
         return str(error.value)
 
     return call
@@ -50,11 +50,11 @@ def edit(tmp_path_factory):
     return flags
 
 
-def test_edits_depend_neither_on_the_batch_nor_on_how_many_processes(here, edit, tmp_path):
+def test_edits_depend_neither_on_the_batch_nor_on_how_many_processes(run_stage_1, edit, tmp_path):
     """Two processes make the same files as one; larger batches round otherwise."""
     one, two, four = (tmp_path / name for name in ("one", "two", "four"))
-    here(*edit("instruct_pix2pix", one, "--batch", 1))
-    here(*edit("instruct_pix2pix", four, "--batch", 4))
+    run_stage_1(*edit("instruct_pix2pix", one, "--batch", 1))
+    run_stage_1(*edit("instruct_pix2pix", four, "--batch", 4))
     torchrun(script("01"), *edit("instruct_pix2pix", two, "--batch", 1))
     for path in one.glob("t*/*/*.png"):
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes()
@@ -65,11 +65,11 @@ def test_edits_depend_neither_on_the_batch_nor_on_how_many_processes(here, edit,
         assert psnr(a, b) < 40  # photo, prompt and noise matter
 
 
-def test_text_to_image_checkpoint_edits_image_to_image(here, refusal, edit, tmp_path):
+def test_text_to_image_checkpoint_edits_image_to_image(run_stage_1, refusal, edit, tmp_path):
     far = {}
     for strength in (0.3, 1.0):
         out, arguments = tmp_path / str(strength), json.dumps({"strength": strength})
-        here(*edit("text_to_image", out, "--steps", 10, "--arguments", arguments))
+        run_stage_1(*edit("text_to_image", out, "--steps", 10, "--arguments", arguments))
         entry = runs.read_json(out / "concepts.json")["starry"]
         assert entry["arguments"] == {"strength": strength, "num_inference_steps": 10}
         far[strength] = [pixels(out / "train" / row["file_name"]) for row in rows(out, "train")]
@@ -83,7 +83,7 @@ def test_text_to_image_checkpoint_edits_image_to_image(here, refusal, edit, tmp_
     assert not (tmp_path / "a").exists()
 
 
-def test_lora_of_ones_own(here, edit, refusal, tmp_path):
+def test_lora_of_ones_own(run_stage_1, edit, refusal, tmp_path):
     """It changes the edits by its scale, whatever its trainer called the layers; another file of
     the same name is not taken for the same concept."""
     made = {}
@@ -98,7 +98,7 @@ def test_lora_of_ones_own(here, edit, refusal, tmp_path):
         ("twice", (f"{own}:0.5", f"{kohya}:0.5")),
     ):
         flags = [flag for lora in loras for flag in ("--teacher-lora", lora)]
-        here(*edit("instruct_pix2pix", tmp_path / name, *flags))
+        run_stage_1(*edit("instruct_pix2pix", tmp_path / name, *flags))
         made[name] = pixels(tmp_path / name / "train/starry/00000.png")
     assert psnr(made["none"], made["zero"]) > 60 and psnr(made["own"], made["kohya"]) > 60
     assert psnr(made["own"], made["twice"]) > 60
@@ -107,7 +107,7 @@ def test_lora_of_ones_own(here, edit, refusal, tmp_path):
     assert entry["teacher_lora"] == [f"{runs.sha256(own)}:0.5"]
     again = edit("instruct_pix2pix", tmp_path / "own", "--teacher-lora", own)
     before = contents(tmp_path / "own")
-    here(*again, Clip=None, load_teacher=None)  # done already
+    run_stage_1(*again, Clip=None, load_teacher=None)  # done already
     tiny_pipelines.write_lora(own, seed=1)
     assert "(teacher_lora ['" in refusal(*again)
     assert contents(tmp_path / "own") == before
@@ -181,13 +181,13 @@ def test_teachers_and_towers_that_cannot_be_loaded(error_of, edit, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_concept_without_edits_may_be_redefined(here, edit, refusal, tmp_path):
+def test_a_concept_without_edits_may_be_redefined(run_stage_1, edit, refusal, tmp_path):
     """A first try fails, the corrected command goes on. A negative prompt is a string."""
     out, wrong = tmp_path / "out", '{"negative_prompt": 5}'
     right = '{"negative_prompt": "blurry"}'
     flags = edit("instruct_pix2pix", out, "--arguments")
     assert "fails on" in refusal(*flags, wrong)
-    here(*flags, right)
+    run_stage_1(*flags, right)
     assert len(rows(out, "train")) == 4
     assert "has another" in refusal(*flags, "{}")
 
@@ -204,9 +204,9 @@ def test_a_concept_without_edits_may_be_redefined(here, edit, refusal, tmp_path)
         ("z_image", {"negative_prompt": "a"}),
     ],
 )
-def test_kinds_of_pipelines(here, edit, tmp_path, capsys, kind, arguments):
+def test_kinds_of_pipelines(run_stage_1, edit, tmp_path, capsys, kind, arguments):
     """Text-to-image ones edit image-to-image. All edit several photos at a time."""
-    here(*edit(kind, tmp_path, "--arguments", json.dumps(arguments)))
+    run_stage_1(*edit(kind, tmp_path, "--arguments", json.dumps(arguments)))
     assert "one photo at a time" not in capsys.readouterr().out
     made = [pixels(tmp_path / "train" / row["file_name"]) for row in rows(tmp_path, "train")]
     assert [edit.shape for edit in made] == [(32, 32, 3)] * 4
@@ -214,22 +214,22 @@ def test_kinds_of_pipelines(here, edit, tmp_path, capsys, kind, arguments):
         assert psnr(a, b) < 40
 
 
-def test_references_of_one_edit(here, edit, tmp_path, capsys):
+def test_references_of_one_edit(run_stage_1, edit, tmp_path, capsys):
     """FLUX.2 klein looks at all photos of a call, and so it is given one at a time."""
     arguments = '{"text_encoder_out_layers": [0, 1, 2]}'
     for batch in (1, 8):
         out = tmp_path / str(batch)
         flags = ("--size", 64, "--batch", batch, "--arguments", arguments)  # 64: its least
-        here(*edit("flux2_klein", out, *flags))
+        run_stage_1(*edit("flux2_klein", out, *flags))
         said = "one photo at a time, slower than --batch 6: an edit differs by"
         assert (said in capsys.readouterr().out) == (batch == 8)
     assert contents(tmp_path / "1") == contents(tmp_path / "8")
 
 
-def test_editor_that_chooses_its_own_size(here, edit, tmp_path):
+def test_editor_that_chooses_its_own_size(run_stage_1, edit, tmp_path):
     """Flux Kontext resizes a square to a square, and the stage back."""
     arguments = '{"max_area": 2304, "_auto_resize": false}'  # 48x48
-    here(*edit("flux_kontext", tmp_path, "--arguments", arguments))
+    run_stage_1(*edit("flux_kontext", tmp_path, "--arguments", arguments))
     for row in rows(tmp_path, "train"):
         assert pixels(tmp_path / "train" / row["file_name"]).shape == (32, 32, 3)
 
@@ -291,13 +291,15 @@ def edits_in(out: Path) -> dict[str, bytes]:
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_single_file(here, edit, refusal, tmp_path, monkeypatch):
+def test_single_file(run_stage_1, edit, refusal, tmp_path, monkeypatch):
     """It edits as the folder does whose weights it holds."""
     flags = edit("text_to_image", tmp_path / "folder")
     folder = flags[flags.index("--teacher") + 1]
     file = tiny_pipelines.write_single_file(folder, tmp_path / "one.safetensors")
-    here(*flags)
-    here(*edit("text_to_image", tmp_path / "file", "--teacher", file, "--teacher-config", folder))
+    run_stage_1(*flags)
+    run_stage_1(
+        *edit("text_to_image", tmp_path / "file", "--teacher", file, "--teacher-config", folder)
+    )
     for path in (tmp_path / "folder").glob("t*/*/*.png"):
         assert (
             path.read_bytes()
@@ -322,35 +324,35 @@ def test_single_file(here, edit, refusal, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_folder_with_half_precision_files_alone(here, edit, tmp_path):
+def test_folder_with_half_precision_files_alone(run_stage_1, edit, tmp_path):
     flags = edit("instruct_pix2pix", tmp_path / "plain")
-    here(*flags)
+    run_stage_1(*flags)
     half = shutil.copytree(flags[flags.index("--teacher") + 1], tmp_path / "half")
     for path in half.rglob("*model.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
-    here(*edit("instruct_pix2pix", tmp_path / "out", "--teacher", half))
+    run_stage_1(*edit("instruct_pix2pix", tmp_path / "out", "--teacher", half))
     for path in (tmp_path / "plain").glob("t*/*/*.png"):
         assert (
             path.read_bytes() == (tmp_path / "out" / path.relative_to(path.parents[2])).read_bytes()
         )
 
 
-def test_dtype(here, edit, tmp_path):
+def test_dtype(run_stage_1, edit, tmp_path):
     for dtype in ("float32", "bfloat16"):
-        here(*edit("instruct_pix2pix", tmp_path / dtype, "--teacher-dtype", dtype))
+        run_stage_1(*edit("instruct_pix2pix", tmp_path / dtype, "--teacher-dtype", dtype))
     a, b = (pixels(tmp_path / dtype / "train/wave/00000.png") for dtype in ("float32", "bfloat16"))
     assert 30 < psnr(a, b) < 99
 
 
-def test_safety_checker(here, edit, refusal, tmp_path, capsys):
+def test_safety_checker(run_stage_1, edit, refusal, tmp_path, capsys):
     """What it made black is said, and made anew without it; as a pickle it is not read."""
     out = tmp_path / "out"
     flags = edit("careful", out)
     with pytest.raises(runs.UserError, match="too few edits of 'wave'"):
-        here(*flags)
+        run_stage_1(*flags)
     hint = "add --no-safety-checker --redo wave --redo starry"
     assert hint in capsys.readouterr().out
-    here(*flags, *hint.split()[1:])
+    run_stage_1(*flags, *hint.split()[1:])
     assert len(rows(out, "train")) == 4 and hint not in capsys.readouterr().out
     pickled = shutil.copytree(flags[flags.index("--teacher") + 1], tmp_path / "pickled")
     weights = pickled / "safety_checker/model.safetensors"
@@ -358,7 +360,7 @@ def test_safety_checker(here, edit, refusal, tmp_path, capsys):
     weights.unlink()
     flags = edit("careful", tmp_path / "other", "--teacher", pickled)
     assert "no file named model.safetensors" in refusal(*flags)
-    here(*flags, "--no-safety-checker")
+    run_stage_1(*flags, "--no-safety-checker")
 
 
 # ---- What goes wrong, in one line ----------------------------------------------------------------
@@ -416,7 +418,7 @@ def test_progress_bars_do_not_precede_an_error(edit, tmp_path, capfd):
 # ---- All of it at once ---------------------------------------------------------------------------
 
 
-def test_the_first_day(here, edit, tmp_path, capsys):
+def test_the_first_day(run_stage_1, edit, tmp_path, capsys):
     """A LoRA on a Stable Diffusion that is one file, a negative prompt, and a folder as people have
     it: a picture in Display P3, a HEIC file, a truncated one and one with a Cyrillic name."""
     photos, out = tmp_path / "photos", tmp_path / "out"
@@ -432,7 +434,7 @@ def test_the_first_day(here, edit, tmp_path, capsys):
     lora = tiny_pipelines.write_lora(tmp_path / "own.safetensors")
     more = ("--images", photos, "--train", 9, "--teacher", file, "--teacher-config", folder)
     more += ("--teacher-lora", f"{lora}:0.8", "--arguments", '{"negative_prompt": "blurry"}')
-    here(*flags, *more)
+    run_stage_1(*flags, *more)
     assert len(rows(out)) == 8 and {row["photo"] for row in rows(out)} == {
         "a.jpg",
         "b.jpg",

@@ -253,6 +253,15 @@ def test_folders_that_servers_and_packers_leave_are_no_photos(tmp_path):
     assert dataset.list_pictures(tmp_path, subfolders=True) == both
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names there are always Unicode")
+def test_names_that_are_not_utf8_stay_apart(tmp_path):
+    for name in (b"\xe9.png", b"\xf6.png"):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
+            Image.new("RGB", (8, 8)).save(file, format="png")
+    named = dataset.named_pictures(tmp_path)
+    assert list(named) == ["?.png", "??.png"] and len(set(named.values())) == 2
+
+
 def test_linked_folders_are_followed_without_loops(tmp_path):
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     for folder in (photos / "own", elsewhere):
