@@ -1,19 +1,24 @@
-"""Stage 6: exports a generator as a folder to ship: a graph, its weights, kilobytes a concept.
+"""Stage 6: exports a generator to ONNX, as a folder to ship or to serve as a web page.
 
-The weights lie beside the graph, in the generator's own file; a concept is a prompt in it or stage
-4's own adapter, which whoever runs it adds to the weights: editor.py, without PyTorch, or the page.
---merged writes files that stand alone. All is compared with PyTorch before it is written; timed.
+The folder holds one graph for all concepts, and its weights beside it: the generator's own file,
+byte for byte. A concept is a prompt in that file, or an adapter file of stage 4, of some kilobytes,
+which is added to the weights before the graph runs. editor.py does so without PyTorch, index.html
+in a browser. --merged writes a file per concept instead, which needs no other file. Each concept is
+compared with PyTorch before anything is written, and the graph is timed.
 
 Reads   generator.safetensors (stages 3, 5), adapter.safetensors (stage 4), photos (stage 1 or any)
-Writes  runs/onnx/base.onnx        bytes (N, H, W, 3), prompt (1, T, D) -> edit, like the photo
-        runs/onnx/base.safetensors, adapters/<concept>.safetensors, index.json, index.html, ...
-        runs/onnx/<concept>.onnx   --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
-        runs/onnx/comparison.png   photo, teacher, every generator's edit, the export's
-        runs/onnx-applied/...      edits of --apply's pictures or video
+Writes  runs/onnx/base.onnx         photo (N, H, W, 3) bytes, prompt (1, T, D) -> edit, like it
+        runs/onnx/base.safetensors  its weights, and the prompts of the base's own concepts
+        runs/onnx/adapters/*        an adapter per further concept
+        runs/onnx/index.json        the concepts and files; index.html, editor.py, ... use it
+        runs/onnx/<concept>.onnx    with --merged: photo (N, 3, H, W) in [-1, 1] -> edit, like it
+        runs/onnx/comparison.png    photo, teacher, every generator's edit, the exported graph's
+        runs/onnx/result.json       what `python runs.py` prints
+        runs/onnx-applied/...       edits of --apply's pictures or video
 
     python 06_export_onnx.py --demo
-    python 06_export_onnx.py --serve                                              (opens runs/onnx)
-    python 06_export_onnx.py --model runs/onnx --concept sketch --apply photos    (needs it alone)
+    python 06_export_onnx.py --serve                                            (opens runs/onnx)
+    python 06_export_onnx.py --model runs/onnx --concept sketch --apply photos  (edits, no export)
 """
 
 import argparse
@@ -60,35 +65,108 @@ from assets.serve import fetch_runtime, serve
 from runs import UserError
 
 OPSET, IR_VERSION = 18, 8  # ONNX Runtime 1.16 (2023) and later, its web and mobile builds included
-# Most difference from PyTorch, of a range of 2, and least dB.
+# {precision: (largest difference from PyTorch, of a range of 2, smallest PSNR in dB)}
 TOLERANCE = {"fp32": (1e-3, 60.0), "fp16": (np.inf, 45.0), "int8": (np.inf, 30.0)}
-CALIBRATION = 32  # training photos that int8's ranges are measured on
-COMPARED = 4  # test photos on which PyTorch runs too
+CALIBRATION = 32  # training photos on which int8's ranges are measured
+COMPARED = 4  # test photos that PyTorch edits too
 
 
 def parse() -> argparse.Namespace:
-    """The flags; without --merged also --dynamic and --io as a folder's graph has them."""
+    """The flags. Without --merged, --dynamic and --io are set to what a folder's graph has."""
     parser = runs.Parser(__doc__, "runs/onnx")
     flag = parser.add_argument
-    paths = {"type": Path, "action": "append"}
-    flag("--generator", **paths, help="default: stage 3's in runs/; further ones are compared")
-    flag("--adapter", **paths, help="a file or a folder of them, repeatable (default: stage 4's)")
-    flag("--strength", type=runs.number(float, 0, 1.5), default=1.0, help="of the adapters")
-    flag("--concept", action="append", help="export this one only; can be repeated")
-    flag("--pairs", type=Path, default="runs/pairs", help="photos to prove, time, calibrate on")
-    flag("--photos", type=Path, help="a folder of photos of any size for that, instead of pairs")
-    flag("--size", type=runs.count, default=256, help="height and width of the photos")
-    flag("--threads", type=runs.count, default=2, help="ONNX Runtime's threads while timed")
-    flag("--cdn", action="store_true", help="leave onnxruntime-web on its CDN, not in the folder")
-    flag("--merged", action="store_true", help="a file per concept; the next three are for these")
-    flag("--dynamic", action="store_true", help="the file takes any size; --size is timed")
-    flag("--precision", choices=list(TOLERANCE), default="fp32", help="of the layers")
-    flag("--io", choices=["float32", "uint8"], default="float32", help="uint8: bytes (N, H, W, 3)")
+    flag(
+        "--generator",
+        type=Path,
+        action="append",
+        help="the generator's file (default: stage 3's in runs/); can be repeated: the first is "
+        "exported, the others are shown beside it in comparison.png",
+    )
+    flag(
+        "--adapter",
+        type=Path,
+        action="append",
+        help="an adapter's file, or a folder of them, for the generator; can be repeated "
+        "(default: without --generator, stage 4's)",
+    )
+    flag(
+        "--strength",
+        type=runs.number(float, 0, 1.5),
+        default=1.0,
+        help="how strongly adapters change the weights: 1 as trained, 0 not at all",
+    )
+    flag(
+        "--concept",
+        action="append",
+        help="export or apply only this concept; can be repeated (default: all)",
+    )
+    flag(
+        "--pairs",
+        type=Path,
+        default="runs/pairs",
+        help="stage 1's folder, whose photos the graph is compared, timed and calibrated on",
+    )
+    flag(
+        "--photos",
+        type=Path,
+        help="a folder of photos of any size, in place of those of --pairs",
+    )
+    flag(
+        "--size",
+        type=runs.count,
+        default=256,
+        help="width and height in pixels at which the graph is compared and timed; with --merged "
+        "also the only size that a file takes, unless --dynamic is given",
+    )
+    flag(
+        "--threads",
+        type=runs.count,
+        default=2,
+        help="ONNX Runtime's threads while the graph is timed",
+    )
+    flag(
+        "--cdn",
+        action="store_true",
+        help="the page loads onnxruntime-web from a CDN, in place of a copy in the folder",
+    )
+    flag(
+        "--merged",
+        action="store_true",
+        help="write a file per concept that stands alone, in place of the folder",
+    )
+    flag("--dynamic", action="store_true", help="with --merged: the file takes photos of any size")
+    flag(
+        "--precision",
+        choices=list(TOLERANCE),
+        default="fp32",
+        help="with --merged: type of the layers' numbers",
+    )
+    flag(
+        "--io",
+        choices=["float32", "uint8"],
+        default="float32",
+        help="with --merged: pictures as floats (N, 3, H, W) in [-1, 1] or as bytes (N, H, W, 3)",
+    )
     flag("--apply", type=Path, help="a picture, a folder of pictures or a video to edit")
-    flag("--full-size", action="store_true", help="scale edits back where pictures were too large")
-    flag("--model", **paths, help="apply this exported folder or file; can be repeated")
-    port = {"type": runs.number(int, 0, 65535), "nargs": "?", "const": 8000, "metavar": "PORT"}
-    flag("--serve", **port, help="show --out in this machine's browsers, at 8000 or PORT")
+    flag(
+        "--full-size",
+        action="store_true",
+        help="with --apply: scale edits of pictures that were too large back to their size",
+    )
+    flag(
+        "--model",
+        type=Path,
+        action="append",
+        help="with --apply: use this exported folder or file and export nothing; can be repeated",
+    )
+    flag(
+        "--serve",
+        type=runs.number(int, 0, 65535),
+        nargs="?",
+        const=8000,
+        metavar="PORT",
+        help="serve the exported folder --out as a web page on this machine, at port 8000 or PORT",
+    )
     args = parser.parse({})
     if args.model and not args.apply:
         raise UserError("--model needs --apply: the pictures to edit")
@@ -104,9 +182,9 @@ def parse() -> argparse.Namespace:
 
 
 def default_files(demo: bool) -> tuple[list[Path], list[Path]]:
-    """Generators and adapters to export where no --generator is given: stage 3's and 4's; in the
-    demo also the pruned one, which is compared. (Another generator gets no adapters unasked, as
-    they need not fit it.)"""
+    """(generators, adapters) without --generator: stage 3's and stage 4's; in the demo also the
+    pruned generator, to compare with. With --generator there are no default adapters, as stage 4's
+    may belong to another one."""
     folder = Path("runs/demo" if demo else "runs")
     generators = [folder / "base/generator.safetensors"]
     if demo:
@@ -119,16 +197,17 @@ def default_files(demo: bool) -> tuple[list[Path], list[Path]]:
 
 
 class PhaseConv(nn.Module):
-    """A transposed convolution of stride 2 as four convolutions of the small picture, one for each
-    pixel of a 2 x 2 block of the large one: no zeros to multiply, and fast kernels. Their weights
-    are cut from the layer's as it runs, so that adapters fit; ONNX Runtime folds the cutting."""
+    """A transposed convolution of stride 2, computed as four convolutions of the small picture, one
+    for each pixel of a 2 x 2 block of the large one, which multiplies no zeros and has fast
+    kernels. Their weights are slices of the layer's weight, taken in the graph, so that adapters
+    can change that weight; ONNX Runtime computes the slices once."""
 
     def __init__(self, conv: common.UpConv | nn.ConvTranspose2d):
         super().__init__()
         self.weight = conv.weight
         self.bias = conv.bias
         self.is_up = isinstance(conv, common.UpConv)
-        self.cut_off = 1 if self.is_up else conv.padding[0]  # rows of the result, at each side
+        self.cut_off = 1 if self.is_up else conv.padding[0]  # rows of the result that go, each side
         self.padding_mode = "replicate" if self.is_up else "constant"
 
     def forward(self, x):
@@ -147,9 +226,9 @@ class PhaseConv(nn.Module):
         return torch.stack([upper, lower], 3).flatten(2, 3)  # (B, C, 2H, 2W)
 
     def taps(self, pixel: int, kernel: int) -> tuple[int, int, int]:
-        """Of pixel 0 or 1 of a block, along one side: the first of its taps (every other one of the
-        kernel's, the rest meet zeros), and by how many pixels the small picture is padded before
-        and after."""
+        """(first tap, padding before, padding after) along one side, for pixel 0 or 1 of a block.
+        From the first tap on, every other one of the kernel's counts, as the others meet zeros; the
+        paddings are the small picture's, in pixels."""
         last = kernel - 1
         position = self.cut_off + pixel
         first = (last - position) % 2
@@ -157,7 +236,7 @@ class PhaseConv(nn.Module):
 
 
 class FoldFilm(RewriteRuleClassBase):
-    """FiLM after an instance norm becomes the norm's own scale and shift: one pass, not three."""
+    """Makes FiLM after an instance norm the norm's own scale and shift: one pass, not three."""
 
     def pattern(self, op, x, one, zero, scale, shift):
         normed = op.InstanceNormalization(x, one, zero, _outputs=["normed"])
@@ -174,7 +253,7 @@ class FoldFilm(RewriteRuleClassBase):
 
 
 class HalveLast(RewriteRuleClassBase):
-    """GELU becomes (x (1 + erf)) 0.5 instead of x (0.5 (1 + erf)), which crashes OpenCV 5.0."""
+    """Writes GELU as (x (1 + erf)) 0.5 in place of x (0.5 (1 + erf)), which crashes OpenCV 5.0."""
 
     def pattern(self, op, x, root, one, half):
         return op.Mul(x, op.Mul(half, op.Add(op.Erf(op.Div(x, root)), one)))
@@ -187,8 +266,8 @@ class HalveLast(RewriteRuleClassBase):
 
 
 class SumByMatMul(RewriteRuleClassBase):
-    """The RMS norm's sum over a token's channels becomes a product with a column of ones: pnnx,
-    which translates for ncnn, loses which axis a ReduceSum is over."""
+    """Makes the RMS norm's sum over a token's channels a product with a column of ones, as pnnx,
+    ncnn's converter, loses the axis of a ReduceSum."""
 
     def pattern(self, op, x, two, axes):
         return op.ReduceSum(op.Pow(x, two), axes, keepdims=1)
@@ -203,8 +282,8 @@ class SumByMatMul(RewriteRuleClassBase):
 
 
 class CenterByPooling(RewriteRuleClassBase):
-    """The mean over the places, which the transformer block takes off its tokens, is taken off the
-    map that they become, by pooling: pnnx loses which axis a ReduceMean is over, too."""
+    """Subtracts the transformer block's mean over positions by a global average pooling of the
+    feature map, in place of a ReduceMean of the tokens, whose axis pnnx loses too."""
 
     def pattern(self, op, x, axes, shape):
         centered = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
@@ -219,8 +298,8 @@ class CenterByPooling(RewriteRuleClassBase):
 
 
 class FoldSplit(RewriteRuleClassBase):
-    """A constant that is split in two becomes two constants: the optimizer folds no operator with
-    several outputs, and OpenCV 4.14 cannot read such a Split."""
+    """Makes a constant that is split in two two constants: the optimizer does not fold operators
+    with several outputs, and OpenCV 4.14 cannot read such a Split."""
 
     def pattern(self, op, x):
         return op.Split(x, _allow_other_inputs=True, _outputs=["first", "second"])
@@ -235,8 +314,9 @@ class FoldSplit(RewriteRuleClassBase):
 
 
 class Exported(nn.Module):
-    """Photo and the prompt's text features (1, T, D), if any -> edit; pictures are floats
-    (N, 3, H, W) in [-1, 1], or bytes (N, H, W, 3)."""
+    """The generator as it is exported: photo, and if it takes text the features (1, T, D) of a
+    prompt -> edit. Pictures are floats (N, 3, H, W) in [-1, 1] or, for io "uint8", bytes
+    (N, H, W, 3)."""
 
     def __init__(self, generator: common.Generator, io: str = "float32"):
         super().__init__()
@@ -253,17 +333,17 @@ class Exported(nn.Module):
         return ((edit + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-@torch.no_grad()  # norms and attention by PyTorch's own layers, see common.trains_on_cpu
+@torch.no_grad()  # so that norms and attention are PyTorch's own, see common.trains_on_cpu
 def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -> ir.Model:
-    """The generator as a graph; its prompt is an input, parameters are named as in Exported."""
+    """The generator as a graph. The prompt is an input; weights are named as in Exported."""
     if io == "uint8":
         photo = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-        height, width = 1, 2  # which of its dimensions these are
+        height, width = 1, 2  # numbers of the dimensions
     else:
         photo = torch.zeros(2, 3, size, size)
         height, width = 2, 3
     examples = {"photo": photo}
-    free = {"photo": {0: "batch"}}  # dimensions that may be of any size
+    free = {"photo": {0: "batch"}}  # dimensions of any length
     if dynamic:
         free["photo"] |= {height: "height", width: "width"}
     if generator.takes_text:
@@ -282,8 +362,8 @@ def trace(generator: common.Generator, size: int, io="float32", dynamic=False) -
 
 
 def simplify(model: ir.Model) -> ir.Model:
-    """The graph with what is constant folded, and rewritten by the rules above."""
-    model.graph.outputs[0].shape = model.graph.inputs[0].shape  # the tracer's is a formula of it
+    """The graph with constants folded, and rewritten by the rules above."""
+    model.graph.outputs[0].shape = model.graph.inputs[0].shape  # in place of the tracer's formula
     folding = {"input_size_limit": 2**31, "output_size_limit": 2**31}
     optimizer.optimize(model, **folding)
     rules = (FoldFilm, HalveLast, SumByMatMul, CenterByPooling, FoldSplit)
@@ -295,8 +375,8 @@ def simplify(model: ir.Model) -> ir.Model:
 
 
 def specialize(graph: ir.Model, generator: common.Generator, concept: int) -> onnx.ModelProto:
-    """The graph with this generator's weights and the prompt of one concept (its index) folded
-    in."""
+    """The graph with this generator's weights, and the prompt of the concept of this index, as
+    constants."""
     model = graph.clone()
     for name, weight in Exported(generator).named_parameters():
         model.graph.initializers[name].const_value = ir.tensor(weight.detach().numpy())
@@ -310,16 +390,19 @@ def specialize(graph: ir.Model, generator: common.Generator, concept: int) -> on
 
 
 def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
-    """The graph alone, its weights external data: the tensors in a generator's file."""
+    """The graph without weights: they are external data, the tensors in a generator's safetensors
+    file (8 bytes with the header's length, the header in JSON, the tensors)."""
     data = weights.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     model = graph.clone()
-    initializers = model.graph.initializers
-    values = [initializers.pop(x) for x in [*initializers] if x.startswith("generator.")]
+    names = [name for name in model.graph.initializers if name.startswith("generator.")]
+    values = [model.graph.initializers.pop(name) for name in names]
+    # While the graph is simplified the weights are inputs of unknown value. Otherwise they would be
+    # folded as constants, and those that are zero optimized away.
     for value in values:
-        value.const_value = None  # or what is zero would be optimized away
-    model.graph.inputs.extend(values)  # or they would be folded
+        value.const_value = None
+    model.graph.inputs.extend(values)
     model = simplify(model)
     del model.graph.inputs[-len(values) :]
     for value in values:
@@ -332,31 +415,48 @@ def separate(graph: ir.Model, weights: Path) -> onnx.ModelProto:
 
 
 def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onnx.ModelProto:
-    """The model in fp16, or in static int8 (weights a scale per channel, QDQ; ranges from photos,
-    uint8). Kept in float, as measured on a trained e2gan: the upsamplings (38 to 58 dB with them,
-    45 to 68 without, as fast), convolutions that read or write pictures, attention, norms."""
+    """The model in a precision: fp32, fp16 or static int8.
+
+    int8 has a scale per channel of the weights (QDQ), and ranges measured on photos, uint8
+    (N, 3, H, W). Stay in float: convolutions that read or write pictures, attention, norms and the
+    upsamplings. On a trained e2gan the last cost quality, 38 to 58 dB with them in int8 and 45 to
+    68 without, and gained no speed."""
     if precision == "fp32":
         return proto
     if precision == "fp16":
         model = ir.from_proto(convert_float_to_float16(proto, keep_io_types=True))
-        model.graph.sort()  # the converter leaves casts behind the nodes that read them
+        model.graph.sort()  # the converter puts casts after the nodes that read them
         return ir.to_proto(model)
-    weights, chosen = {tensor.name: tensor.dims for tensor in proto.graph.initializer}, []
+    shapes = {tensor.name: tensor.dims for tensor in proto.graph.initializer}
+    chosen = []  # names of the nodes to quantize
     for node in proto.graph.node:
-        dims = weights.get(node.input[1], ()) if node.op_type in ("Conv", "MatMul") else ()
-        inner = len(dims) == 4 and min(dims[:2]) > 3 and dims[3] < 7
-        linear = len(dims) == 2 and dims[1] > 1  # not a norm's column of ones
-        if linear or (inner and node.input[1].endswith(".weight")):  # PhaseConv's are cut
+        if node.op_type not in ("Conv", "MatMul"):
+            continue
+        weight = node.input[1]
+        shape = shapes.get(weight, ())
+        is_linear = len(shape) == 2 and shape[1] > 1  # not a norm's column of ones
+        # a convolution that neither reads nor writes pictures
+        is_inner = len(shape) == 4 and min(shape[:2]) > 3 and shape[3] < 7
+        is_upsampling = not weight.endswith(".weight")  # PhaseConv's weights are slices
+        if is_linear or (is_inner and not is_upsampling):
             chosen.append(node.name)
     model = open_file(proto.SerializeToString())
     feeds = iter([feed(model, photo) for photo in photos.split(1)])
     reader = argparse.Namespace(get_next=lambda: next(feeds, None))
-    options = {"quant_format": QuantFormat.QDQ, "per_channel": True, "nodes_to_quantize": chosen}
-    options |= {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
     with tempfile.TemporaryDirectory() as folder:
-        before, after = f"{folder}/float.onnx", f"{folder}/int8.onnx"
+        before = f"{folder}/float.onnx"
+        after = f"{folder}/int8.onnx"
         onnx.save(proto, before)  # a model in memory would be altered
-        quantize_static(before, after, reader, **options)
+        quantize_static(
+            before,
+            after,
+            reader,
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            nodes_to_quantize=chosen,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
         return onnx.load(after)
 
 
@@ -364,37 +464,38 @@ def convert(proto: onnx.ModelProto, precision: str, photos: torch.Tensor) -> onn
 
 
 def open_file(model: bytes | Path, threads: int = 0) -> Merged:
-    """A merged file or its bytes; UserError if ONNX Runtime cannot take it."""
+    """Opens a merged file, or its bytes. UserError if ONNX Runtime cannot run it. threads: 0 leaves
+    their number to ONNX Runtime."""
     name = model if isinstance(model, Path) else "this graph"
     with runs.explain(f"ONNX Runtime cannot run {name}"):
         return Merged(model, threads)
 
 
 def feed(model: Editor, photos: torch.Tensor) -> dict:
-    """uint8 photos (N, 3, H, W) and the prompt, as a model takes them."""
+    """A model's inputs: photos, given as uint8 (N, 3, H, W), and the prompt."""
     if model.session.get_inputs()[0].type == "tensor(uint8)":
         return {"photo": photos.permute(0, 2, 3, 1).contiguous().numpy(), **model.text}
     return {"photo": dataset.to_float(photos).numpy(), **model.text}
 
 
 def run_onnx(model: Editor, photos: torch.Tensor, batch=8) -> torch.Tensor:
-    """uint8 photos (N, 3, H, W) -> edits, floats in [-1, 1]."""
+    """uint8 photos (N, 3, H, W) -> edits, floats (N, 3, H, W) in [-1, 1]."""
     edits = [model.session.run(None, feed(model, part))[0] for part in photos.split(batch)]
     fake = torch.from_numpy(np.concatenate(edits))
     return dataset.to_float(fake.permute(0, 3, 1, 2)) if fake.dtype == torch.uint8 else fake
 
 
 def median_ms(model: Editor, photo: torch.Tensor) -> float:
-    """Median milliseconds of an edit, after warm-up: of 10, or as many as fit into a second."""
+    """Median milliseconds of an edit after warm-up, of 10 edits or as many as fit into a second."""
     run = functools.partial(model.session.run, None, feed(model, photo))
     rounds = max(10, int(1 / min(timeit.repeat(run, repeat=3, number=1))))
     return 1000 * float(np.median(timeit.repeat(run, repeat=rounds, number=1)))
 
 
 def origin(generator: common.Generator) -> str:
-    """Where a generator comes from, for tables and pictures' headings: base or pruned."""
-    whole = generator.config["widths"] == generator.config["full"]
-    return "base" if whole else "pruned"
+    """base or pruned, for tables and headings."""
+    is_whole = generator.config["widths"] == generator.config["full"]
+    return "base" if is_whole else "pruned"
 
 
 def has_adapter(generator: common.Generator) -> bool:
@@ -403,16 +504,18 @@ def has_adapter(generator: common.Generator) -> bool:
 
 
 def limits_of(generator: common.Generator) -> dict[str, int]:
-    """What sizes of pictures it takes: multiples of "multiple", and at most "most pixels", so that
-    attention's 8 bytes a head and pair of tokens (64 pixels each) fit into 4 GB."""
+    """The sizes of pictures that a generator takes: sides that are multiples of "multiple", and
+    "most pixels" in all, so that attention's 8 bytes per head and pair of tokens fit into 4 GB. A
+    token is 8 x 8 pixels."""
     heads = generator.config.get("heads")
     most = int(64 * (4e9 / 8 / heads) ** 0.5) if heads else dataset.MAX_PIXELS
     return {"multiple": 2 ** generator.config.get("depth", 3), "most pixels": most}
 
 
 def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, common.Generator]:
-    """{concept: its generator}: the base for its own concepts; for an adapter's a copy into which
-    it is merged, which has the file as .adapter. UserError where two adapters have one name."""
+    """{concept: its generator}. The base's own concepts all have the base; an adapter's has a copy
+    of the base with the adapter merged in, and the adapter's file as .adapter. UserError if two
+    adapters have one name."""
     base = common.load_generator(base)
     generators = {concept["name"]: base for concept in base.config["concepts"]}
     for path in adapters:
@@ -430,24 +533,25 @@ def load_concepts(base: Path, adapters: list[Path], strength=1.0) -> dict[str, c
 
 
 def find_photos(args) -> tuple[list[Path], list[Path]]:
-    """Files of photos to prove and time on, and to calibrate on."""
+    """(files of photos to compare and time on, files of photos to calibrate int8 on)"""
     if args.photos:
         files = find_pictures(args.photos)
-        return files[:COMPARED], (files[COMPARED:] or files)[:CALIBRATION]
-    dataset.read_concepts(args.pairs)  # an error where there are none
+        others = files[COMPARED:] or files
+        return files[:COMPARED], others[:CALIBRATION]
+    dataset.read_concepts(args.pairs)  # raises where it is no pairs folder
     test = find_pictures(args.pairs / "test/source")
     train = find_pictures(args.pairs / "train/source")
     return test, train[:CALIBRATION]
 
 
 def read_squares(files: list[Path], size: int) -> torch.Tensor:
-    """uint8 (N, 3, size, size)"""
+    """The middle squares of pictures, uint8 (N, 3, size, size)."""
     return torch.stack([dataset.to_pixels(dataset.read_square(path, size)) for path in files])
 
 
 def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Editor:
-    """Writes base.onnx, base.safetensors, adapters/, index.json and the page into an empty folder.
-    generators: {concept: its generator}."""
+    """Writes base.onnx, base.safetensors, adapters/, index.json and the page into an empty folder,
+    and opens it. generators: {concept: its generator}."""
     (folder / "adapters").mkdir()
     (folder / "thumbnails").mkdir()
     shutil.copyfile(args.generator[0], folder / "base.safetensors")
@@ -468,7 +572,7 @@ def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Edito
         about = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
         files[path.relative_to(folder).as_posix()] = about
     any_generator = next(iter(generators.values()))  # they share the graph
-    transposed = []  # layers whose weights have their inputs first: whoever adds B A must know
+    transposed = []  # layers whose weights have inputs first, which matters for adding B A
     for name, module in common.named_layers(any_generator):
         if isinstance(module, nn.ConvTranspose2d):
             transposed.append(name)
@@ -491,7 +595,8 @@ def build_folder(folder: Path, graph: ir.Model, generators: dict, args) -> Edito
 
 
 def merged_file(name: str, generator: common.Generator, graph: ir.Model, calibrate, args) -> bytes:
-    """A file that stands alone. calibrate: photos, uint8 (N, 3, S, S), to convert it by."""
+    """The bytes of a concept's ONNX file that stands alone. calibrate: photos, uint8
+    (N, 3, S, S), on which int8's ranges are measured."""
     concept = generator.concept_index(name)
     proto = convert(specialize(graph, generator, concept), args.precision, calibrate)
     about = {
@@ -510,19 +615,19 @@ def merged_file(name: str, generator: common.Generator, graph: ir.Model, calibra
 
 @torch.no_grad()
 def prove(model, name: str, generator: common.Generator, photos: torch.Tensor, args) -> dict:
-    """How far the model is from PyTorch on some photos, as columns of a table. UserError beyond
-    TOLERANCE."""
-    most, least = TOLERANCE[args.precision]
+    """How far the model's edits of photos, uint8 (N, 3, S, S), are from PyTorch's, as columns of a
+    table. UserError beyond TOLERANCE."""
+    most_difference, least_dB = TOLERANCE[args.precision]
     fake = run_onnx(model, photos)
     concept = torch.full((len(photos),), generator.concept_index(name))
     wanted = generator(dataset.to_float(photos), concept)
-    if args.io == "uint8":  # compared as bytes, of which one may be rounded the other way
+    if args.io == "uint8":
         wanted = dataset.to_float(dataset.to_uint8(wanted))
-        most += 2 / 255
+        most_difference += 2 / 255  # a byte may be rounded the other way
     difference = (fake - wanted).abs().max().item()
     quality = training.psnr(fake, wanted).mean().item()
-    if not (difference <= most and quality >= least):  # so written, NaN fails too
-        distance = f"by {difference:.2g} at most, {quality:.1f} dB; {least:.0f} are needed"
+    if not (difference <= most_difference and quality >= least_dB):  # so written, NaN fails too
+        distance = f"by {difference:.2g} at most, {quality:.1f} dB; {least_dB:.0f} are needed"
         raise UserError(f"{name}: the {args.precision} graph differs from PyTorch {distance}")
     return {"max difference": difference, "dB to PyTorch": quality}
 
@@ -536,7 +641,8 @@ def find_adapters(paths: list[Path]) -> list[Path]:
 
 
 def export_all(args) -> list[Path]:
-    """Exports every concept, unless the folder holds this run already. Returns what to apply."""
+    """Exports every concept, unless --out holds this run already. Returns the exported files, or
+    the folder, for --apply."""
     adapters = find_adapters(args.adapter or [])
     generators = load_concepts(args.generator[0], adapters, args.strength)
     others = [common.load_generator(path) for path in args.generator[1:]]
@@ -555,12 +661,12 @@ def export_all(args) -> list[Path]:
     reads = [runs.sha256(path)[:16] for path in [*args.generator, *adapters]]
     reads.append(dataset.Pictures([*test, *train], args.size, []).data_hash)
     settings = runs.settings_of(args, reads=reads)
-    for key in ("full_size", "serve"):  # which change nothing of the export
+    for key in ("full_size", "serve"):  # they do not change the export
         settings.pop(key)
     written = [args.out / f"{name}.onnx" for name in generators] if args.merged else [args.out]
     if runs.begin_run(args.out, settings, args.overwrite):
         return written
-    logging.disable(logging.WARNING)  # the tracer and the quantizer address their developers
+    logging.disable(logging.WARNING)  # the tracer's and the quantizer's are for their developers
     with tempfile.TemporaryDirectory() as scratch:
         rows = export_to(Path(scratch), generators, others, test, photos, calibrate, args)
         for path in sorted(Path(scratch).rglob("*.*")):
@@ -576,24 +682,27 @@ def export_all(args) -> list[Path]:
 def export_to(
     folder: Path, generators: dict, others, test: list[Path], photos, calibrate, args
 ) -> list[dict]:
-    """Exports {concept: generator} to an empty folder, each proved on photos, uint8 (N, 3, S, S),
-    of the files `test`. Returns the table's rows."""
+    """Exports {concept: generator} to an empty folder and compares each with PyTorch on photos,
+    uint8 (N, 3, S, S), of the files `test`. others: generators to show in comparison.png.
+    calibrate: photos for int8. Returns the table's rows."""
     base = next(iter(generators.values()))
     graph = trace(base, args.size, args.io, args.dynamic)
     editor = None if args.merged else build_folder(folder, graph, generators, args)
-    rows, edits = [], {}
+    rows = []
+    edits = {}  # {concept: its edits of the photos, uint8 (N, 3, S, S)}
     for name, generator in generators.items():
         if args.merged:
             data = merged_file(name, generator, graph, calibrate, args)
             (folder / f"{name}.onnx").write_bytes(data)
-            model, size = open_file(data, args.threads), len(data)
+            model = open_file(data, args.threads)
+            size = len(data)
         else:
             model = use(editor, name, args.strength)
             size = generator.adapter.stat().st_size if has_adapter(generator) else 0
         proof = prove(model, name, generator, photos[:COMPARED], args)
-        if args.dynamic and not rows:  # another shape; once, as all concepts share the graph
-            wider = args.size + limits_of(generator)["multiple"]
-            prove(model, name, generator, photos[:1].tile(1, 1, 2, 2)[:, :, :wider], args)
+        if args.dynamic and not rows:  # one other shape, once, as all concepts share the graph
+            height = args.size + limits_of(generator)["multiple"]
+            prove(model, name, generator, photos[:1].tile(1, 1, 2, 2)[:, :, :height], args)
         edits[name] = dataset.to_uint8(run_onnx(model, photos))
         rows.append(
             {
@@ -607,7 +716,7 @@ def export_to(
             }
         )
         print(f"{name} ({rows[-1]['from']}): {size / 1000:.0f} KB, {proof['dB to PyTorch']:.0f} dB")
-    ms = median_ms(model, photos[:1])  # of all concepts: they share the graph
+    ms = median_ms(model, photos[:1])  # the same for all concepts, which share the graph
     for row in rows:
         row |= {"ms": ms, "FPS": 1000 / ms, "threads": args.threads, "size px": args.size}
     sheet = comparison(generators, others, edits, test, photos, args)
@@ -628,7 +737,8 @@ def teacher_edits(name: str, test: list[Path], args) -> dict[int, Path]:
 
 
 def compare_with_teacher(name: str, edits: torch.Tensor, photos, test: list[Path], args) -> dict:
-    """Measures of the export's edits, as columns of a table; none without the teacher's."""
+    """training.measure of the exported graph's edits, as columns of a table; none where stage 1's
+    pairs have no teacher's edits."""
     found = teacher_edits(name, test, args)
     if not found:
         return {}
@@ -640,11 +750,12 @@ def compare_with_teacher(name: str, edits: torch.Tensor, photos, test: list[Path
 def comparison(
     generators: dict, others, edits: dict, test: list[Path], photos, args
 ) -> Image.Image:
-    """A sheet of the first photo: a row a concept, and columns for the photo, the teacher, each
-    generator as PyTorch runs it (an adapter's edit stands with its base's), and the export."""
+    """A picture of the first photo's edits: a row per concept, and columns for the photo, the
+    teacher, PyTorch's edits by the base and by pruned generators, and the exported graph's."""
     origins = dict.fromkeys(origin(each) for each in [*generators.values(), *others])
     columns = ["photo", "teacher", *origins, "ONNX"]
-    rows, labels = [], []
+    rows = []
+    labels = []
     for name, generator in generators.items():
         shown = {"photo": photos[0], "ONNX": edits[name][0]}
         found = teacher_edits(name, test, args)
@@ -663,15 +774,15 @@ def comparison(
 
 
 def find_pictures(path: Path) -> list[Path]:
-    """A picture file itself, or all below a folder, by their suffixes, sorted."""
+    """[path] of a file; of a folder all picture files in it and below, sorted."""
     found = dataset.list_pictures(path, subfolders=True) if path.is_dir() else [path]
     if not found:
-        raise UserError(f"{path} holds no pictures")
+        raise UserError(f"{path} holds no pictures: give another folder, or a file")
     return found
 
 
 def use(editor: Editor, concept: str, strength: float) -> Editor:
-    """The editor, which now makes this concept's edits; strength is for adapters alone."""
+    """The editor, set to this concept. strength: of its adapter, if it has one."""
     known = {entry["name"]: entry for entry in editor.index["concepts"]}
     if "adapter" not in known.get(concept, {}):
         return editor.use(concept)
@@ -679,7 +790,8 @@ def use(editor: Editor, concept: str, strength: float) -> Editor:
 
 
 def open_models(args, paths: list[Path]) -> dict[str, Editor]:
-    """{name of the folder that its edits go to: model} of exported files and folders."""
+    """{name: model} of exported files and of all concepts of exported folders. The name is that of
+    the folder that its edits go to."""
     models = {}
     for path in paths:
         if not path.is_dir():
@@ -706,7 +818,7 @@ def apply_files(args, paths: list[Path]) -> bool:
 
 def apply_to_pictures(models: dict[str, Editor], out: Path, args) -> bool:
     """Writes <out>/<model>/<picture's path>.png. Pictures that cannot be read or edited are left
-    out and listed; returns whether there were none. UserError where all of them are such."""
+    out and named. Returns whether all could be; UserError if none could."""
     pictures = find_pictures(args.apply)
     root = args.apply if args.apply.is_dir() else args.apply.parent
     taken = Counter(path.with_suffix("") for path in pictures)
@@ -738,12 +850,14 @@ def apply_to_pictures(models: dict[str, Editor], out: Path, args) -> bool:
 
 
 def tell_of_smaller(sizes: dict[Path, tuple[int, int]], models: dict[str, Editor], args) -> None:
-    """One line for what was too large to be edited as it is. sizes: {picture: width, height}."""
+    """Says in one line which pictures were too large to be edited at their own size. sizes:
+    {picture: width, height}."""
     smaller = []
     for path, size in sizes.items():
-        inner = min(model.edit_size(*size) for model in models.values())
-        if inner != size:
-            smaller.append(f"{path.name} at {inner[0]}x{inner[1]}")
+        edited_size = min(model.edit_size(*size) for model in models.values())
+        if edited_size != size:
+            width, height = edited_size
+            smaller.append(f"{path.name} at {width}x{height}")
     if smaller:
         examples = ", ".join(smaller[:3]) + ", ..." * (len(smaller) > 3)
         ending = "" if args.full_size else " (--full-size scales edits back)"
@@ -752,7 +866,7 @@ def tell_of_smaller(sizes: dict[Path, tuple[int, int]], models: dict[str, Editor
 
 # ---- Videos --------------------------------------------------------------------------------------
 
-# What --apply takes as a video, and FFmpeg's name for the kind of file that its edit becomes.
+# {suffix of a video: FFmpeg's name of the container that its edit is written in}
 VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov"}
 VIDEOS |= {".mkv": "matroska", ".webm": "matroska", ".avi": "matroska"}
 
@@ -774,7 +888,7 @@ def apply_to_video(models: dict[str, Editor], out: Path, args) -> None:
 
 
 def ways_without_av(video: Path, edits: Path) -> str:
-    """What one does where PyAV is not installed. edits: the folder that frames' edits go to."""
+    """Advice for a machine without PyAV. edits: the folder that the frames' edits would go to."""
     source = shlex.quote(str(video))
     split = f"mkdir frames && ffmpeg -i {source} frames/%06d.png"
     join = f"ffmpeg -i {source} -framerate RATE -i {shlex.quote(str(edits))}/%06d.png"
@@ -799,19 +913,22 @@ def edit_video(
     full_size: bool,
     target: Path,
 ) -> None:
-    """Edits every frame of a video, whose size is given, into a file in H.264. Frames keep their
-    times; sound is copied as it is."""
+    """Writes the edits of a video's frames to the file `target`, in H.264. size: the frames' width
+    and height, upright. Frames keep their times; sound is copied unchanged."""
     width, height = size if full_size else model.edit_size(*size)
-    width, height = width // 2 * 2, height // 2 * 2  # H.264 wants even sides
-    with av.open(video) as source, av.open(target, "w", format=container) as made:
+    width = width // 2 * 2  # H.264 takes even sides
+    height = height // 2 * 2
+    with av.open(video) as source, av.open(target, "w", format=container) as output:
         frames = source.streams.video[0]
-        edits = made.add_stream("libx264", rate=frames.average_rate, options={"crf": "18"})
-        edits.width, edits.height, edits.pix_fmt = width, height, "yuv420p"
+        edits = output.add_stream("libx264", rate=frames.average_rate, options={"crf": "18"})
+        edits.width = width
+        edits.height = height
+        edits.pix_fmt = "yuv420p"
         edits.codec_context.time_base = frames.time_base
         edits.codec_context.colorspace = av.video.reformatter.Colorspace.ITU709
         sound = {}  # {number of a stream: its copy}
         for stream in source.streams.audio:
-            sound[stream.index] = made.add_stream_from_template(stream)
+            sound[stream.index] = output.add_stream_from_template(stream)
         bar = tqdm(total=frames.frames or None, unit="frame")
         for packet in source.demux(frames, *source.streams.audio):
             if packet.stream.type == "video":
@@ -819,18 +936,19 @@ def edit_video(
                     edit = model.edit(upright(frame), full_size)[:height, :width]
                     edit = av.VideoFrame.from_ndarray(np.ascontiguousarray(edit), format="rgb24")
                     edit = edit.reformat(format="yuv420p", dst_colorspace="ITU709")
-                    edit.pts, edit.time_base = frame.pts, frame.time_base
-                    made.mux(edits.encode(edit))
+                    edit.pts = frame.pts
+                    edit.time_base = frame.time_base
+                    output.mux(edits.encode(edit))
                     bar.update()
-            elif packet.dts is not None:  # not the empty one that ends a stream
+            elif packet.dts is not None:  # not the empty packet that ends a stream
                 packet.stream = sound[packet.stream.index]
-                made.mux(packet)
-        made.mux(edits.encode())  # what the encoder still holds
+                output.mux(packet)
+        output.mux(edits.encode())  # frames that the encoder still holds
         bar.close()
 
 
 def upright(frame) -> np.ndarray:
-    """A video's frame as uint8 (H, W, 3), RGB, turned as the phone that took it was held."""
+    """A video's frame as uint8 (H, W, 3) RGB, turned as its file says."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
