@@ -257,11 +257,15 @@ def barrier() -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a file beside `path`, then gives it that name."""
+    """Lets `write` fill a file beside `path`, then gives it that name. Others may read it if the
+    umask lets them: safetensors' own writer would keep its files to their owner."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -79,6 +79,16 @@ def test_a_second_process_is_kept_out_until_the_first_is_dead(pairs, error_of, t
     assert (tmp_path / ".out.lock").exists()
 
 
+def test_files_can_be_read_by_those_whom_the_umask_lets(tmp_path):
+    path = tmp_path / "a.safetensors"
+    before = os.umask(0o027)
+    try:
+        runs.write_tensors(path, {"a": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = tmp_path / "w.safetensors"
