@@ -1,7 +1,8 @@
 """The papers' modules, and the files that they are saved in.
 
-E2GAN: the generator, told by a prompt what to do, its discriminator, LoRA. CoroNetGAN: the
-hypernetwork, and slicing to the channels that are left. pix2pix's generators, to compare with.
+E2GAN: the generator, which a prompt tells what to do, its discriminator, and LoRA. CoroNetGAN: the
+hypernetwork, and slicing to the channels that are left. To compare with: pix2pix's generators and
+DCGAN's networks.
 """
 
 import copy
@@ -20,11 +21,11 @@ from runs import UserError, check_name, explain, read_tensors, sha256, write_ten
 
 # ---- Layers whose channels have names ------------------------------------------------------------
 #
-# Every layer says which channel groups it reads and which it writes. A group is a set of channels
-# that must be kept or dropped together (a residual stream is one); a concatenation is a tuple of
-# groups; attention's projections repeat their group once a head, so that every head keeps the same
-# dimensions. Widths live in config["widths"] = {group: channels}; a pruned network is the same
-# class built from smaller numbers. config["full"] keeps the numbers it started from.
+# Every layer says which channel groups it reads and which it writes. A group is a vector of
+# channels that several layers share, as in a residual stream: a channel of it is kept in all of
+# them or in none. A concatenation is a tuple of groups. Attention's projections name their group
+# once per head, so that every head keeps the same dimensions. config["widths"] = {group: channels};
+# a pruned network is the same class with smaller widths. config["full"]: the unpruned widths.
 
 # Groups that are never pruned, beside "text". "style" is what all FiLM layers read.
 FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1, "style": 64}
@@ -37,9 +38,9 @@ def all_widths(config: dict) -> dict[str, int]:
 
 
 def layer(cls: type, widths: dict, reads, writes, *args, **options) -> nn.Module:
-    """A Conv2d, ConvTranspose2d or Linear (`cls`) from the groups that it reads and writes, a name
-    or a tuple of names each, which it carries as .reads and .writes. Its weights start as
-    N(0, 0.02) (pix2pix), its biases as 0."""
+    """A layer of class `cls` (Conv2d, ConvTranspose2d, Linear or one derived from them) between
+    channel groups, which it has as .reads and .writes. reads, writes: a group's name or a tuple of
+    names. Weights start as N(0, 0.02) (pix2pix), biases as 0."""
     reads = (reads,) if isinstance(reads, str) else tuple(reads)
     writes = (writes,) if isinstance(writes, str) else tuple(writes)
     inputs = sum(widths[group] for group in reads)
@@ -57,8 +58,8 @@ def named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def out_first(weight: torch.Tensor, cls: type) -> torch.Tensor:
-    """The weight of a layer of class `cls` with its outputs first; transposed convolutions have
-    them second. The function is its own inverse."""
+    """The weight of a layer of class `cls` with output channels first and input channels second,
+    which transposed convolutions have the other way round. The function is its own inverse."""
     return weight.transpose(0, 1) if issubclass(cls, nn.ConvTranspose2d) else weight
 
 
@@ -72,10 +73,10 @@ class ConvNorm(nn.Module):
     """A convolution, an instance norm and a ReLU. The norm has no parameters, so that dropping a
     channel leaves the others as they were.
 
-    What a norm gives is cut off at NORM_LIMIT standard deviations. Without that (a choice of ours)
-    a long training learns spikes: a few pixels in a dark place grow to 37 deviations after 2,950
-    steps, as they set the norm's scale for all others, and show as a grid of dots (StyleGAN2's
-    "droplets", Karras et al. 2020, arXiv 1912.04958). FiLM comes before, and cannot pass it."""
+    After norm and FiLM, values are clamped to NORM_LIMIT standard deviations (a choice of ours).
+    Without that a long training learns spikes: in 2,950 steps a few pixels in a dark place grew to
+    37 deviations, as they set the norm's scale for all others. They show as a grid of dots
+    (StyleGAN2's "droplets", Karras et al. 2020, arXiv 1912.04958)."""
 
     def __init__(self, conv: nn.Module, norm=True, relu=True):
         super().__init__()
@@ -112,8 +113,10 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with linear projections, of `stream` to `source`. Its groups hold one
-    head's dimensions, so that all heads keep the same ones; `scale` is that of the unpruned."""
+    """Multi-head attention with linear projections: queries from the group `stream`, keys and
+    values from the group `source`. Its own groups, <prefix>_qk and <prefix>_v, hold one head's
+    dimensions, so that all heads keep the same ones. The scores' scale stays that of the unpruned
+    network."""
 
     def __init__(self, widths, full, heads, stream, source, prefix):
         super().__init__()
@@ -148,14 +151,17 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """E2GAN's block at half the trunk's resolution: self-attention, cross-attention to the prompt's
-    tokens, feed-forward, each pre-normed and residual; what they make is added to the trunk.
+    """E2GAN's transformer block, at half the trunk's resolution: self-attention, cross-attention to
+    the prompt's tokens and feed-forward, each with a norm before it and a residual connection
+    around it. The result is added to the trunk.
 
-    The paper leaves open the heads (here 4), the feed-forward ratio (4) and the skips. The norm is
-    the RMS over a token's channels: an instance norm would erase what cross-attention adds to all
-    tokens alike. It divides by the unpruned number of channels, so that a dropped channel equals
-    one that is 0. centered: what the block adds has mean 0 over the places. In e2gan later norms
-    take that mean off anyway, but in bf16 the rest would be rounded beside it."""
+    The paper leaves open the number of heads (here 4), the feed-forward ratio (4) and the skips.
+    The norm is the RMS over a token's channels, as an instance norm would erase what
+    cross-attention adds to all tokens alike. It divides by the unpruned number of channels, so that
+    a dropped channel equals one that is 0.
+
+    centered: subtract the mean over positions from what is added to the trunk. In e2gan later norms
+    subtract it anyway, but in bf16 the differences between positions would be rounded beside it."""
 
     def __init__(self, widths, full, heads, centered):
         super().__init__()
@@ -191,10 +197,12 @@ class TransformerBlock(nn.Module):
 
 
 class Network(nn.Module):
-    """A network that can be rebuilt from its config: arch, width, size (pixels that it is trained
-    at), widths and full ({group: channels} now and unpruned), text_dim if it sees prompts, and what
-    its class reads. Subclasses have `file_kind`, what their file says that it holds, and
-    `example(size, batch, device)`, inputs of their forward."""
+    """A network that can be rebuilt from its config, which holds arch, width, size (of its training
+    pictures, in pixels), widths and full ({group: channels} now and unpruned), text_dim if it takes
+    prompts, and what its class needs beside these.
+
+    A subclass defines `file_kind`, how its files say what they hold, and `example(size, batch,
+    device)`, inputs of its forward."""
 
     sha256 = ""  # of the file that it comes from
 
@@ -204,10 +212,11 @@ class Network(nn.Module):
 
 
 class Generator(Network):
-    """A network that edits photos, and knows concepts: config["concepts"] = [{"name", "prompt"}].
+    """A network that edits photos by concepts: config["concepts"] = [{"name", "prompt"}, ...].
 
-    One that takes text has the prompts' features too, so that using it needs no CLIP: the buffers
-    tokens (concepts, T, D) and mask (concepts, T), and the tower's name in config["clip"]."""
+    One that takes text holds the prompts' CLIP features, so that using it needs no CLIP: the
+    buffers tokens (concepts, T, D) and mask (concepts, T), True where a token counts, and CLIP's
+    name in config["clip"]. A subclass defines `edit(photo, tokens, mask)`."""
 
     file_kind = "generator"
 
@@ -220,8 +229,8 @@ class Generator(Network):
             self.register_buffer("mask", torch.ones(shape, dtype=torch.bool))
 
     def forward(self, photo, concept=None):
-        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, indices of config["concepts"] (a
-        generator without text needs none) -> the edit, like photo."""
+        """photo (B, 3, H, W) in [-1, 1], concept (B,) long, indices into config["concepts"], which
+        a generator without text does not need -> edit (B, 3, H, W) in [-1, 1]"""
         if not self.takes_text:
             return self.edit(photo)
         return self.edit(photo, self.tokens[concept], self.mask[concept])
@@ -232,21 +241,23 @@ class Generator(Network):
         return photo, torch.zeros(batch, dtype=torch.long, device=device)
 
     def concept_index(self, name: str) -> int:
-        """A concept's index; the last one's where an adapter brought a name that the base had."""
+        """A concept's index. If an adapter's concept has a name that the base has too, it is the
+        adapter's."""
         names = [concept["name"] for concept in self.config["concepts"]]
         if name not in names:
             raise UserError(f"unknown concept {name!r}; this generator knows {', '.join(names)}")
         return len(names) - 1 - names[::-1].index(name)
 
     def known_concepts(self) -> list[tuple[dict, torch.Tensor | None]]:
-        """Its concepts, each with its prompt's text features (T, D), None without text."""
+        """[(concept, its prompt's features (T, D), or None without text), ...]"""
         prompts = [None] * len(self.config["concepts"])
         if self.takes_text:
             prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
         return list(zip(self.config["concepts"], prompts, strict=True))
 
     def set_known_concepts(self, known: list[tuple[dict, torch.Tensor | None]]) -> None:
-        """Makes these all that it knows. UserError, and nothing changed, if features do not fit."""
+        """Replaces the concepts and their prompts' features. UserError, and nothing is changed, if
+        the features do not fit."""
         if self.takes_text:
             width = self.config["text_dim"]
             prompts = []
@@ -262,8 +273,10 @@ class Generator(Network):
 
 
 def trunk(config: dict, centered: bool) -> nn.ModuleDict:
-    """config["blocks"]: "rb0", "rb1", ... are residual blocks, "tb" is the transformer block."""
-    widths, blocks = all_widths(config), nn.ModuleDict()
+    """The blocks that config["blocks"] names: residual ones "rb0", "rb1", ..., and the transformer
+    block "tb"."""
+    widths = all_widths(config)
+    blocks = nn.ModuleDict()
     for name in config["blocks"]:
         if name == "tb":
             blocks[name] = TransformerBlock(widths, config["full"], config["heads"], centered)
@@ -273,12 +286,14 @@ def trunk(config: dict, centered: bool) -> nn.ModuleDict:
 
 
 class E2GAN(Generator):
-    """E2GAN's generator: 3 residual blocks and a transformer block before the last, and where the
-    paper leaves the ends open, what measuring chose. Instance norm hides how bright a photo is, so
-    there is no norm after the stem, and the last layer sees the photo too. It also erases what a
-    prompt adds to a channel everywhere, so a scale and a shift made from the prompt's mean token
-    follow every norm (FiLM; Dumoulin et al. 2017, arXiv 1610.07629). Fine lines pass round the
-    quarter-size trunk: the stem's features are added on the way up, before the last ReLU."""
+    """E2GAN's generator: 3 residual blocks, with a transformer block before the last of them.
+
+    The paper leaves open what stands around them; these are choices of ours, made by measuring. An
+    instance norm hides how bright a photo is, so none follows the stem, and the last layer also
+    reads the photo. It erases what a prompt adds to a whole channel, so every norm is followed by a
+    scale and a shift that are computed from the prompt's mean token (FiLM; Dumoulin et al. 2017,
+    arXiv 1610.07629). The trunk, at a quarter of the size, loses fine lines, so the stem's features
+    are added before the last ReLU."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -323,7 +338,7 @@ class E2GAN(Generator):
 
 
 class ResnetGenerator(Generator):
-    """pix2pix's: 9 residual blocks, 11.378 M parameters at width 64."""
+    """pix2pix's ResNet generator: 9 residual blocks, 11.378 M parameters at width 64."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -345,14 +360,16 @@ class ResnetGenerator(Generator):
 
 
 class UNetGenerator(Generator):
-    """pix2pix's U-Net: as many halvings as fit the size it is trained at (8 at 256), skips by
-    concatenation, dropout in the three levels above the innermost while training. Instance norm;
-    none where a map is 1x1."""
+    """pix2pix's U-Net: config["depth"] halvings (8 for 256 pixels), skips by concatenation, and in
+    training dropout in the three levels above the innermost. Instance norms, but not where a
+    feature map is 1x1."""
 
     def __init__(self, config):
         super().__init__(config)
-        widths, depth = all_widths(config), config["depth"]
-        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        widths = all_widths(config)
+        depth = config["depth"]
+        self.downs = nn.ModuleList()
+        self.ups = nn.ModuleList()
         for i in range(depth):
             reads = f"d{i - 1}" if i else "rgb"
             self.downs.append(layer(nn.Conv2d, widths, reads, f"d{i}", 4, 2, padding=1))
@@ -362,26 +379,32 @@ class UNetGenerator(Generator):
             self.ups.append(layer(nn.ConvTranspose2d, widths, reads, writes, 4, 2, padding=1))
 
     def edit(self, photo, tokens=None, mask=None):
-        depth, x, skips = len(self.downs), photo, []
+        depth = len(self.downs)
+        x = photo
+        skips = []
         for i, down in enumerate(self.downs):
             x = down(F.leaky_relu(x, 0.2) if i else x)
-            x = instance_norm(x) if 0 < i < depth - 1 else x
+            if 0 < i < depth - 1:
+                x = instance_norm(x)
             skips.append(x)
         for i in reversed(range(depth)):
-            x = self.ups[i](F.relu(x if i == depth - 1 else torch.cat([x, skips[i]], 1)))
+            if i < depth - 1:
+                x = torch.cat([x, skips[i]], 1)
+            x = self.ups[i](F.relu(x))
             if i:
                 x = instance_norm(x)
                 x = F.dropout(x, 0.5, self.training and depth - 4 <= i < depth - 1)
         return torch.tanh(x)
 
 
-BLOCKS = {"e2gan": ("rb", "rb", "tb", "rb"), "resnet9": ("rb",) * 9}  # of the trunk
+# The trunk's blocks: "rb" is a residual block, "tb" the transformer block.
+BLOCKS = {"e2gan": ("rb", "rb", "tb", "rb"), "resnet9": ("rb",) * 9}
 
 
 def generator_config(arch, width, size, concepts, blocks=None, **text) -> dict:
-    """The config of an unpruned generator. width: the stem's channels (the paper's: 64). blocks,
-    of e2gan and resnet9: "rb" or "tb" each, in order, if not the usual ones. text, for e2gan only:
-    tokens (length of the longest prompt), text_dim, clip."""
+    """The config of an unpruned generator. width: the first layer's channels (64 in the paper).
+    blocks: of e2gan and resnet9, like BLOCKS, which is the default. text: of an e2gan that takes
+    prompts, tokens (length of the longest), text_dim and clip."""
     if blocks and (arch not in BLOCKS or {*blocks} - {"rb", "tb"} or blocks.count("tb") > 1):
         raise UserError(f"--blocks {','.join(blocks)}: {' and '.join(BLOCKS)} take rb and one tb")
     if arch == "unet256":
@@ -393,7 +416,7 @@ def generator_config(arch, width, size, concepts, blocks=None, **text) -> dict:
 
 
 def unet_shape(width: int, size: int) -> tuple[dict, dict[str, int]]:
-    """unet256's depth, and the widths of its channel groups."""
+    """({"depth": how often the size is halved}, widths) of a unet256."""
     depth = min(8, (size & -size).bit_length() - 1)  # how often the size can be halved
     widths = {}
     for i in range(depth):
@@ -404,12 +427,12 @@ def unet_shape(width: int, size: int) -> tuple[dict, dict[str, int]]:
 
 
 def resnet_shape(arch, width: int, blocks, with_text: bool) -> tuple[dict, dict[str, int]]:
-    """The names of e2gan's or resnet9's blocks ("rb0", "rb1", "tb", ...), the number of heads, and
-    the widths of their channel groups."""
-    names = []
+    """({"blocks": their names, "heads": the transformer block's}, widths) of an e2gan or a
+    resnet9."""
+    names = []  # "rb0", "rb1", "tb", ...
     for block in blocks:
-        residual = sum(name != "tb" for name in names)
-        names.append("tb" if block == "tb" else f"rb{residual}")
+        residual_blocks = sum(name != "tb" for name in names)
+        names.append("tb" if block == "tb" else f"rb{residual_blocks}")
     shape = {"blocks": names}
     widths = {"stem": width, "down1": 2 * width, "trunk": 4 * width, "up1": 2 * width}
     for name in names:
@@ -426,9 +449,9 @@ def resnet_shape(arch, width: int, blocks, with_text: bool) -> tuple[dict, dict[
 
 
 def new_generator(arch, width, size, concepts, tokens=None, clip="", blocks=None) -> Generator:
-    """An untrained generator. tokens: each concept's text features (T, D), made by the tower
-    `clip`, for an e2gan that is told its concepts apart by prompt; without them, or as another
-    architecture, it learns one concept."""
+    """An untrained generator. tokens: the features (T, D) of each concept's prompt, which the CLIP
+    of this name made, for an e2gan. Without them, and in another architecture, it can learn only
+    one concept."""
     text = {}
     if arch == "e2gan" and tokens:
         text = {"text_dim": tokens[0].shape[1], "clip": clip, "tokens": max(map(len, tokens))}
@@ -448,7 +471,8 @@ def mean_token(tokens, mask):
 
 
 def prompt_embedding(generator: Generator, concept: torch.Tensor) -> torch.Tensor | None:
-    """What the discriminator sees of the prompts of concept (B,): (B, D); None without text."""
+    """What the discriminator is given of the prompts of concepts (B,) long, indices: the mean token
+    (B, D), or None for a generator without text."""
     if not generator.takes_text:
         return None
     return mean_token(generator.tokens[concept], generator.mask[concept])
@@ -458,31 +482,34 @@ def prompt_embedding(generator: Generator, concept: torch.Tensor) -> torch.Tenso
 
 
 class Discriminator(Network):
-    """pix2pix's PatchGAN on photo and edit (70x70 patches), scores without sigmoid; on the picture
-    alone where config["photo"] is False (CycleGAN). With prompts, score = conv(h) + <P text, h>,
-    text the mean token as a unit vector (a choice of ours, after the projection discriminator; at
-    CLIP's own length, about 18, the product drowned the rest)."""
+    """pix2pix's PatchGAN: scores, without a sigmoid, for 70x70 patches of photo and edit or, where
+    config["photo"] is False, of the edit alone (CycleGAN).
+
+    With prompts the score is conv(h) + <P text, h>, after the projection discriminator (a choice of
+    ours). `text` is scaled to a unit vector: at CLIP's own length, about 18, the product outweighed
+    the rest."""
 
     file_kind = "discriminator"
 
     def __init__(self, config):
         super().__init__(config)
-        widths, self.convs = all_widths(config), nn.ModuleList()
+        widths = all_widths(config)
+        self.convs = nn.ModuleList()
         reads = ("photo", "edit") if config["photo"] else "edit"
         for group, stride in zip(config["widths"], (2, 2, 2, 1), strict=True):
             self.convs.append(layer(nn.Conv2d, widths, reads, group, 4, stride, padding=1))
             reads = group
         self.project = layer(nn.Linear, widths, "text", reads) if widths["text"] else None
         self.score = layer(nn.Conv2d, widths, reads, "score", 4, padding=1)
-        self.score.reset_parameters()  # PyTorch's, a third as large: scores start near 0
+        self.score.reset_parameters()  # PyTorch's weights, a third as large: scores start near 0
 
     def forward(self, photo, edit, text=None):
-        """photo (B, 3, H, W), None where config["photo"] is False; edit (B, 3, H, W), text (B, D)
-        or None -> (B, 1, h, w)"""
+        """photo (B, 3, H, W) in [-1, 1], or None where config["photo"] is False, edit like it, text
+        (B, D) or None -> scores (B, 1, h, w)"""
         return self.features(photo, edit, text)[-1]
 
     def features(self, photo, edit, text=None) -> list[torch.Tensor]:
-        """What every layer makes of forward's inputs, the score last: for feature matching."""
+        """Every layer's output for forward's inputs, the scores last, for feature matching."""
         x = torch.cat([photo, edit], 1) if self.config["photo"] else edit
         found = []
         for i, conv in enumerate(self.convs):
@@ -492,20 +519,22 @@ class Discriminator(Network):
         score = self.score(x)
         if self.project is not None:
             match = (self.project(F.normalize(text))[:, :, None, None] * x).sum(1, keepdim=True)
-            score = score + F.avg_pool2d(match, 2, 1)  # as many as scores
+            score = score + F.avg_pool2d(match, 2, 1)  # pooled to the scores' size
         return [*found, score]
 
     def example(self, size=None, batch=1, device="meta"):
         size = size or self.config["size"]
         text_dim = self.config.get("text_dim")
         photo, edit = torch.randn(2, batch, 3, size, size, device=device)
+        if not self.config["photo"]:
+            photo = None
         text = torch.randn(batch, text_dim, device=device) if text_dim else None
-        return photo if self.config["photo"] else None, edit, text
+        return photo, edit, text
 
 
 def new_discriminator(generator: Generator, text=True, photo=True) -> Discriminator:
-    """An untrained PatchGAN of a generator's unpruned width, on its device, which sees the prompt
-    if the generator does and `text`, and the photo if `photo`."""
+    """An untrained PatchGAN for a generator, of its unpruned width and on its device. text: whether
+    it sees the prompt too, if the generator does; photo: whether it sees the photo."""
     config = {key: generator.config[key] for key in ("width", "size")}
     config |= {"arch": "patchgan", "photo": photo}
     if text and generator.takes_text:
@@ -519,7 +548,8 @@ def new_discriminator(generator: Generator, text=True, photo=True) -> Discrimina
 
 
 def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
-    """Scales start as N(1, 0.02) (DCGAN). .writes alone: no hypernetwork makes them."""
+    """A batch norm of a channel group, whose scales start as N(1, 0.02) (DCGAN). It has .writes, so
+    that it is sliced, but no .reads, so that no hypernetwork computes its scales."""
     module = nn.BatchNorm2d(widths[group])
     nn.init.normal_(module.weight, 1.0, 0.02)
     module.writes = (group,)
@@ -527,18 +557,19 @@ def batch_norm(widths: dict, group: str) -> nn.BatchNorm2d:
 
 
 class DcganGenerator(Network):
-    """DCGAN's generator (arXiv 1511.06434): noise to 4x4, doubled up to config["size"]; batch norm
-    and ReLU, tanh at the end. Its convolutions keep their biases, which the norms erase."""
+    """DCGAN's generator (arXiv 1511.06434): noise becomes 4x4 pixels, which are doubled up to
+    config["size"]. Batch norms and ReLUs; tanh at the end."""
 
     file_kind = "dcgan generator"
 
     def __init__(self, config):
         super().__init__(config)
-        widths, groups = all_widths(config), ["noise", *config["widths"], "rgb"]
+        widths = all_widths(config)
+        groups = ["noise", *config["widths"], "rgb"]
         self.ups = nn.ModuleList()
         for i, (reads, writes) in enumerate(itertools.pairwise(groups)):
-            stride = (2, 1) if i else (1, 0)  # and padding
-            self.ups.append(layer(nn.ConvTranspose2d, widths, reads, writes, 4, *stride))
+            stride, padding = (2, 1) if i else (1, 0)
+            self.ups.append(layer(nn.ConvTranspose2d, widths, reads, writes, 4, stride, padding))
         self.norms = nn.ModuleList([batch_norm(widths, group) for group in groups[1:-1]])
 
     def forward(self, noise):
@@ -553,13 +584,15 @@ class DcganGenerator(Network):
 
 
 class DcganDiscriminator(Network):
-    """DCGAN's: strided convolutions down to 4x4, batch norm but after the first, one score."""
+    """DCGAN's discriminator: strided convolutions down to 4x4 pixels, batch norms after all but the
+    first, and one score."""
 
     file_kind = "discriminator"
 
     def __init__(self, config):
         super().__init__(config)
-        widths, groups = all_widths(config), ["rgb", *config["widths"]]
+        widths = all_widths(config)
+        groups = ["rgb", *config["widths"]]
         self.convs = nn.ModuleList()
         for reads, writes in itertools.pairwise(groups):
             self.convs.append(layer(nn.Conv2d, widths, reads, writes, 4, 2, 1))
@@ -567,18 +600,20 @@ class DcganDiscriminator(Network):
         self.score = layer(nn.Conv2d, widths, groups[-1], "score", 4)
 
     def forward(self, picture):
-        """picture (B, 3, S, S) in [-1, 1] -> (B, 1, 1, 1), without sigmoid"""
+        """picture (B, 3, S, S) in [-1, 1] -> score (B, 1, 1, 1), without a sigmoid"""
         x = F.leaky_relu(self.convs[0](picture), 0.2)
         for conv, norm in zip(self.convs[1:], self.norms, strict=True):
             x = F.leaky_relu(norm(conv(x)), 0.2)
         return self.score(x)
 
     def example(self, size=None, batch=1, device="meta"):
-        return (torch.randn(batch, 3, *2 * [self.config["size"]], device=device),)
+        size = self.config["size"]
+        return (torch.randn(batch, 3, size, size, device=device),)
 
 
 def dcgan_networks(width: int, size: int) -> dict[str, Network]:
-    """Untrained; width: channels of the generator's last map and the discriminator's first."""
+    """DCGAN's networks, untrained, "generator" and "discriminator". width: channels of the
+    generator's last feature map and of the discriminator's first."""
     depth = size.bit_length() - 3
     if depth < 1 or size != 4 * 2**depth:
         raise UserError(f"dcgan makes pictures of 8, 16, 32, 64, ... pixels, not {size}")
@@ -590,7 +625,7 @@ def dcgan_networks(width: int, size: int) -> dict[str, Network]:
     return {"generator": generator, "discriminator": build_network(config)}
 
 
-# ---- Any network by its config -------------------------------------------------------------------
+# ---- All networks --------------------------------------------------------------------------------
 
 ARCHITECTURES = {"e2gan": E2GAN, "resnet9": ResnetGenerator, "unet256": UNetGenerator}
 NETWORKS = {
@@ -602,6 +637,7 @@ NETWORKS = {
 
 
 def build_network(config: dict) -> Network:
+    """An untrained network of a config, whose "arch" names its class."""
     if config["arch"] not in NETWORKS:
         raise UserError(f"unknown architecture {config['arch']!r}; known: {', '.join(NETWORKS)}")
     return NETWORKS[config["arch"]](config)
@@ -612,18 +648,18 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_macs(network: Network, size: int | None = None) -> int:
-    """Multiply-accumulates of one `size` x `size` picture (default: config["size"]), by
-    torch.utils.flop_counter (convolutions, linear, attention)."""
+    """Multiply-accumulates for one picture of size x size (default: config["size"]), of
+    convolutions, linear layers and attention, counted by torch.utils.flop_counter."""
     twin = copy.deepcopy(network).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         twin(*twin.example(size))
     return counter.get_total_flops() // 2
 
 
-# ---- The same sums, faster on a CPU --------------------------------------------------------------
+# ---- Layers that are faster on a CPU -------------------------------------------------------------
 #
-# PyTorch's own layers would do: F.instance_norm, nn.Conv2d, nn.Upsample and nn.Conv2d. Training on
-# a CPU takes 1.3 to 1.4 times as long with them.
+# They compute the same as F.instance_norm, nn.Conv2d, and nn.Upsample before nn.Conv2d, with which
+# training on a CPU takes 1.3 to 1.4 times as long.
 
 
 def trains_on_cpu(x: torch.Tensor) -> bool:
@@ -632,28 +668,33 @@ def trains_on_cpu(x: torch.Tensor) -> bool:
 
 
 def instance_norm(x: torch.Tensor) -> torch.Tensor:
+    """F.instance_norm; a group norm with a group per channel is the same."""
     return F.group_norm(x, x.shape[1]) if trains_on_cpu(x) else F.instance_norm(x)
 
 
 def reflect(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
-    """x mirrored at both ends of dimension 2 or 3: F.pad, but faster and in x's dtype."""
-    if torch.compiler.is_exporting():  # one operator that all runtimes know, in place of five
+    """x (B, C, H, W) mirrored at both ends of dimension 2 or 3 by `reach` pixels: F.pad, but faster
+    and in x's dtype."""
+    if torch.compiler.is_exporting():  # one operator, which all runtimes know, in place of five
         return F.pad(x, (reach, reach, 0, 0) if dim == 3 else (0, 0, reach, reach), "reflect")
     after = x.narrow(dim, x.shape[dim] - 1 - reach, reach)
     return torch.cat([x.narrow(dim, 1, reach).flip(dim), x, after.flip(dim)], dim)
 
 
 class ToRGB(nn.Conv2d):
-    """A 7x7 convolution to 3 channels, reflecting at the borders. On a CPU, which dislikes so few
-    channels, it is a 1x7 one to 21, whose rows are then shifted and added: the same sums."""
+    """A 7x7 convolution to 3 channels with reflected borders. On a CPU, where convolutions to so
+    few channels are slow, it is a 1x7 convolution to 21 channels, one per row of the kernel and
+    output channel, whose results are shifted and added."""
 
     def forward(self, *features):
-        """Feature maps (B, ., H, W), taken as one -> (B, 3, H, W)."""
+        """Feature maps (B, ., H, W), as if concatenated -> (B, 3, H, W)."""
         if features[0].device.type != "cpu":
             return self.by_parts(features)
-        reach, height = self.padding[0], features[0].shape[2]
+        reach = self.padding[0]
+        height = features[0].shape[2]
         weight = self.weight.permute(2, 0, 1, 3).flatten(0, 1)[:, :, None]  # (21, C, 1, 7)
-        rows, parts = 0, weight.split([x.shape[1] for x in features], 1)
+        parts = weight.split([x.shape[1] for x in features], 1)
+        rows = 0
         for x, part in zip(features, parts, strict=True):
             rows = rows + F.conv2d(reflect(x.to(features[0].dtype), 3, reach), part)
         rows = reflect(rows, 2, reach).to(self.bias.dtype)  # bf16 would add another error
@@ -662,8 +703,8 @@ class ToRGB(nn.Conv2d):
         return self.bias[:, None, None] + edit
 
     def by_parts(self, features):
-        """forward on a GPU. The features are not concatenated, which would copy all channels, and
-        under autocast to fp32; each meets its part of the weight."""
+        """forward on a GPU: each feature map is convolved with its part of the weight, as
+        concatenating them would copy all channels, under autocast into fp32."""
         edit = self.bias[:, None, None]
         parts = self.weight.split([x.shape[1] for x in features], 1)
         for x, part in zip(features, parts, strict=True):
@@ -673,16 +714,17 @@ class ToRGB(nn.Conv2d):
 
 
 class UpConv(nn.Conv2d):
-    """Doubling by nearest neighbour, then a 3x3 convolution, which leaves no dot grid as transposed
-    ones do: computed as a transposed one of kernel 4, whose weights are sums of the nine."""
+    """Doubles height and width by nearest neighbour, then a 3x3 convolution: unlike a transposed
+    convolution with weights of its own it leaves no grid of dots. It is computed as a transposed
+    convolution of kernel 4, whose weights are sums of the nine."""
 
     def kernel(self) -> torch.Tensor:
-        """The transposed convolution's weight (in, out, 4, 4), for stride 2, a padding of 1 by the
-        border's pixels, and twice 1 cut off."""
+        """The transposed convolution's weight (in, out, 4, 4). See forward for its use: the input's
+        border is repeated once, stride 2, and 3 pixels are cut off at each side."""
         weight = self.weight
-        for side in (2, 3):  # taps that fall on copies of the same pixel add up
-            a, b, c = weight.unbind(side)
-            weight = torch.stack([c, b + c, a + b, a], side)
+        for dim in (2, 3):  # taps that fall on copies of the same pixel add up
+            a, b, c = weight.unbind(dim)
+            weight = torch.stack([c, b + c, a + b, a], dim)
         return weight.transpose(0, 1)
 
     def forward(self, x):
@@ -914,12 +956,12 @@ def base_discriminator(base: Path, generator: Generator) -> Discriminator:
 
 
 def check_config(config: dict) -> None:
-    """Raises where a stranger's config is absurd, before anything is built from it."""
+    """Raises if a config, from a file of unknown origin, would build something absurd."""
     counts = [config.get(key, 1) for key in ("depth", "heads", "tokens", "text_dim")]
     counts += [config["width"], config["size"], *config["widths"].values()]
     counts += [config["full"][group] for group in config["widths"]]
     if not all(type(n) is int and 0 < n < 2**16 for n in counts):
-        raise ValueError("a count in its config is none")
+        raise ValueError("a width or size in its config is no whole number from 1 to 65535")
     if len(config.get("blocks", ())) > 100:
         raise ValueError("it has more than 100 blocks")
     for concept in config.get("concepts", []):

