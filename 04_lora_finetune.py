@@ -1,21 +1,25 @@
-"""Stage 4: a new concept for a trained base, as a low-rank adapter (LoRA) on its crucial layers.
+"""Stage 4: teaches a trained base a new concept, by a low-rank adapter (LoRA) on crucial layers.
 
-E2GAN (arXiv 2401.06127), section 3. The base stays as it is; each adapted weight becomes
-W + (alpha/r) B A. `--mode full` trains all of the base's weights, `--mode scratch` a new network.
-The discriminator is the base's, which tells strokes from blur from the first step on (ours).
+E2GAN (arXiv 2401.06127, section 3). The base's weights stay as they are; an adapted weight becomes
+W + (alpha / rank) B A, of which only A and B are trained. To compare with, --mode full trains all
+of the base's weights and --mode scratch a new network. Training goes on with the base's
+discriminator (ours), which can tell strokes from blur from the first step on.
 
-Layers and ranks are fixed, unless a search chooses them by short trainings (probes). Their error
-is training.error (perceptual distance + RMSE / 50) on training photos that the concept does not
-train on: up to 100 outside stage 2's choice, else each fifth of the chosen, which the probes leave
-out. `--layers search` adapts each layer group alone at rank 1, sorts the groups by how much a
-trained weight lowers the error, adds them in that order, and keeps one if it lowers the error by
-more than --rank-threshold. Later runs use what it found. `--rank auto` starts every group at rank 1
-and doubles a group's rank as long as that lowers the error by more than --rank-threshold.
+Layers and ranks are fixed unless a search chooses them. A search makes short trainings (probes) and
+compares their error, training.error, on training photos that the probes do not train on: up to 100
+that stage 2 did not choose or, if it chose all, every fifth of them. A change of layers or ranks is
+kept if it lowers the error by more than the share --rank-threshold.
+- --layers search adapts each layer group alone at rank 1 and sorts the groups by how much the error
+  falls per trained weight. Then it adds the groups in that order. Later runs use what it kept
+- --rank auto starts all groups at rank 1, and doubles a group's rank as long as that is kept
 
-Reads   runs/pairs, runs/base/generator.safetensors, runs/clusters (new concepts, chosen photos)
-Writes  runs/lora/<concept>/adapter.safetensors     kilobytes: A, B, prompt, the base's SHA-256
-        (full, scratch: generator.safetensors)      and state, log.jsonl, curve.png, samples/*.png
-        runs/lora/layer-search/crucial.json         what --layers search found
+Reads   runs/pairs, runs/clusters               the new concepts, and the photos chosen for them
+        runs/base/generator.safetensors         the base, and discriminator.safetensors beside it
+Writes  runs/lora/<concept>/adapter.safetensors  kilobytes: A, B, the prompt, the base's SHA-256
+                                                 (--mode full, scratch: generator.safetensors)
+                            state.safetensors    what a run that was stopped continues from
+                            log.jsonl, curve.png, samples/*.png, result.json
+        runs/lora/layer-search/crucial.json      what --layers search kept
 
     python 04_lora_finetune.py --demo
     python 04_lora_finetune.py --concept cartoon        (default: every new concept of stage 2)
@@ -40,34 +44,35 @@ import dataset
 import training
 from runs import UserError
 
-DEMO = {  # so few steps are too few for pictures of two sizes
+DEMO = {
     "batch": 1,
     "steps": 64,
-    "half_size": 0.0,
+    "half_size": 0.0,  # too few steps for two sizes
     "probe_steps": 60,
     "fid": "off",
     "save_every": 64,
 }
-RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # --lr by --mode, where it was not given
-DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # short runs want long steps
-PAPER_RANKS = {  # the down- and upsamplings and the transformer block are the paper's
+RATES = {"lora": 1e-3, "full": 2e-4, "scratch": 2e-4}  # default of --lr, by --mode
+DEMO_RATES = {"lora": 3e-3, "full": 1e-3, "scratch": 1e-3}  # larger, as the demo's runs are short
+PAPER_RANKS = {  # {layer group: rank}
+    # the paper's: down- and upsampling layers and the transformer block
     "down1": 1,
     "down2": 4,
     "tb": 1,
     "up1": 8,
     "up2": 8,
-    # Ours, without which little is learned: the first and the last layer, which alone see how
-    # bright the photo is, and those by which the prompt scales and shifts what comes out of norms.
+    # ours: the first and the last layer, which alone see how bright the photo is, and the layers
+    # that compute FiLM's scales and shifts from the prompt. Without them little is learned.
     "stem": 4,
     "films": 1,
     "out": 3,
 }
-RANK_LIMIT = 16  # no search goes beyond it
-VALIDATION = 100  # photos that probes are judged on, at most
+RANK_LIMIT = 16  # the highest rank that a search tries
+VALIDATION = 100  # the most photos on which a probe's error is measured
 
 
 def rank_flag(text: str) -> int | str:
-    """--rank as argparse reads it."""
+    """argparse's type of --rank: paper, auto or a number."""
     return text if text in ("paper", "auto") else runs.count(text)
 
 
@@ -76,23 +81,73 @@ def parse() -> argparse.Namespace:
     flag = parser.add_argument
     training.add_flags(parser)
     training.add_half_size_flag(parser)
-    flag("--clusters", type=Path, default="runs/clusters", help="stage 2's: concepts and photos")
-    flag("--base", type=Path, default="runs/base/generator.safetensors", help="stage 3's or 5's")
+    flag(
+        "--clusters",
+        type=Path,
+        default="runs/clusters",
+        help="stage 2's folder, which names the new concepts and the photos chosen for them",
+    )
+    flag(
+        "--base",
+        type=Path,
+        default="runs/base/generator.safetensors",
+        help="the trained generator's file, of stage 3 or 5",
+    )
     training.add_discriminator_flag(parser)
-    flag("--concept", action="append", help="learn this concept instead; can be repeated")
-    flag("--samples", default="clusters", help="clusters (stage 2's), all, random:N, file of names")
-    flag("--mode", choices=list(RATES), default="lora", help="adapter, all weights, a new network")
-    flag("--layers", default="crucial", help="crucial, search (finds them), all, or down1,tb,...")
-    flag("--rank", type=rank_flag, default="paper", help="paper, auto (searches), or a number")
-    flag("--alpha", type=runs.positive, default=16.0, help="LoRA's: B A counts alpha / rank")
+    flag(
+        "--concept",
+        action="append",
+        help="learn this concept, in place of all new ones of --clusters; can be repeated",
+    )
+    flag(
+        "--samples",
+        default="clusters",
+        help="training photos: clusters (those that stage 2 chose), all, random:N, or a text file "
+        "of file names, one a line",
+    )
+    flag(
+        "--mode",
+        choices=list(RATES),
+        default="lora",
+        help="lora: train an adapter; full: all weights of the base; scratch: a new network",
+    )
+    flag(
+        "--layers",
+        default="crucial",
+        help="layer groups to adapt: crucial (those that a search found, else the built-in ones), "
+        "search (finds them first), all, or names: down1,tb,...",
+    )
+    flag(
+        "--rank",
+        type=rank_flag,
+        default="paper",
+        help="ranks of the adapter: paper (built in, by group), auto (a search finds them), or one "
+        "number for all",
+    )
+    flag(
+        "--alpha",
+        type=runs.positive,
+        default=16.0,
+        help="LoRA's scale: B A is multiplied by alpha / rank",
+    )
     flag(
         "--rank-threshold",
         type=runs.weight,
         default=0.01,
-        help="by what share a step of a search must lower the error",
+        help="share of the error by which a change in a search must lower it to be kept",
     )
-    flag("--probe-steps", type=runs.count, default=500, help="steps of a search's short training")
-    flag("--epochs", type=runs.count, default=200, help="rates fall to 0 in the second half")
+    flag(
+        "--probe-steps",
+        type=runs.count,
+        default=500,
+        help="steps of each short training of a search",
+    )
+    flag(
+        "--epochs",
+        type=runs.count,
+        default=200,
+        help="passes over the data, in the second half of which the learning rates fall to 0",
+    )
     flag("--lr", type=runs.positive, help="the generator's learning rate (default: by --mode)")
     args = parser.parse(DEMO)
     if args.lr is None:
@@ -104,16 +159,16 @@ def parse() -> argparse.Namespace:
     return args
 
 
-# ---- Adapters: W + (alpha / rank) B A (common.LoRA), made and saved ------------------------------
+# ---- Adapters: W + (alpha / rank) B A, see common.LoRA -------------------------------------------
 
 
 def layer_group(name: str) -> str:
-    """The group of a layer: of "blocks.tb.feed1" it is "tb", of "down1.conv" it is "down1"."""
+    """The group that a layer belongs to: "tb" for "blocks.tb.feed1", "down1" for "down1.conv"."""
     return name.removeprefix("blocks.").split(".")[0]
 
 
 def layer_shapes(generator: common.Generator) -> dict[str, tuple[int, int]]:
-    """{layer: the shape of its weight as a matrix, (out, in * k * k)}, in order."""
+    """{layer: its weight's shape as a matrix, (out, in * k * k)}, in the order of definition."""
     shapes = {}
     for name, module in common.named_layers(generator):
         outputs = len(module.bias)
@@ -122,7 +177,7 @@ def layer_shapes(generator: common.Generator) -> dict[str, tuple[int, int]]:
 
 
 def layer_ranks(shapes: dict, ranks: dict[str, int]) -> dict[str, int]:
-    """Ranks by group as ranks by layer; a rank can't be larger than its weight's sides."""
+    """{layer: rank} from {layer group: rank}. A rank is at most the shorter side of its matrix."""
     found = {}
     for name, shape in shapes.items():
         group = layer_group(name)
@@ -132,7 +187,7 @@ def layer_ranks(shapes: dict, ranks: dict[str, int]) -> dict[str, int]:
 
 
 def lora_weights(shapes: dict, ranks: dict[str, int]) -> int:
-    """How many numbers the matrices A and B of these ranks (by group) hold."""
+    """How many numbers A and B hold in all layers. ranks: {layer group: rank}."""
     total = 0
     for name, rank in layer_ranks(shapes, ranks).items():
         outputs, inputs = shapes[name]
@@ -141,9 +196,12 @@ def lora_weights(shapes: dict, ranks: dict[str, int]) -> int:
 
 
 def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
-    """Freezes the generator and adapts the layers in `ranks` {layer: rank}; returns what trains.
-    B starts at 0, so nothing changes yet; A as the weight's leading right singular vectors (ours:
-    the inputs that count most; random rows learned less in as many steps)."""
+    """Freezes the generator and adds A and B to the layers in `ranks`, {layer: rank}. Returns A and
+    B of all of them.
+
+    B starts at 0, so that nothing changes yet, and A as the weight's leading right singular
+    vectors, the directions of the input that matter most (ours; random rows learned less in as many
+    steps)."""
     generator.requires_grad_(False)
     for name, rank in ranks.items():
         module = generator.get_submodule(name)
@@ -156,9 +214,11 @@ def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Paramete
 
 
 def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: float) -> None:
-    """fp16 A and B of every adapted layer and the prompt's token features. A reader without this
-    code adds (alpha / rank) B A to the base's <layer>.weight, seen as (out, in * k * k)."""
-    tensors, ranks = {}, {}
+    """Writes A and B of every adapted layer, and the prompt's features (T, D), in fp16. To use them
+    without this code, add (alpha / rank) B A to the base's <layer>.weight, seen as
+    (out, in * k * k)."""
+    tensors = {}
+    ranks = {}
     for name, module in common.named_layers(generator):
         if parametrize.is_parametrized(module, "weight"):
             lora = module.parametrizations.weight[-1]
@@ -172,11 +232,11 @@ def save_adapter(path: Path, generator, concept: str, base_sha256: str, alpha: f
     runs.write_tensors(path, tensors, metadata)
 
 
-# ---- Which photos --------------------------------------------------------------------------------
+# ---- Which photos to train on --------------------------------------------------------------------
 
 
 def chosen_samples(args, concept: str) -> list[str] | None:
-    """The names of the training photos to use, as --samples says; None for all."""
+    """The file names of the training photos that --samples means; None for all."""
     if args.samples == "all":
         return None
     if args.samples.startswith("random:"):
@@ -203,7 +263,8 @@ def chosen_samples(args, concept: str) -> list[str] | None:
 
 
 def training_pairs(args, concept: str) -> dataset.Pairs:
-    """The chosen pairs. If --seed draws them, data_hash is that of all: seeds are no other data."""
+    """The pairs that --samples means. Where --seed draws them, data_hash is that of all pairs, so
+    that runs of several seeds count as runs on the same data."""
     pairs = dataset.find_pairs(args.pairs, "train", [concept], chosen_samples(args, concept))
     if args.samples.startswith("random:"):
         pairs.data_hash = pairs.cache_hash
@@ -211,29 +272,30 @@ def training_pairs(args, concept: str) -> dataset.Pairs:
 
 
 def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
-    """(photos that probes train on, photos that judge them), as the docstring says."""
+    """(photos that a search's probes train on, photos on which their error is measured), as this
+    file's docstring describes."""
     names = dataset.edit_names(args.pairs, "train", [concept])[concept]
     chosen = chosen_samples(args, concept) or names
-    held_out = sorted(set(names) - set(chosen))
-    if held_out:
-        return chosen, held_out[:: math.ceil(len(held_out) / VALIDATION)]
-    judged = chosen[::5]
-    trained = [name for name in chosen if name not in judged]
-    return trained or chosen, judged
+    not_chosen = sorted(set(names) - set(chosen))
+    if not_chosen:
+        return chosen, not_chosen[:: math.ceil(len(not_chosen) / VALIDATION)]
+    held_out = chosen[::5]
+    trained = [name for name in chosen if name not in held_out]
+    return trained or chosen, held_out
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
 
 def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) -> tuple:
-    """The generator to train, which knows the new concept's prompt, and the discriminator, which
-    sees no prompt. ranks: of the adapter, by group (--mode lora)."""
+    """(the generator to train, which has the new concept's prompt, the discriminator, which sees no
+    prompt). ranks: of --mode lora's adapter, {layer group: rank}."""
     torch.manual_seed(args.seed)
     generator = common.load_generator(args.base, device)
     if args.mode == "scratch":
         prompts = dict(generator.named_buffers())
         generator = common.build_network(generator.config).to(device)
-        generator.load_state_dict(prompts, strict=False)
+        generator.load_state_dict(prompts, strict=False)  # no weights
     tokens = None
     if generator.takes_text:
         [tokens], _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
@@ -252,16 +314,16 @@ def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) ->
 def finetune(
     args, generator, discriminator, train, steps: int, out: Path | None = None, test=None
 ) -> dict:
-    """Trains what is not frozen. State, and pictures of `test`, go to `out`; a probe has none.
-    Returns its pace as columns of a table."""
+    """Trains what is not frozen. Returns Loop.pace, columns of a table. out: the folder for the
+    state and for pictures of `test`; probes have none."""
     name = train.concepts[0]["name"]
-    index = generator.concept_index(name)  # of the only concept in `train`, whose number there is 0
+    index = generator.concept_index(name)  # batches say 0 for it, as `train` has one concept
     opt_g = training.adam([p for p in generator.parameters() if p.requires_grad], args.lr)
     opt_d = training.adam(discriminator.parameters(), args.lr_d)
     ddp_generator = training.data_parallel(training.compiled(generator, args.compile))
     ddp_discriminator = training.data_parallel(training.compiled(discriminator, args.compile))
     discriminator_features = training.compiled(discriminator.features, args.compile)
-    one_pass = args.accumulate == 1  # the generator's serves both steps
+    one_pass = args.accumulate == 1  # the generator's forward pass serves both steps
     halved = training.half_size_steps(args.half_size, steps, args.crop or train.size)
     parts = {"g": generator, "d": discriminator, "opt_g": opt_g, "opt_d": opt_d}
     loop = training.Loop(args, train, steps, parts, out, desc=name, half_size_steps=halved)
@@ -320,8 +382,8 @@ def finetune(
 
 
 def chosen_groups(args, base: common.Generator) -> list[str]:
-    """--layers as layer groups, in the base's order. `crucial` is what a search found or, without
-    one, PAPER_RANKS' groups. UserError for a group that the base does not have."""
+    """The layer groups that --layers means, in the base's order. `crucial` are those that a search
+    found or, without one, those of PAPER_RANKS. UserError for one that the base does not have."""
     groups = list(dict.fromkeys(map(layer_group, layer_shapes(base))))
     if args.layers == "all":
         return groups
@@ -342,16 +404,15 @@ def chosen_groups(args, base: common.Generator) -> list[str]:
 
 
 class Probes:
-    """Short trainings on some concepts, which tell what ranks are worth by training.error on
-    held-out photos. Their errors are kept in a file, so a search that was killed goes on with
-    those, and finds the same."""
+    """A search's short trainings on some concepts. The error of each is kept in a file, so that a
+    search that was stopped continues and finds the same."""
 
     def __init__(self, args, concepts: list[str], file: Path, device: torch.device):
         self.args = args
         self.file = file
         self.device = device
         self.saved = runs.read_json(file) if file.exists() else {}
-        self.data = {}  # {concept: (pairs to train on, pairs to judge on)}
+        self.data = {}  # {concept: [pairs to train on, pairs to measure the error on]}
         for name in concepts:
             pairs = []
             for samples in validation_split(args, name):
@@ -360,23 +421,24 @@ class Probes:
             self.data[name] = pairs
 
     def error(self, ranks: dict[str, int]) -> float:
-        """The error after probes with these ranks by group, relative to the base's: the mean over
-        the concepts."""
+        """The error of probes with these ranks, {layer group: rank}, relative to the base's,
+        averaged over the concepts."""
         errors = [self.measure(name, ranks) / self.measure(name, {}) for name in self.data]
         return sum(errors) / len(errors)
 
     def measure(self, name: str, ranks: dict[str, int]) -> float:
-        """The error on one concept; without ranks, of the base as it is."""
+        """The error of a probe on one concept; for no ranks, of the base itself."""
         key = json.dumps([name, sorted(ranks.items())])
         if key not in self.saved:
             error = self.train_and_judge(name, ranks)
-            self.saved[key] = runs.from_first(error)  # all processes must go the same way
+            self.saved[key] = runs.from_first(error)  # all processes must decide alike
             if runs.rank() == 0:
                 runs.write_json(self.file, self.saved)
         return self.saved[key]
 
     def train_and_judge(self, name: str, ranks: dict[str, int]) -> float:
-        """measure, done anew. Only the first process judges; others return 0."""
+        """measure's error of a new probe, infinite if it diverged. Processes other than the first
+        do not measure and return 0."""
         train, held_out = self.data[name]
         generator, discriminator = prepare(self.args, train.concepts[0], ranks, self.device)
         try:
@@ -391,12 +453,12 @@ class Probes:
 
 
 def search_layers(args, concepts: list[str], base: common.Generator, device: torch.device) -> None:
-    """The layer search, by the rule in this file's docstring, in <out>/layer-search."""
+    """Runs the layer search, which this file's docstring describes, in <out>/layer-search."""
     out = args.out / "layer-search"
     shapes = layer_shapes(base)
     pairs = [training_pairs(args, name) for name in concepts]
     data = [part.data_hash for part in pairs]
-    unused = {"rank": 1, "steps": None, "epochs": None}  # by probes
+    unused = {"rank": 1, "steps": None, "epochs": None}  # flags that do not change the search
     settings = runs.settings_of(args, data=data, concept=concepts, base=base.sha256, **unused)
     if runs.begin_run(out, settings, args.overwrite):
         return
@@ -435,14 +497,14 @@ def search_layers(args, concepts: list[str], base: common.Generator, device: tor
 
 
 def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: float) -> tuple:
-    """Starts all chosen groups at rank 1, and doubles one's as often as that lowers the error by
-    more than the threshold. Returns ranks by group, and for tables: the probes as rows, one after
-    the other, and a row of what was found beside the probes that all combinations would take."""
+    """The rank search, which this file's docstring describes. chosen: layer groups. Returns
+    ({layer group: rank}, a table's rows, one for each probe, another table's row, which compares
+    the number of probes with that of all combinations)."""
     ranks = dict.fromkeys(chosen, 1)
     limits = {}
     for group in chosen:
         limits[group] = max(layer_ranks(shapes, {group: RANK_LIMIT}).values())
-    # a group's ranks to try: 1, 2, 4, ... up to its limit
+    # each group has the ranks 1, 2, 4, ... up to its limit
     combinations = math.prod((limit - 1).bit_length() + 1 for limit in limits.values())
     best = probes.error(ranks)
     path = [{"probe": 1, "group": "all", "rank": 1, "error %": 100 * best, "kept": "yes"}]
@@ -461,7 +523,8 @@ def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: flo
                 }
             )
             if better:
-                ranks, best = tried, error
+                ranks = tried
+                best = error
             else:
                 limits[group] = ranks[group]  # no further
     found = {
@@ -477,14 +540,15 @@ def search_ranks(probes: Probes, shapes: dict, chosen: list[str], threshold: flo
 
 
 def ranks_of(args, groups: list[str]) -> dict[str, int]:
-    """--rank as {group: rank}; of `auto`, what its search starts from."""
+    """{layer group: rank} that --rank means; for `auto`, the ranks from which the search starts."""
     if args.rank == "paper":
         return {group: PAPER_RANKS.get(group, 1) for group in groups}
     return dict.fromkeys(groups, 1 if args.rank == "auto" else args.rank)
 
 
 def save_product(out: Path, generator, name: str, base: common.Generator, args) -> Path:
-    """Writes what this run made: an adapter, or a generator that knows the new concept alone."""
+    """Writes the adapter or, in other modes, a generator that knows only the new concept. Returns
+    the file."""
     if args.mode == "lora":
         path = out / "adapter.safetensors"
         save_adapter(path, generator, name, base.sha256, args.alpha)
@@ -496,13 +560,12 @@ def save_product(out: Path, generator, name: str, base: common.Generator, args) 
 
 
 def learn(args, name: str, base: common.Generator, groups: list[str], device) -> None:
-    """One concept, from its pairs to its result.json in <out>/<concept>. groups: of layers to
-    adapt."""
+    """Learns one concept, in <out>/<concept>. groups: the layer groups to adapt."""
     out = args.out / name
     train = training_pairs(args, name).cache(args.cache)
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = ranks_of(args, groups)
-    # what cannot be prepared is told before anything is written
+    # raises for bad input before anything is written
     _, discriminator = prepare(args, train.concepts[0], ranks, device)
     settings = runs.settings_of(
         args,
@@ -522,7 +585,7 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
         ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
         search_tables["Rank search, held-out error relative to the base's"] = path
         search_tables["Rank search, found"] = [found]
-    # anew, as adapters begin with singular vectors, which depend on the number of threads
+    # again, as adapters start from singular vectors, which depend on the number of threads
     generator, discriminator = prepare(args, train.concepts[0], ranks, device)
 
     photos, edits = test.pictures(0)
@@ -562,9 +625,9 @@ def main() -> None:
     training.check_crop(args.crop, size, whole_only=base.config["arch"] == "unet256")
     training.check_loop(args, device)
     if base.config["arch"] == "unet256":
-        args.half_size = 0.0  # its innermost map is one pixel at the full size
+        args.half_size = 0.0  # at the full size its innermost feature map is one pixel already
     if not args.new_discriminator:
-        common.base_discriminator(args.base, base)  # an error before anything is written
+        common.base_discriminator(args.base, base)  # raises before anything is written
     if args.layers == "search":
         search_layers(args, concepts, base, device)
     groups = chosen_groups(args, base) if args.mode == "lora" else []
