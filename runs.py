@@ -1,9 +1,9 @@
-"""Flags, one-line errors, whole files, run folders, and the tables of many runs.
+"""Command lines, one-line errors, torchrun's processes, whole files, run folders and tables.
 
     python runs.py [folder]      prints the tables of all complete runs below a folder (runs/)
 
-A run's folder holds settings.json first, its files, and result.json last. Nothing here knows a
-network or a picture.
+A run's folder gets settings.json first, then the run's files, and result.json last. Nothing here
+knows a network or a picture.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# OpenMP's threads wait for each other at each of a thousand operators a step. They do so in a loop
-# that does nothing, unless told otherwise, also when another process needs the core. Read when
-# torch is imported, so stages import this file before it.
-# 3,000 turns are some 40 microseconds: with nothing beside it a step is as fast as with any number,
-# and beside other work threads sleep soon. OMP_WAIT_POLICY=PASSIVE sleeps at once.
+# OpenMP's threads wait for each other at each of a thousand operators a step. Unless told otherwise
+# they wait in a busy loop, even when another process needs the core. With GOMP_SPINCOUNT they sleep
+# after 3,000 turns, some 40 microseconds: alone, a step is as fast as with any other number.
+# OMP_WAIT_POLICY=PASSIVE lets them sleep at once. torch reads the variables when it is imported, so
+# stages import this file first.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
@@ -45,8 +45,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def explain(words: str) -> Iterator[None]:
-    """Turns whatever is raised inside into a UserError: these words, then the error's own. For
-    files and numbers from outside, and libraries that read them, which raise anything."""
+    """Turns whatever is raised inside into a UserError of these words and the error's own. It is
+    for files and numbers from outside, and for libraries that read them, which raise anything."""
     try:
         yield
     except Exception as error:
@@ -60,27 +60,43 @@ def explain(words: str) -> Iterator[None]:
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and after each flag's sentence its default, if it has one."""
+    """Help that shows the docstring as it is written, and after each flag's help its default, if it
+    has one."""
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and the flags of all stages."""
+    """argparse's parser, with the flags that all stages have, and errors as UserError. doc: the
+    stage's docstring; out: default of --out."""
 
     def __init__(self, doc: str, out: str):
         super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
         flag = self.add_argument
-        flag("--demo", action="store_true", help="small defaults, no model hub, in runs/demo/")
+        flag(
+            "--demo",
+            action="store_true",
+            help="use defaults of a small example in runs/demo/, which downloads no models",
+        )
         flag("--out", type=Path, default=out, help="the folder that this stage writes")
-        flag("--seed", type=number(int, 0, 2**31 - 1), default=0, help="equal seeds, equal files")
-        flag("--device", default="auto", help="auto (CUDA, MPS, CPU) or a torch device: cuda:1")
+        flag(
+            "--seed",
+            type=number(int, 0, 2**31 - 1),
+            default=0,
+            help="number that all random choices depend on; on a CPU equal seeds give equal files "
+            "(default: 0)",
+        )
+        flag(
+            "--device",
+            default="auto",
+            help="auto (CUDA if there is a GPU, else MPS, else the CPU) or a torch device: cuda:1",
+        )
         flag("--overwrite", action="store_true", help="delete the run in --out and start again")
 
     def parse(self, demo: dict) -> argparse.Namespace:
-        """The flags, and `stage`, the script's name. With --demo the defaults in `demo` hold
-        instead of the usual ones, and folders in runs/ become folders in runs/demo/."""
+        """The parsed flags, and the script's name as .stage. demo: defaults that hold with --demo;
+        then folders in runs/ become folders in runs/demo/, too."""
         self.set_defaults(stage=Path(self.prog).stem)
         if "--demo" in sys.argv[1:]:
             for key, value in vars(self.parse_args([])).items():
@@ -94,8 +110,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(convert: type, low: float, high: float = 10**9, above: bool = False) -> Callable:
-    """A type for argparse: an int or a float (`convert`) from `low` to `high`; with `above`, not
-    `low` itself."""
+    """A type for argparse: numbers, int or float (`convert`), from `low` to `high`. above: `low`
+    itself is not allowed."""
 
     def parse_number(text: str):
         value = convert(text)
@@ -109,15 +125,15 @@ def number(convert: type, low: float, high: float = 10**9, above: bool = False) 
 
 count = number(int, 1)
 positive = number(float, 0, above=True)
-weight = number(float, 0)  # of a loss: 0 leaves it out
+weight = number(float, 0)
 
 
 def run(main: Callable[[], None]) -> None:
     """Calls a stage's main(). Bad input, a full disk, a missing permission or too little memory end
-    in one `error:` line and status 2; Ctrl-C and SIGTERM in one line that says how to go on."""
+    in one `error:` line and status 2; Ctrl-C and SIGTERM in one line that says how to continue."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a console that has no letter for a file's name
+        if isinstance(stream, io.TextIOWrapper):  # for names with letters that a console lacks
             stream.reconfigure(errors="backslashreplace")
     sys.stdout = Output(sys.stdout)
     try:
@@ -143,9 +159,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def leave() -> NoReturn:
-    """Ends a process of torchrun's whose work is done, without Python's clearing up. Networks under
-    DDP keep gloo's threads alive, and one that lets go of a tensor while Python clears up aborts
-    the process."""
+    """Ends one of torchrun's processes when its work is done, without Python's clean-up. Networks
+    under DDP keep gloo's threads alive, and the process aborts if one of these frees a tensor
+    during the clean-up."""
     torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stderr.flush()
@@ -153,8 +169,8 @@ def leave() -> NoReturn:
 
 
 class Output:
-    """Standard output, which nobody may read to its end, such as `| head`: what is written after
-    that is lost, but never the run."""
+    """Standard output whose reader may leave, such as `| head`. What is written after that is lost,
+    but the run goes on."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -172,7 +188,7 @@ class Output:
     def reader_may_leave(self):
         try:
             yield
-        except BrokenPipeError:  # what is written from now on goes nowhere
+        except BrokenPipeError:  # from now on write to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str):
@@ -180,19 +196,24 @@ class Output:
 
 
 def fail(message: str) -> NoReturn:
-    """Ends the process with status 2 and one line."""
+    """Ends the process with one `error:` line and status 2."""
     close_bars()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory was not enough. Of PyTorch's only CUDA's has a type."""
+    """Whether an error says that memory was not enough. PyTorch has an error type of its own for
+    CUDA only."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    on_cpu = "can't allocate memory", "not enough memory"  # Linux and macOS, Windows
-    elsewhere = "out of memory", "ALLOC_FAILED"  # MPS, cuDNN and cuBLAS
-    return any(words in str(error) for words in (*on_cpu, *elsewhere))
+    phrases = [
+        "can't allocate memory",  # the CPU on Linux and macOS
+        "not enough memory",  # the CPU on Windows
+        "out of memory",  # MPS
+        "ALLOC_FAILED",  # cuDNN and cuBLAS
+    ]
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def close_bars() -> None:
@@ -215,7 +236,7 @@ def world() -> int:
 
 
 def average(tensor: torch.Tensor) -> torch.Tensor:
-    """Replaces a tensor by its mean over the processes."""
+    """Sets a tensor, in place, to its mean over the processes. Returns it."""
     if world() > 1:
         with explain_lost_process():
             torch.distributed.all_reduce(tensor)
@@ -225,21 +246,21 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Around what all processes do together: UserError if one of them is gone."""
+    """For what all processes do together: UserError if one of them has ended."""
     try:
         yield
-    except (RuntimeError, ValueError):  # a connection is gone, or was never made
+    except (RuntimeError, ValueError):  # a connection was lost, or never made
         raise UserError("another process ended; its message is above or below") from None
 
 
 def from_first(number: float) -> float:
-    """Tells all processes the first one's number: the mean of `world() * number` and zeros."""
+    """The first process's number, in all processes: the mean of `world() * number` and zeros."""
     mine = torch.tensor(world() * float(number)) if rank() == 0 else torch.tensor(0.0)
     return average(mine).item()
 
 
 def gather(value: object) -> list:
-    """What each process gives, in the order of their ranks; told to all."""
+    """The values of all processes in the order of their ranks, in all processes."""
     values = [value]
     if world() > 1:
         values = [None] * world()
@@ -249,7 +270,7 @@ def gather(value: object) -> list:
 
 
 def barrier() -> None:
-    """Returns when all processes have come here."""
+    """Waits until all processes have called it."""
     from_first(0.0)
 
 
@@ -272,7 +293,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8. A path's bytes that are not UTF-8 become question marks."""
+    """Writes text in UTF-8. Surrogates, which stand for a path's bytes that are not UTF-8, become
+    question marks."""
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8", errors="replace"))
 
 
@@ -285,8 +307,8 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, or in UTF-16 if it begins so, as PowerShell writes it. A byte order
-    mark is left out, and Windows' line ends become ours."""
+    """The text of a file in UTF-8, or in UTF-16 if it begins with its byte order mark, as
+    PowerShell's do. The mark is left out, and Windows' line ends become \\n."""
     data = Path(path).read_bytes()
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
@@ -294,7 +316,8 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, maker: str = "") -> dict:
-    """The JSON object in a file. UserError if it is missing (`maker` makes it) or broken."""
+    """The JSON object in a file. UserError if the file is missing or broken. maker: the script that
+    makes it, for the message."""
     if not Path(path).exists():
         raise UserError(f"{path} does not exist{maker and f'; {maker} makes it'}")
     with explain(f"{path} cannot be read as JSON"):
@@ -305,14 +328,14 @@ def read_json(path: Path, maker: str = "") -> dict:
 
 
 def files_below(folder: Path, name: str) -> list[Path]:
-    """All files of this name. Left out are runs that --overwrite was deleting when it was killed,
-    which lie in folders named .*.old."""
+    """All files of this name in a folder and below it, except in folders .*.old: runs that
+    --overwrite was deleting when it was killed."""
     return [path for path in sorted(folder.rglob(name)) if not path.parent.match(".*.old")]
 
 
 def check_name(name: object, where: object) -> None:
-    """Concepts' names become file names. UserError where one could lead to another folder, hide a
-    file or be no file name on some system."""
+    """UserError unless a concept's name can be a file's name on all systems: one that neither leads
+    to another folder nor hides the file. where: what gave the name, for the message."""
     good = (
         isinstance(name, str)
         and name.isprintable()
@@ -325,7 +348,7 @@ def check_name(name: object, where: object) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes: how an adapter names the base that it belongs to."""
+    """SHA-256 of a file's bytes, in hexadecimal. An adapter names its base by it."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -339,8 +362,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict) 
 
 
 def read_tensors(path: Path, file_kind: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors and metadata of a file that write_tensors wrote with metadata["kind"] = file_kind.
-    UserError for anything else, and for numbers that are not finite."""
+    """(tensors, metadata) of a file that write_tensors wrote with metadata["kind"] = file_kind.
+    UserError for any other file, and for numbers that are not finite."""
     path = Path(path)
     if not path.is_file():
         maker = "; 01_distill_pairs.py makes it" if file_kind == "features" else ""
@@ -363,21 +386,22 @@ def read_tensors(path: Path, file_kind: str) -> tuple[dict[str, torch.Tensor], d
 
 # ---- A run's folder: settings.json, the product, result.json last, and a lock beside it ----------
 
-LOCKS: dict[Path, filelock.FileLock] = {}  # held by this process until it ends
+LOCKS: dict[Path, filelock.FileLock] = {}  # {path: lock}, held by this process until it ends
 
 
 def begin_run(out: Path, settings: dict, overwrite: bool, renew: bool = False) -> bool:
-    """Makes `out` this run's folder; call it once all input is known to be good.
+    """Makes `out` this run's folder. Call it once all input is known to be good. Returns True if
+    the run there is complete already.
 
-    settings: what the result depends on, flags and the hashes of what is read. A folder with other
-    settings is an error; `overwrite` deletes it, but never a folder that is not a run. Returns True
-    if the run there is complete already, unless it is to be renewed (`renew`)."""
+    settings: all that the result depends on, flags and hashes of what is read. UserError if the
+    folder holds a run with other settings; `overwrite` deletes that, but never a folder that is no
+    run. renew: a complete run is continued, too."""
     done = rank() == 0 and claim_folder(out.resolve(), settings, overwrite, renew)
     return bool(from_first(done))
 
 
 def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> bool:
-    """begin_run in the first process."""
+    """What begin_run does in the first process."""
     settings = json.loads(json.dumps(settings, default=str))  # as they will be read again
     if overwrite or renew or not (out / "result.json").exists():
         lock_folder(out)
@@ -396,7 +420,7 @@ def claim_folder(out: Path, settings: dict, overwrite: bool, renew: bool) -> boo
 
 
 def lock_folder(out: Path) -> None:
-    """Takes the lock beside a run's folder, which the operating system frees when this process
+    """Takes the lock beside a run's folder, which the operating system releases when this process
     ends. UserError if another process has it."""
     path = out.with_name(f".{out.name}.lock")
     lock = LOCKS.setdefault(path, filelock.FileLock(path))
@@ -407,11 +431,11 @@ def lock_folder(out: Path) -> None:
 
 
 def take_lock(lock: filelock.FileLock, flag: str, timeout: float = -1):
-    """Acquires a lock; what this returns frees it at the end of a `with`. UserError where that
-    cannot be done, as on network shares without locks. flag: names the lock's folder."""
+    """Acquires a lock, which a `with` of the result releases. UserError where that is impossible,
+    as on network shares without locks. flag: the flag that names the lock's folder."""
     try:
         return lock.acquire(timeout=timeout)
-    except filelock.Timeout:  # an OSError too
+    except filelock.Timeout:  # an OSError too, but the caller's to handle
         raise
     except (NotImplementedError, OSError) as error:
         where = f"give {flag} on a disk that you may write to, and which has locks"
@@ -419,7 +443,8 @@ def take_lock(lock: filelock.FileLock, flag: str, timeout: float = -1):
 
 
 def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
-    """The names of the files in a run's folder. UserError if it is another run's, or none."""
+    """The names of the files in a run's folder. UserError if it holds another run, or files that no
+    stage made."""
     names = {path.name for path in out.glob("*") if not path.match(".*.part")}
     saved = read_json(out / "settings.json") if "settings.json" in names else {}
     if out.is_file() or (names and "stage" not in saved):
@@ -436,14 +461,14 @@ def check_folder(out: Path, settings: dict, overwrite: bool) -> set[str]:
     return names
 
 
-# Flags that leave the result as it is, or change what is rounded. --accumulate is none of these: a
-# U-Net's dropout, DCGAN's batch norms and CycleGAN's pools see micro-batches.
+# Flags that do not change the result, except by rounding. --accumulate is not among them, as it
+# changes a U-Net's dropout, DCGAN's batch norms and CycleGAN's pools.
 NO_SETTINGS = ("device", "compile", "overwrite", "demo", "fid", "tensorboard")
 
 
 def settings_of(args: argparse.Namespace, **more: object) -> dict:
-    """What begin_run compares: every flag that changes the result, and `more`, such as hashes of
-    what is read. Paths are left out, so that a run may be moved."""
+    """The settings for begin_run: all flags that change the result, and `more`, such as hashes of
+    what is read. Flags that are paths are left out, so that folders may be moved."""
     settings = {}
     for name, value in vars(args).items():
         values = value if isinstance(value, list) else [value]
@@ -454,12 +479,12 @@ def settings_of(args: argparse.Namespace, **more: object) -> dict:
 
 
 def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=None) -> None:
-    """Prints the tables {title: rows} and ends the run in `out` (default: args.out) with
-    result.json, which holds them.
+    """Writes result.json, by which the run in `out` (default: args.out) is complete, and prints its
+    tables, {title: rows}.
 
-    marks: what a reader of the numbers must know, such as a stand-in for CLIP. "demo" is added, and
-    the marks of the runs in the folders `reads`. The seconds are those since begin_run wrote
-    settings.json."""
+    marks: what a reader of the numbers must know, such as that CLIP was a stand-in. The marks of
+    the runs in the folders `reads` are added, and "demo" with --demo. The result's seconds are
+    those since begin_run wrote settings.json."""
     out = out or args.out
     all_marks = ["demo"] if args.demo else []
     all_marks.extend(marks)
@@ -483,7 +508,8 @@ def write_result(args, tables: dict[str, list[dict]], reads=(), marks=(), out=No
 
 
 def markdown(title: str, rows: Sequence[dict]) -> str:
-    """Rows of dicts as a Markdown table. A cell that a row lacks is blank; marks come last."""
+    """Rows, dicts by column, as a Markdown table. A cell that a row lacks is blank; the column
+    "marks" comes last."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if "marks" in columns:
         columns.remove("marks")
@@ -495,7 +521,7 @@ def markdown(title: str, rows: Sequence[dict]) -> str:
 
 
 def cell(value: object) -> str:
-    """A value as a table shows it: floats with four digits, None blank."""
+    """A value as text for a table: floats with four digits, None blank."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -504,8 +530,8 @@ def cell(value: object) -> str:
 
 
 def merge_seeds(rows: Sequence[dict]) -> dict:
-    """One row for runs that differ in their seed alone: a number that varies becomes its mean and
-    sample standard deviation, a cell that one of them lacks is blank."""
+    """One row for the rows of runs that differ only in their seed: a number that varies becomes its
+    mean ± sample standard deviation; a cell that one of them lacks becomes blank."""
     merged = dict(rows[0])
     if len(rows) > 1:
         merged["run"] = ", ".join(row["run"] for row in rows) + " (mean ± sd)"
@@ -520,7 +546,8 @@ def merge_seeds(rows: Sequence[dict]) -> dict:
 
 def read_tables(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
     """{(stage, title): groups of rows} of all complete runs below a folder. A group holds the rows
-    of equal runs of different seeds: settings, marks, words and position in the table are equal."""
+    of runs that differ only in their seed, which have equal settings, marks, words and positions in
+    the table."""
     tables = {}
     for path in files_below(folder, "result.json"):
         result = read_json(path)
@@ -539,7 +566,9 @@ def read_tables(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs"))
+    parser.add_argument(
+        "runs", nargs="?", type=Path, default=Path("runs"), help="folder of runs (default: runs)"
+    )
     folder = parser.parse_args().runs
     tables = read_tables(folder)
     if not tables:
