@@ -28,7 +28,8 @@ def session_options(threads):
 
 
 class Editor:
-    """threads: 0 is one a core. What does not fit raises ValueError, and changes nothing."""
+    """Edits pictures with an exported folder. threads: 0 takes one per core. Bad input raises
+    ValueError and changes nothing."""
 
     def __init__(self, folder, threads=0):
         self.folder = Path(folder)
@@ -47,10 +48,11 @@ class Editor:
         return data
 
     def use(self, concept, strength=1.0):
-        """Makes edit() this concept's. concept: a name, or {name: strength} of several. Strengths
-        go from 0 to 1.5 and scale what an adapter changes in the weights; several changes add up.
-        Prompts are mixed in proportion to the strengths. A concept of the base has a prompt alone,
-        so that its strength counts only beside another's."""
+        """Chooses the concept of edit(): a name, or {name: strength} of several. Returns self.
+
+        A strength, from 0 to 1.5, scales the change of the weights by an adapter; several changes
+        add up. Prompts are mixed in proportion to the strengths. A concept of the base has only a
+        prompt, so its strength matters only beside another's."""
         chosen = concept if isinstance(concept, dict) else {concept: strength}
         known = {concept["name"]: concept for concept in self.index["concepts"]}
         if not chosen:
@@ -104,11 +106,12 @@ class Editor:
         return tokens
 
     def edit(self, picture, full_size=False):
-        """A picture -> its edit. Of a file (its path) or a PIL picture it is a PIL picture, upright
-        and in sRGB, as transparent as it was; of an array, uint8 (H, W, 3), RGB, it is an array.
+        """A picture's edit. picture: a file's path or a PIL picture, for an edit as a PIL picture,
+        upright, in sRGB and with the picture's transparency; or an array, uint8 (H, W, 3) RGB, for
+        an edit as an array.
 
-        A picture that edit_size() makes smaller has a smaller edit. full_size: that is then scaled
-        back, which adds no detail."""
+        A large picture is edited at edit_size(), and its edit is that small; full_size scales it
+        back to the picture's size, which adds no detail."""
         if self.session is None:
             raise ValueError("no concept is chosen yet: call use() first")
         if isinstance(picture, str | os.PathLike):
@@ -138,8 +141,9 @@ class Editor:
         return scale(edit, width, height) if full_size else edit
 
     def edit_size(self, width, height):
-        """(width, height) at which a picture of this size is edited: its own or, where memory for
-        attention would not do (index["most pixels"]), a smaller one of the same shape."""
+        """(width, height) at which a picture of this size is edited: its own or, if it has more
+        than index["most pixels"], for which attention would need too much memory, a smaller one of
+        the same shape."""
         multiple, most = self.index["multiple"], self.index["most pixels"]
         shrink = min(1, (most / (width * height)) ** 0.5)
         while True:
@@ -150,13 +154,14 @@ class Editor:
             shrink *= 0.99
 
     def run(self, photos):
-        """uint8 (N, H, W, 3), whose sides are multiples of index["multiple"] -> edits, like it."""
+        """Photos uint8 (N, H, W, 3), with H and W multiples of index["multiple"] -> edits like
+        them."""
         return self.session.run(None, {"photo": photos, **self.text})[0]
 
 
 class Merged(Editor):
-    """A file of `06_export_onnx.py --merged` (its path or bytes), which has one concept inside. One
-    of fixed size edits a larger picture at a size that fits into its own."""
+    """Edits pictures with a file of `06_export_onnx.py --merged`, given as its path or bytes, which
+    has one concept. A file of fixed size edits larger pictures at a size that fits into its own."""
 
     def __init__(self, file, threads=0):
         options = session_options(threads)
@@ -188,8 +193,8 @@ class Merged(Editor):
 
 
 def mix_prompts(prompts):
-    """(strength, tokens (T, D)) of some prompts -> tokens (T, D), their mean in proportion to the
-    strengths. A shorter prompt goes on with its mean token. editor.js does the same."""
+    """[(strength, tokens (T, D)), ...] -> tokens (T, D): the mean of some prompts, weighted by
+    strength. Shorter prompts are filled up with their mean token. editor.js does the same."""
     counting = [(strength, tokens) for strength, tokens in prompts if strength > 0]
     if len(counting) < 2:
         _, tokens = (counting or prompts)[0]
@@ -205,7 +210,7 @@ def mix_prompts(prompts):
 
 
 def read_picture(path):
-    """A picture file, upright."""
+    """A picture file as a PIL picture, upright."""
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
@@ -230,7 +235,7 @@ def to_srgb(picture):
 
 
 def scale(picture, width, height):
-    """uint8 (H, W, 3) -> (height, width, 3)"""
+    """uint8 (H, W, 3), scaled to (height, width, 3)."""
     if picture.shape[:2] == (height, width):
         return picture
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))

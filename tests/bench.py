@@ -1,12 +1,12 @@
-"""What the stages cost, measured: each name prints one Markdown table.
-All are for the machine at hand, and want nothing beside them.
+"""Measures what the stages cost on this machine, which should do nothing else. Each benchmark
+prints one Markdown table.
 
     python tests/bench.py busy        a step of stage 3 beside processes that are never idle
-    python tests/bench.py distill     stage 1's own time beside a diffusion pipeline's; its memory
-    python tests/bench.py speedrun    seconds to a quality, of stages 3, 4, 5 and of plain pix2pix
-    python tests/bench.py prune       time and memory of a search step of stage 5
-    python tests/bench.py onnx        stage 6's files beside resnet9's; untrained networks, unless
-    python tests/bench.py onnx --generator runs/base/generator.safetensors
+    python tests/bench.py distill     time that stage 1 adds to a diffusion pipeline's; its memory
+    python tests/bench.py speedrun    seconds to a given quality: stages 3, 4, 5 and plain pix2pix
+    python tests/bench.py prune       time and memory of a step of stage 5's search
+    python tests/bench.py onnx        milliseconds of stage 6's files, of untrained networks
+    python tests/bench.py onnx --generator runs/base/generator.safetensors    (of a trained one)
 """
 
 import argparse
@@ -54,7 +54,7 @@ def load_stage(number: str):
 
 
 def run_stage(path: Path, folder: Path, *flags, threads: int | None = None) -> None:
-    """A stage in a process of its own."""
+    """Runs a stage in a process of its own."""
     command = [sys.executable, str(path), *map(str, flags)]
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True)
@@ -63,7 +63,7 @@ def run_stage(path: Path, folder: Path, *flags, threads: int | None = None) -> N
 
 
 def least(call, rounds: int) -> float:
-    """Least seconds of some calls that end in numbers on the CPU."""
+    """The fewest seconds that one of some calls takes. A call must wait for a GPU's results."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -73,7 +73,7 @@ def least(call, rounds: int) -> float:
 
 
 def untrained(arch: str, width: int, size: int) -> common.Generator:
-    """e2gan as for a prompt of 9 tokens of ViT-B/32 (512 numbers each)."""
+    """An untrained generator; an e2gan's prompt has 9 tokens of ViT-B/32 (512 numbers each)."""
     concepts = [{"name": "a", "prompt": "a"}]
     tokens = [torch.randn(9, 512)] if arch == "e2gan" else None
     return common.new_generator(arch, width, size, concepts, tokens)
@@ -83,27 +83,30 @@ def untrained(arch: str, width: int, size: int) -> common.Generator:
 
 
 def bench_distill(_) -> tuple[str, list[dict]]:
-    """The pipeline has a few thousand weights, and sleeps until each call has taken 50 ms, as the
-    CPU may while a GPU works. Own time is what passes between its calls (wanted: 3 % at most)."""
+    """Stage 1 with a tiny pipeline, each of whose calls sleeps until it has taken 50 ms, as if a
+    GPU worked. Stage 1's own time is that between the calls (wanted: 3 % at most)."""
     with tempfile.TemporaryDirectory() as name:
         rows = [own_time(Path(name), *each) for each in ((64, 1), (256, 1), (256, 4))]
         rows += [memory(Path(name), count) for count in (1_000, 100_000)]
     return "Stage 1", rows
 
 
-def own_time(folder: Path, size: int, batch: int, seconds: float = 0.05) -> dict:
+def own_time(folder: Path, size: int, batch: int) -> dict:
+    """A row: the seconds of a run of stage 1 inside and outside its pipeline's calls."""
     import diffusers
     import tiny_pipelines
 
-    stage, teacher = load_stage("01"), tiny_pipelines.instruct_pix2pix(folder / "pipeline")
-    kind, calls = diffusers.StableDiffusionInstructPix2PixPipeline, []
-    plain = kind.__call__
+    stage = load_stage("01")
+    teacher = tiny_pipelines.instruct_pix2pix(folder / "pipeline")
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline
+    plain = pipeline.__call__
+    calls = []  # (start, end) of each
 
     @functools.wraps(plain)
     def slow(*args, **options):
         start = time.perf_counter()
         output = plain(*args, **options)
-        time.sleep(max(0, seconds - (time.perf_counter() - start)))
+        time.sleep(max(0, 0.05 - (time.perf_counter() - start)))
         calls.append((start, time.perf_counter()))
         return output
 
@@ -112,19 +115,20 @@ def own_time(folder: Path, size: int, batch: int, seconds: float = 0.05) -> dict
     flags |= {"train": 100 * batch, "test": 4 * batch, "concept": "sketch=draw it"}
     for flag, value in flags.items():
         sys.argv += [f"--{flag}", str(value)]
-    kind.__call__ = slow
+    pipeline.__call__ = slow
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(sys.stderr):
         stage.main()
-    kind.__call__ = plain
-    inside, span = sum(end - start for start, end in calls), calls[-1][1] - calls[0][0]
+    pipeline.__call__ = plain
+    inside = sum(end - start for start, end in calls)
+    span = calls[-1][1] - calls[0][0]
     row = {"what": f"{size} pixels, batch {batch}", "calls": len(calls)}
     row["in the pipeline s"] = inside
     return {**row, "from first to last s": span, "own time %": 100 * (1 - inside / span)}
 
 
 def memory(folder: Path, count: int) -> dict:
-    """Peak memory of a run that takes 200 of `count` photos."""
+    """A row: seconds and peak memory of a run that takes 200 of `count` photos."""
     photos = folder / f"photos {count}"
     photos.mkdir()
     Image.effect_noise((320, 240), 60).convert("RGB").save(photos / "000000.jpg")
@@ -138,7 +142,7 @@ def memory(folder: Path, count: int) -> dict:
     return {**row, "peak memory MiB": peak}
 
 
-# ---- A target, not a rate ------------------------------------------------------------------------
+# ---- Seconds to a given quality ------------------------------------------------------------------
 
 SHORT = "--batch 1 --fid off --save-every 1000000 --device cpu"
 WAYS = {
@@ -150,13 +154,14 @@ WAYS = {
 
 
 def bench_speedrun(args) -> tuple[str, list[dict]]:
-    """Seconds of training until edits of held-out photos have the perceptual distance that those of
-    pix2pix have after --steps, or less, and at most the larger L1 of its and of the teacher's edits
-    moved by six pixels (a stroke's width: strokes beside their places have more than blur).
+    """Seconds of training until a stage reaches the goal: at most the perceptual distance on
+    held-out photos that pix2pix has after --steps, and at most an L1, which is the larger of
+    pix2pix's and that of the teacher's edits moved by six pixels. (That is a stroke's width;
+    strokes beside their places have a larger L1 than blur.)
 
-    A stage is given half as many --epochs again until it gets there; the seconds of that last run
-    count, not those of the tries before. Medians of --rounds seeds, on the CPU. Runs found in --out
-    are not repeated: other --pairs and --base want another."""
+    A stage is run with 1.5 times as many --epochs until it reaches the goal; the seconds of its
+    last run count. Medians of --rounds seeds, on the CPU. Runs found in --out are not repeated, so give
+    another --out with other --pairs or --base."""
     args.out /= f"{args.concept}-{args.steps}-steps-{args.threads}-threads"
     climbs = {"pix2pix, resnet9": [pix2pix(args, seed) for seed in range(args.rounds)]}
     [before] = climbs.values()
@@ -210,8 +215,8 @@ def summary(tables: dict[str, list[dict]]) -> dict:
 
 
 def pix2pix(args, seed: int) -> dict:
-    """What one would write first: resnet9 on whole pictures, one at a time, PyTorch's own norms,
-    fp32, a pass of the discriminator each for real and fake, L1 * 100, Adam at 2e-4."""
+    """The measures of a plain pix2pix: resnet9, whole pictures, batch 1, PyTorch's own norms, fp32,
+    a pass of the discriminator for real and one for fake pictures, L1 * 100, Adam at 2e-4."""
     file = args.out / f"pix2pix-{seed}.json"
     if file.exists():
         return runs.read_json(file)
@@ -376,10 +381,11 @@ def never_idle() -> None:
 
 
 def bench_prune(args) -> tuple[str, list[dict]]:
-    """A step of e2gan as it is, of one whose weights hypernetworks make (wanted: 1.25 times the
-    time, 1.5 times the memory at most), and of one cut to a quarter of its MACs; each in a process
-    of its own, one thread on a CPU."""
-    context, rows = multiprocessing.get_context("spawn"), []
+    """A step of a plain e2gan, of one whose weights hypernetworks compute (wanted: at most 1.25
+    times the time and 1.5 times the memory), and of one sliced to a quarter of its MACs; each in a
+    process of its own, on a CPU with one thread."""
+    context = multiprocessing.get_context("spawn")
+    rows = []
     for name in ("plain", "search", "converge"):
         answer = context.SimpleQueue()
         process = context.Process(target=prune_steps, args=(name, args, answer))
@@ -393,11 +399,13 @@ def bench_prune(args) -> tuple[str, list[dict]]:
 
 
 def prune_steps(name: str, args, answer) -> None:
-    """What costs something in a step of stage 5: both networks' passes, losses, Adam."""
+    """Measures a step like stage 5's: both networks' passes, losses and optimizers. Puts a row into
+    the queue `answer`."""
     torch.set_num_threads(1)
     device = training.start(argparse.Namespace(device=args.device, seed=0))
-    generator, latents = untrained("e2gan", args.width, args.size).to(device), {}
+    generator = untrained("e2gan", args.width, args.size).to(device)
     discriminator = common.new_discriminator(generator)
+    latents = {}
     for group, n in common.all_widths(generator.config).items():
         latents[group] = torch.ones(n, device=device)
         if group in generator.config["widths"]:
@@ -433,12 +441,13 @@ def prune_steps(name: str, args, answer) -> None:
         loss_d = (real_score - 1).square().mean() + fake_score.square().mean()
         loss_d.backward()
         training.descend(opt_d, scaler)
-        discriminator.score.bias.sum().item()  # a GPU may still be at work
+        discriminator.score.bias.sum().item()  # waits for a GPU
 
     step()
     ms = 1000 * least(step, args.rounds)
-    cuda, peak = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     answer.put({"step ms": ms, "peak MiB": peak})
 
 
@@ -446,9 +455,10 @@ def prune_steps(name: str, args, answer) -> None:
 
 
 def bench_onnx(args) -> tuple[str, list[dict]]:
-    """Merged files (bytes, any size) of resnet9 and of --generator, or of the untrained
-    architectures, e2gan also with all groups narrowed alike (wanted of e2gan: 0.5 of resnet9's time
-    at most); and a folder of each that takes a prompt (1.03 of its file's time at most)."""
+    """Milliseconds of an edit by merged files (bytes, any size) of resnet9 and of --generator or,
+    without one, of the other untrained architectures, e2gan also with all groups narrowed alike
+    (wanted: at most 0.5 of resnet9's time); and by the folder of each that takes prompts (wanted:
+    at most 1.03 of its file's time)."""
     stage, pruning = load_stage("06"), load_stage("05")
     networks = {"resnet9": untrained("resnet9", args.width, args.size)}
     for path in args.generator or []:
@@ -501,20 +511,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     flag = parser.add_argument
     flag("name", choices=BENCHMARKS, help="what to measure")
-    flag("--size", type=int, default=256, help="prune, onnx: pixels")
+    flag("--size", type=int, default=256, help="prune, onnx: width and height in pixels")
     flag("--width", type=int, default=64, help="prune, onnx: channels of the first layer")
-    flag("--batch", type=int, default=4, help="prune, busy: pairs a step")
-    flag("--device", default="auto", help="prune: as stage 5's")
-    flag("--precision", default="auto", help="prune: as stage 5's")
-    flag("--rounds", type=int, default=3, help="prune, busy: best of so many; speedrun: seeds")
-    flag("--generator", type=Path, action="append", help="onnx: a generator's file")
-    flag("--threads", type=int, default=2, help="onnx, busy, speedrun: of a process")
-    flag("--pairs", type=Path, default="runs/pairs", help="speedrun: stage 1's")
-    flag("--base", type=Path, default="runs/base/generator.safetensors", help="speedrun: stage 3's")
-    flag("--concept", default="starry", help="speedrun: the edit, new to --base")
-    flag("--steps", type=int, default=240, help="speedrun: pix2pix's")
-    flag("--epochs", type=float, default=1, help="speedrun: the first try's")
-    flag("--out", type=Path, default="runs/speedrun", help="speedrun: keeps what was measured")
+    flag("--batch", type=int, default=4, help="prune, busy: pairs in a step's batch")
+    flag("--device", default="auto", help="prune: stage 5's --device")
+    flag("--precision", default="auto", help="prune: stage 5's --precision")
+    rounds = "prune, busy: the best of this many counts; speedrun: how many seeds"
+    flag("--rounds", type=int, default=3, help=rounds)
+    flag("--generator", type=Path, action="append", help="onnx: a generator's file; repeatable")
+    flag("--threads", type=int, default=2, help="onnx, busy, speedrun: threads of a process")
+    flag("--pairs", type=Path, default="runs/pairs", help="speedrun: stage 1's pairs folder")
+    base = "speedrun: stage 3's generator"
+    flag("--base", type=Path, default="runs/base/generator.safetensors", help=base)
+    flag("--concept", default="starry", help="speedrun: a concept that is new to --base")
+    flag("--steps", type=int, default=240, help="speedrun: steps of plain pix2pix")
+    flag("--epochs", type=float, default=1, help="speedrun: epochs of each stage's first run")
+    flag("--out", type=Path, default="runs/speedrun", help="speedrun: folder of its runs")
     args = parser.parse_args()
     print(runs.markdown(*BENCHMARKS[args.name](args)), flush=True)
 

@@ -45,7 +45,7 @@ def script(number: str) -> str:
 
 
 def run_python(*command, cwd=None) -> None:
-    """Runs Python, in a process of its own, with a script or -m and flags."""
+    """Runs Python in a process of its own. command: a script or -m and a module, then flags."""
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, text=True, capture_output=True, timeout=600, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,7 +65,7 @@ def load_stage():
 
 
 def run_main(stage, *flags) -> None:
-    """Runs a stage, a module or its number, in this process."""
+    """Runs a stage in this process. stage: its module or its number."""
     module = import_stage(stage) if isinstance(stage, str) else stage
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
@@ -77,7 +77,7 @@ def read_log(path) -> list[dict]:
 
 
 def table(folder, title) -> list[dict]:
-    """Of a run's result."""
+    """The rows of a table in a run's result.json."""
     return runs.read_json(folder / "result.json")["tables"][title]
 
 
@@ -105,7 +105,8 @@ def error_of(capsys):
 
 
 class Tower:
-    """CLIP's stand-in of two numbers that a reader can predict: how red a picture is, how blue."""
+    """A stand-in for stage 1's Clip, whose vectors have two numbers that a reader can predict: how
+    red a picture is, and how blue."""
 
     embedded = 0
 
