@@ -76,8 +76,8 @@ DEMO = {
     "fid": "off",
     "save_every": 210,
 }
-# The search begins with this share of its steps, in which importance is only measured. A channel
-# takes as many steps to fade, and the search leaves as many at its end for the last ones to do so.
+# A share of the search's steps: for so long importance is only measured, in the beginning; for so
+# long a channel fades; and twice as long before the end the aim has come down to --keep.
 PHASE = 0.1
 MEMORY = 100  # steps that the running mean of the channels' importance remembers
 MAX_SHRINK = 0.05  # --start paper: the most that a step shrinks a latent by
@@ -886,7 +886,7 @@ class Downloaded(dataset.Pictures):
         return self
 
 
-def hashed_with(files: list[Path], about: object) -> list:
+def about_with_heic(files: list[Path], about: object) -> list:
     """What the pixels of downloaded files depend on beside their bytes: `about`, and whether HEIC
     files among them can be read, so that they are decoded anew once their package is installed."""
     has_heic = any(path.suffix.lower() in dataset.HEIC for path in files)
@@ -902,7 +902,7 @@ class DownloadedPairs(Downloaded, dataset.Pairs):
         files = [*photos, *edits]
         self.number_of_pairs = len(photos)
         indices = torch.arange(len(files)).view(2, -1).T  # (pairs, 2): of photo and edit
-        super().__init__(files, size, concepts, [indices], hashed_with(files, about))
+        super().__init__(files, size, concepts, [indices], about_with_heic(files, about))
 
     def leave_out(self, broken: torch.Tensor) -> None:
         [indices] = self.indices
@@ -953,7 +953,7 @@ class PictureSets(Downloaded):
     def __init__(self, sets: list[list[Path]], size: int, concepts: list[dict], paired=False):
         files = [path for files in sets for path in files]
         lengths = [len(files) for files in sets]
-        super().__init__(files, size, concepts, hashed_with(files, lengths))
+        super().__init__(files, size, concepts, about_with_heic(files, lengths))
         self.paired = paired
         self.indices = list(torch.arange(len(files)).split(lengths))  # of each set's pictures
 
@@ -1034,7 +1034,7 @@ def match_sides(photos: Path, edits: Path) -> list[tuple[Path, Path]]:
     return [(photo_files[name], edit_files[name]) for name in photo_files if name in edit_files]
 
 
-def find_pairs(folder: Path, size: int, concepts: list[dict], direction: str) -> list:
+def find_paired(folder: Path, size: int, concepts: list[dict], direction: str) -> list:
     """[training pairs, held-out pairs] of a folder of combined pictures or, if there are none, of
     two sides; [] if it holds neither."""
     combined = find_combined(folder, "train")
@@ -1084,7 +1084,7 @@ def find_data(task: str, folder: Path, size: int, direction: str = "AtoB") -> li
     runs.check_name(name, folder)
     concepts = [{"name": name, "prompt": ""}]
     if task == "pix2pix":
-        found = find_pairs(folder, size, concepts, direction)
+        found = find_paired(folder, size, concepts, direction)
     elif task == "cyclegan":
         found = find_unpaired(folder, size, concepts)
     else:

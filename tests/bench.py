@@ -160,8 +160,8 @@ def bench_speedrun(args) -> tuple[str, list[dict]]:
     strokes beside their places have a larger L1 than blur.)
 
     A stage is run with 1.5 times as many --epochs until it reaches the goal; the seconds of its
-    last run count. Medians of --rounds seeds, on the CPU. Runs found in --out are not repeated, so give
-    another --out with other --pairs or --base."""
+    last run count. Medians of --rounds seeds, on the CPU. Runs found in --out are not repeated, so
+    give another --out with other --pairs or --base."""
     args.out /= f"{args.concept}-{args.steps}-steps-{args.threads}-threads"
     climbs = {"pix2pix, resnet9": [pix2pix(args, seed) for seed in range(args.rounds)]}
     [before] = climbs.values()
