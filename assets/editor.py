@@ -5,6 +5,7 @@ editor.use("starry", strength=0.8)  # or two of them: editor.use({"starry": 0.8,
 editor.edit("photo.jpg").save("starry.png")
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,6 +17,11 @@ import numpy as np
 import onnxruntime
 import safetensors.numpy
 from PIL import Image, ImageCms, ImageOps
+
+with contextlib.suppress(ImportError):  # for iPhones' HEIC files; all else goes without it
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 def session_options(threads):
@@ -95,10 +101,17 @@ class Editor:
                 raise ValueError(f"{file}: {name} is {tensor['dtype']}, not F16 or F32.")
         adapter = safetensors.numpy.load(data)
         for layer, rank in about["ranks"].items():
-            a, b = (adapter[f"{layer}.lora_{x}"].astype("float32") for x in "AB")
+            a, b = adapter.get(f"{layer}.lora_A"), adapter.get(f"{layer}.lora_B")
+            if a is None or b is None or f"{layer}.weight" not in weights:
+                raise ValueError(f"{file} or the base lacks a tensor of {layer}")
             weight = weights[f"{layer}.weight"].copy()
             out_first = weight.swapaxes(0, 1) if layer in self.index["transposed"] else weight
-            out_first += (strength * about["alpha"] / rank * b @ a).reshape(out_first.shape)
+            outputs = len(out_first)
+            columns = weight.size // outputs
+            if a.shape != (rank, columns) or b.shape != (outputs, rank):
+                raise ValueError(f"{file}: {layer} does not fit the base")
+            change = strength * about["alpha"] / rank * b.astype("float32") @ a.astype("float32")
+            out_first += change.reshape(out_first.shape)
             weights[f"{layer}.weight"] = weight
         tokens = adapter.get("tokens", np.zeros(0))
         if "tokens" in weights and tokens.shape[1:] != weights["tokens"].shape[2:]:
@@ -211,6 +224,8 @@ def mix_prompts(prompts):
 
 def read_picture(path):
     """A picture file as a PIL picture, upright."""
+    if str(path).lower().endswith((".heic", ".heif")) and "HEIF" not in Image.OPEN:
+        raise ValueError(f"{path} is a HEIC file: `pip install pillow-heif` reads them")
     try:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)

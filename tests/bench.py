@@ -7,6 +7,7 @@ prints one Markdown table.
     python tests/bench.py prune       time and memory of a step of stage 5's search
     python tests/bench.py onnx        milliseconds of stage 6's files, of untrained networks
     python tests/bench.py onnx --generator runs/base/generator.safetensors    (of a trained one)
+    python tests/bench.py steady      how far noise and a pan change edits of a base and its teacher
 """
 
 import argparse
@@ -253,6 +254,47 @@ def pix2pix(args, seed: int) -> dict:
     measured = summary({"": [row]})
     runs.write_json(file, measured)
     return measured
+
+
+# ---- Steadiness ----------------------------------------------------------------------------------
+
+SIGMA = 2.5  # of 255: a sensor's noise
+
+
+def bench_steady(args) -> tuple[str, list[dict]]:
+    """How far edits of held-out photos change, of 255, when a sensor's noise is added to the photo,
+    and when the camera moves by one pixel (that edit is shifted back before it is compared). It
+    measures --base, and the teacher `styles`, from whose edits the base must have been trained."""
+    torch.manual_seed(0)
+    generator = common.load_generator(args.base)
+    stylize = load_stage("01").style_teacher()
+    files = sorted((args.pairs / "test/source").iterdir())
+    photos = torch.stack([dataset.read_image(file) for file in files])  # uint8 (N, 3, H, W)
+
+    def teacher(pixels, name):
+        pictures = [dataset.to_pil(picture) for picture in pixels]
+        edits = stylize(pictures, [name] * len(pictures), None, None)
+        return torch.stack([dataset.to_pixels(edit) for edit in edits])
+
+    rows = []
+    for concept in generator.config["concepts"]:
+        name = concept["name"]
+        number = generator.concept_index(name)
+        edit = functools.partial(training.run_generator, generator, concept=number)
+        row = {"concept": name, **changes(edit, photos, "")}
+        rows.append(row | changes(functools.partial(teacher, name=name), photos, ", teacher"))
+    return f"Mean change of {len(photos)} edits, 0 to 255, {photos.shape[-1]} pixels", rows
+
+
+def changes(edit, photos: torch.Tensor, whose: str) -> dict[str, float]:
+    """bench_steady's columns of one editor: edit takes and returns uint8 (N, 3, H, W)."""
+    noisy = photos + SIGMA * torch.randn(photos.shape)
+    noisy = noisy.round().clamp(0, 255).to(torch.uint8)
+    panned = torch.cat([photos[..., :1], photos[..., :-1]], -1)  # a pixel to the right
+    still = edit(photos).float()
+    noise = (edit(noisy).float() - still).abs().mean().item()
+    pan = (edit(panned).float()[..., 1:] - still[..., :-1]).abs().mean().item()
+    return {f"noise{whose}": noise, f"pan{whose}": pan}
 
 
 # ---- Beside other work ---------------------------------------------------------------------------
@@ -504,7 +546,7 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
 
 
 BENCHMARKS = {"distill": bench_distill, "busy": bench_busy, "speedrun": bench_speedrun}
-BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx}
+BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx, "steady": bench_steady}
 
 
 def main() -> None:
@@ -520,8 +562,8 @@ def main() -> None:
     flag("--rounds", type=int, default=3, help=rounds)
     flag("--generator", type=Path, action="append", help="onnx: a generator's file; repeatable")
     flag("--threads", type=int, default=2, help="onnx, busy, speedrun: threads of a process")
-    flag("--pairs", type=Path, default="runs/pairs", help="speedrun: stage 1's pairs folder")
-    base = "speedrun: stage 3's generator"
+    flag("--pairs", type=Path, default="runs/pairs", help="speedrun, steady: stage 1's pairs")
+    base = "speedrun, steady: stage 3's generator"
     flag("--base", type=Path, default="runs/base/generator.safetensors", help=base)
     flag("--concept", default="starry", help="speedrun: a concept that is new to --base")
     flag("--steps", type=int, default=240, help="speedrun: steps of plain pix2pix")

@@ -296,6 +296,14 @@ def test_editor_believes_no_other_file(world, folder, tmp_path):
     refused = {"another base": tmp_path / "foreign.safetensors"}
     write_bf16(copy / "adapters/night.safetensors", tmp_path / "bf16.safetensors")
     refused["lora_A is BF16, not F16 or F32."] = tmp_path / "bf16.safetensors"
+    tensors, metadata = runs.read_tensors(copy / "adapters/night.safetensors", "adapter")
+    layer = next(iter(metadata["ranks"]))
+    wide = {**tensors, f"{layer}.lora_B": torch.ones(1, 1)}
+    runs.write_tensors(tmp_path / "wide.safetensors", wide, metadata)
+    refused[f"{layer} does not fit the base"] = tmp_path / "wide.safetensors"
+    del tensors[f"{layer}.lora_B"]
+    runs.write_tensors(tmp_path / "lacking.safetensors", tensors, metadata)
+    refused[f"lacks a tensor of {layer}"] = tmp_path / "lacking.safetensors"
     for words, path in refused.items():
         path = shutil.copy(path, copy / "adapters/fog.safetensors")
         editor.index["files"]["adapters/fog.safetensors"]["sha256"] = runs.sha256(path)
@@ -351,6 +359,19 @@ def test_editor_takes_files_pictures_and_arrays(folder, tmp_path):
     for picture in bad:
         with pytest.raises(ValueError, match="is no picture|no pixels|8 bits|not a picture"):
             editor.edit(picture)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_editor_takes_an_iphones_files(folder, tmp_path, monkeypatch, installed):
+    pytest.importorskip("pillow_heif")
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "phone.heic", format="HEIF")
+    editor = Editor(folder, threads=1).use("oil")
+    if installed:
+        assert editor.edit(tmp_path / "phone.heic").size == (64, 48)
+        return
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    with pytest.raises(ValueError, match="pip install pillow-heif"):
+        editor.edit(tmp_path / "phone.heic")
 
 
 def test_larger_pictures_are_scaled_down(folder, exported, tmp_path):
