@@ -88,7 +88,7 @@ DEMO_STYLES = ("wave", "impasto", "woodcut", "mosaic", "charcoal", "blackline") 
 SPLITS = ("test", "train")  # in this order, so that the first photos are held out
 # entries of concepts.json that decide what an edit looks like, beside the prompt
 EDIT_SETTINGS = ("images", "teacher", "teacher_size", "arguments", "teacher_lora", "teacher_config")
-SCORES = ("image_similarity", "directional_similarity")  # what the gate looks at
+SCORES = ("image_similarity", "directional_similarity")  # by which the gate rejects edits
 SAMPLES = 6  # photos in a row of samples.png
 THREADS = 4  # decode photos and encode PNGs while the teacher works
 # Pictures whose RMS difference, of 255, is up to this count as the same: in another batch bf16

@@ -151,8 +151,8 @@ class Target:
     channels by group; floor, the fewest channels that a group keeps."""
 
     def __init__(self, network: common.Network, keep: float, multiple: int = 1):
-        """keep: the share, UserError if no widths meet it. multiple: what pruned widths are a
-        multiple of, unless a group has too few channels."""
+        """keep: the share; UserError if no widths meet it. multiple: pruned widths are multiples
+        of this number, unless a group has fewer channels."""
         self.config = network.config
         self.parameters = common.count_parameters(network)
         self.terms = mac_terms(network)
@@ -371,7 +371,7 @@ def shrink_latents(
     network has left.
 
     In the last PHASE of the steps, channels that must go do so at once, so that the target is met.
-    With --start paper they go on fading, and slicing removes what is left too much."""
+    With --start paper they go on fading, and slicing removes those that are left."""
     share = share_at(step, steps, args.keep)
     fade = 1 / (PHASE * steps) if step <= (1 - PHASE) * steps else math.inf
     left = {}
@@ -387,7 +387,7 @@ def shrink_latents(
 
 
 def channel_scores(network: common.Network, target: Target, args) -> Channels:
-    """What --method ranks channels by when the network is sliced, highest first, on the CPU.
+    """The scores by which --method ranks channels when a network is sliced, on the CPU.
 
     coronet: the latents' worth, or with --start paper the latents. The others are to compare with.
     magnitude: the size of a channel's weights. uniform: its rank by that size within its group, so
@@ -576,7 +576,7 @@ class Task(nn.Module):
 
     A subclass defines, for a batch (pictures, ..., concepts) as dataset.Pictures.batches yields it,
 
-        fakes(batch)                      -> what the generators make of it, a list of tensors
+        fakes(batch)                      -> the generators' pictures, a list of tensors
         generator_loss(batch, fakes)      -> the generators' loss, and parts of it for the log
         discriminator_loss(batch, fakes)  -> the discriminators' loss
 
@@ -685,9 +685,8 @@ class CycleGan(Task):
     """CycleGAN, for unpaired pictures of two kinds, A and B: a generator for each direction, and
     for each kind a PatchGAN, which sees new fakes and earlier ones.
 
-    The generators' loss is least squares + --cycle times (the L1 between a picture and what comes
-    back of it through both generators + --identity times the L1 between a picture that is of the
-    wanted kind already and what its generator makes of it)."""
+    The generators' loss is the least-squares GAN's + --cycle * (L1 of A -> B -> A and of B -> A ->
+    B to where they began + --identity * L1 of B -> B by AtoB and of A -> A by BtoA)."""
 
     def __init__(self, args, data, trained=None):
         networks = {}
@@ -703,8 +702,8 @@ class CycleGan(Task):
         self.identity = args.identity
 
     def fakes(self, batch):
-        """[fakes of B, fakes of A]; with --identity also what comes of each other kind's pictures,
-        [..., B made of B, A made of A]."""
+        """[B made of A, A made of B], and for --identity, unless it is 0, [B made of B, A made of
+        A] too."""
         a, b, _ = batch
         if not self.identity:
             return [self.ddp["generator_AtoB"](a), self.ddp["generator_BtoA"](b)]
@@ -768,10 +767,10 @@ class CycleGan(Task):
 
 
 def swap(pool: list[torch.Tensor], fakes: torch.Tensor) -> torch.Tensor:
-    """What a discriminator is shown instead of some fakes, (B, 3, S, S) like them (CycleGAN).
+    """Exchanges some fakes (B, 3, S, S) for earlier ones, for a discriminator to see (CycleGAN).
 
-    While the pool of earlier fakes is not full it takes them all, and they are shown themselves.
-    Then about half of them change places with random ones of the pool."""
+    While the pool of earlier fakes is not full, it takes a copy of each, and none is exchanged.
+    Then each changes places, by a chance of one half, with a random one of the pool."""
     given = []
     for fake in fakes.detach().float():
         if len(pool) < POOL:
@@ -887,8 +886,8 @@ class Downloaded(dataset.Pictures):
 
 
 def about_with_heic(files: list[Path], about: object) -> list:
-    """What the pixels of downloaded files depend on beside their bytes: `about`, and whether HEIC
-    files among them can be read, so that they are decoded anew once their package is installed."""
+    """`about` for dataset.Pictures, and whether HEIC files among the files can be read, so that
+    they are decoded anew once their package is installed."""
     has_heic = any(path.suffix.lower() in dataset.HEIC for path in files)
     return [about, has_heic and dataset.reads_heic()]
 
@@ -929,8 +928,8 @@ class CombinedPairs(DownloadedPairs):
 
 
 class TwoFilePairs(DownloadedPairs):
-    """Pairs (photo, edit) of two files. Of an edit, what lies in its photo's middle square is
-    used."""
+    """Pairs (photo, edit) of two files. Used are a photo's middle square and the part of the edit
+    that shows it."""
 
     def __init__(self, pairs: list[tuple[Path, Path]], size: int, concepts: list[dict]):
         photos = [photo for photo, _ in pairs]
@@ -1273,7 +1272,7 @@ def parse() -> argparse.Namespace:
 
 
 def default_generator(args) -> str:
-    """What --generator auto means."""
+    """The --generator that `auto` means."""
     if args.task == "cyclegan":
         return "resnet9"
     if args.task == "dcgan":

@@ -27,7 +27,7 @@ from runs import UserError, check_name, explain, read_tensors, sha256, write_ten
 # once per head, so that every head keeps the same dimensions. config["widths"] = {group: channels};
 # a pruned network is the same class with smaller widths. config["full"]: the unpruned widths.
 
-# Groups that are never pruned, beside "text". "style" is what all FiLM layers read.
+# {group: channels} of the groups that are never pruned, beside "text". FiLM layers read "style".
 FIXED = {"rgb": 3, "photo": 3, "edit": 3, "noise": 100, "score": 1, "style": 64}
 NORM_LIMIT = 8.0  # standard deviations, see ConvNorm
 
@@ -735,9 +735,9 @@ class UpConv(nn.Conv2d):
 
 
 class LoRA(nn.Module):
-    """The parametrization that adds scale * B A to a weight, seen as a matrix (out, in * k * k):
-    A (rank, in * k * k), B (out, rank). In fp32 under autocast too, so that training sees the
-    weights that merging leaves."""
+    """The parametrization that adds scale * B A to a weight, which is seen as a matrix
+    (out, in * k * k): A (rank, in * k * k), B (out, rank). It is computed in fp32 even under
+    autocast, so that training uses the same weights as merging leaves."""
 
     def __init__(self, module: nn.Module, lora_A: torch.Tensor, lora_B: torch.Tensor, scale: float):
         super().__init__()
@@ -750,24 +750,23 @@ class LoRA(nn.Module):
         device = "cpu" if weight.is_meta else weight.device.type
         with torch.autocast(device, enabled=False):
             delta = self.scale * (self.lora_B @ self.lora_A)  # (out, in * k * k)
-        return weight + out_first(
-            delta.view(out_first(weight, self.layer_class).shape), self.layer_class
-        )
+        delta = delta.view(out_first(weight, self.layer_class).shape)
+        return weight + out_first(delta, self.layer_class)
 
 
 def merge(network: nn.Module, keep_weights: bool = True) -> None:
-    """Takes parametrizations off all layers and leaves plain weights: the computed ones (LoRA's
-    merge; what a hypernetwork made) or, without keep_weights, the original ones."""
+    """Removes the parametrizations (LoRA, hypernetworks) of all layers and leaves plain weights:
+    the computed ones or, without keep_weights, the original ones."""
     for _, module in named_layers(network):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep_weights)
 
 
 def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int:
-    """Puts an adapter on the base that it was trained for. Returns the index of its concept, which
-    the generator now knows. strength (0 to 1.5) scales the change of the weights, not the prompt; a
-    second adapter's change is added to the first's. UserError, and nothing changed, if it does not
-    fit. So a photo is edited:
+    """Adds an adapter to the base that it was trained for. Returns the index of its concept, which
+    the generator has from then on. strength: 0 to 1.5, scales the change of the weights, not the
+    prompt. A second adapter's change is added to the first's. UserError, and nothing is changed, if
+    the adapter does not fit. To edit a photo:
 
         generator = common.load_generator("runs/base/generator.safetensors")
         cartoon = common.load_adapter(generator, "runs/lora/cartoon/adapter.safetensors", 0.8)
@@ -806,8 +805,8 @@ def load_adapter(generator: Generator, path: Path, strength: float = 1.0) -> int
 
 
 def check_adapter_numbers(path: Path) -> None:
-    """UserError unless all of an adapter's tensors are F16 or F32, which every reader knows: this
-    one, the exported folder's editor.py and, in a browser, its editor.js."""
+    """UserError unless all tensors of an adapter are F16 or F32, the types that its three readers
+    know: load_adapter, and the exported folder's editor.py and editor.js."""
     with safe_open(path, "pt") as file:
         names = file.keys()
         for name in names:
@@ -817,31 +816,31 @@ def check_adapter_numbers(path: Path) -> None:
 
 
 def unload_adapters(generator: Generator) -> None:
-    """The base as it was before load_adapter, its weights bit for bit."""
+    """Removes all adapters and their concepts. The weights are the base's again, bit for bit."""
     merge(generator, keep_weights=False)
     generator.set_known_concepts(
         [known for known in generator.known_concepts() if not known[0].get("adapter")]
     )
 
 
-# ---- Hypernetwork: a weight made from the latents of the channels that it joins ------------------
+# ---- Hypernetwork: computes a weight from the latents of its input and output channels -----------
 
 
 class Hypernetwork(nn.Module):
-    """The parametrization that makes a layer's weight from the latents of its channel groups
+    """The parametrization that computes a layer's weight from the latents of its channel groups
     (CoroNetGAN; DHP), for output channel o, input channel i, kernel position k and embedding e:
 
         Z[o,i] = z_out[o] z_in[i] + b0[o,i]
         E[o,i,e] = Z[o,i] w1[o,i,e] + b1[o,i,e]
         W[o,i,k] = sum_e w2[o,i,k,e] E[o,i,e] + b2[o,i,k]
 
-    b2 is the weight that the layer owned before (parametrize calls it `original`), now 0. There
-    are 8 embeddings, but no more than kernel positions (ours: linear layers, which the paper's
-    networks lack, have 1). The tensors lie in memory as (K, E, O, I), which adds up faster.
+    b2 is the layer's own weight (parametrize calls it `original`), set to 0. There are 8
+    embeddings, but no more than kernel positions (ours: a linear layer, which the paper's networks
+    lack, has 1). Tensors are stored as (K, E, O, I), which is summed faster.
 
     w1 and w2 start as in DHP or, with `trained` (a choice of ours), such that W is the weight V
-    that the layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then the biases stay 0, so
-    that a latent which shrinks fades its channel out, and at 0 the channel's weights are 0."""
+    that the layer has: w1 = 1 / (z_out z_in), w2 = V for e = 0, else 0. Then b0, b1 and b2 are kept
+    at 0, so that a channel fades as its latent shrinks, and all its weights are 0 when that is."""
 
     def __init__(self, module: nn.Module, latents: dict[str, torch.Tensor], trained: bool):
         super().__init__()
@@ -878,15 +877,15 @@ class Hypernetwork(nn.Module):
 
 
 def add_hypernetwork(network: nn.Module, latents: dict[str, torch.Tensor], trained: bool) -> None:
-    """Puts a hypernetwork on every layer with named channels. latents: {group: (channels,)}, ones
-    for groups that are never pruned."""
+    """Adds a hypernetwork to every layer with named channels. latents: {group: (channels,)}, ones
+    for groups that are never pruned. trained: see Hypernetwork."""
     for _, module in named_layers(network):
         hypernetwork = Hypernetwork(module, latents, trained)
         parametrize.register_parametrization(module, "weight", hypernetwork)
 
 
 def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
-    """The dense, smaller network that has only the channels `kept` = {group: sorted indices}; other
+    """The smaller, dense network that has only the channels `kept` = {group: sorted indices}; other
     groups stay whole."""
     masks = {}  # {group: which of its channels stay}
     for group, channels in all_widths(network.config).items():
@@ -915,6 +914,7 @@ def slice_network(network: Network, kept: dict[str, torch.Tensor]) -> Network:
 
 
 def save_network(path: Path, network: Network) -> None:
+    """Writes a network's tensors and config, for load_network."""
     write_tensors(path, network.state_dict(), {"kind": network.file_kind, "config": network.config})
 
 
@@ -943,8 +943,9 @@ def load_network(path: Path, file_kind: str, device: torch.device | str = "cpu")
 
 
 def base_discriminator(base: Path, generator: Generator) -> Discriminator:
-    """The discriminator that stage 3 or 5 left beside a base's file, for training to go on with: it
-    tells strokes from blur in the first step, which a new one takes hundreds to learn (ours)."""
+    """The discriminator that stage 3 or 5 wrote beside a base's file, for training to go on with
+    (ours): it tells strokes from blur from the first step on, which a new one learns in
+    hundreds."""
     path = base.with_name("discriminator.safetensors")
     if not path.exists():
         raise UserError(f"{path} does not exist: --new-discriminator starts one")

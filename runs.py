@@ -334,8 +334,9 @@ def files_below(folder: Path, name: str) -> list[Path]:
 
 
 def check_name(name: object, where: object) -> None:
-    """UserError unless a concept's name can be a file's name on all systems: one that neither leads
-    to another folder nor hides the file. where: what gave the name, for the message."""
+    """UserError unless a concept's name can be a file's name on all systems, and one that neither
+    leads to another folder nor hides the file. where: the file or flag that gave it, for the
+    message."""
     good = (
         isinstance(name, str)
         and name.isprintable()
