@@ -16,7 +16,7 @@ Reads   runs/pairs and runs/base/generator.safetensors, or --data, a downloaded 
 Writes  runs/coronet/generator.safetensors      (cyclegan: generator_AtoB, generator_BtoA)
                      discriminator.safetensors  (cyclegan: discriminator_A, discriminator_B)
                      sliced/*.safetensors       the same networks before they converge
-                     pruning.png                channels before and after
+                     pruning.png                channels left of each group
                      search-*, converge-*       each phase's state, log and curve
                      samples/*.png              each phase's progress pictures
                      result.json                what `python runs.py` prints
@@ -148,7 +148,8 @@ class Target:
 
     Channels are ranked by scores, one number per channel, such as latents; only their absolute
     values count. Attributes: config, parameters and macs of the unpruned network; full, its
-    channels by group; floor, the fewest channels that a group keeps."""
+    channels by group; floor, the fewest channels that a group keeps; alike, the channels if all
+    groups were narrowed by the same factor."""
 
     def __init__(self, network: common.Network, keep: float, multiple: int = 1):
         """keep: the share; UserError if no widths meet it. multiple: pruned widths are multiples
@@ -172,12 +173,12 @@ class Target:
         # Importance looks at one channel at a time and does not see what the last channels of a
         # group are worth together. So a group keeps at least two thirds of the channels that it
         # would have if all groups were narrowed by the same factor.
-        alike = {}
+        scores = {}
         for group, count in network.config["widths"].items():
-            alike[group] = torch.arange(1, count + 1) / count
-        narrowed = self.widths(alike, self.threshold(alike, keep))
+            scores[group] = torch.arange(1, count + 1) / count
+        self.alike = self.widths(scores, self.threshold(scores, keep))
         for group in self.floor:
-            two_thirds = narrowed[group] * 2 // 3 // multiple * multiple
+            two_thirds = self.alike[group] * 2 // 3 // multiple * multiple
             self.floor[group] = max(self.floor[group], two_thirds)
 
     def share(self, widths: dict[str, int]) -> float:
@@ -1307,16 +1308,25 @@ def read_generator(args) -> common.Generator | None:
 
 
 def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
-    """Draws a bar chart per pruned network: the channels of every group before and after."""
+    """Draws for each pruned network what share of every group's channels is left, and marks what
+    would be left if all groups were narrowed alike: a group above its mark was worth its MACs."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(targets), 3.8), layout="constrained")
+    figure = Figure(figsize=(8 * len(targets), 3.8), layout="constrained")
     for i, (name, target) in enumerate(targets.items()):
+        before = target.config["widths"]
+        after = task.networks[name].config["widths"]
+        groups = list(before)
         axes = figure.add_subplot(1, len(targets), i + 1)
-        for label, config in (("before", target.config), ("after", task.networks[name].config)):
-            axes.bar(list(config["widths"]), list(config["widths"].values()), label=label)
+        bars = axes.bar(groups, [100 * after[group] / before[group] for group in groups])
+        axes.bar_label(
+            bars, [f"{after[group]} of\n{before[group]}" for group in groups], fontsize=8
+        )
+        alike = [100 * target.alike[group] / before[group] for group in groups]
+        axes.scatter(groups, alike, 300, "black", "_", label="all groups narrowed alike")
         axes.tick_params(axis="x", rotation=90)
-        axes.set(title=name, ylabel="channels")
+        axes.set(title=name, ylabel="% of the channels left")
+        axes.margins(y=0.15)
         axes.legend()
     runs.replace_file(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
