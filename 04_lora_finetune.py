@@ -333,7 +333,7 @@ def finetune(
         training.set_lr(opt_d, args.lr_d, loop.step, steps)
         micro_batches = loop.micro_batches(batch)
         fakes = []
-        losses = []
+        losses_d = []
 
         # The discriminator's step: real edits towards 1, the generator's towards 0.
         for photo, edit, concept in micro_batches:
@@ -345,12 +345,15 @@ def finetune(
             loss_d = ((score_real - 1).square().mean() + score_fake.square().mean()) / 2
             loop.scaler.scale(loss_d / args.accumulate).backward()
             fakes.append(fake)
-            losses.append({"D": loss_d})
+            losses_d.append(loss_d)
         training.descend(opt_d, loop.scaler)
 
         # The generator's step: its edits towards 1, and near the teacher's.
         discriminator.requires_grad_(False)
-        for (photo, edit, concept), fake, row in zip(micro_batches, fakes, losses, strict=True):
+        losses = []
+        for (photo, edit, concept), fake, loss_d in zip(
+            micro_batches, fakes, losses_d, strict=True
+        ):
             with training.autocast(photo.device, args.precision):
                 if not one_pass:  # activations of all micro-batches would not fit
                     fake = ddp_generator(photo, concept + index)
@@ -361,11 +364,11 @@ def finetune(
             l1 = (fake.float() - edit).abs().mean()
             fm = training.feature_matching(features, wanted)
             loss_g = gan + args.l1 * l1 + args.fm * fm
-            row |= {"L1": l1, "FM": fm}
+            row = {"L1": l1, "FM": fm}
             if args.perceptual:
                 row["P"] = training.perceptual_distance(fake, edit).mean()
                 loss_g = loss_g + args.perceptual * row["P"]
-            row["G"] = loss_g
+            losses.append({"G": loss_g, "D": loss_d, **row})
             loop.scaler.scale(loss_g / args.accumulate).backward()
         training.descend(opt_g, loop.scaler)
         discriminator.requires_grad_(True)

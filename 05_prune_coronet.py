@@ -583,7 +583,7 @@ class Task(nn.Module):
 
     and for held-out pictures
 
-        measure(test, with_fid)           -> rows of a table
+        measure(test, with_fid)           -> rows of a table; all processes call it
         picture(test)                     -> a picture of progress
     """
 
@@ -676,7 +676,7 @@ class Pix2pix(Task):
         return least_squares(real, discriminator(photo, fakes[0], text))
 
     def measure(self, test, with_fid: bool) -> list[dict]:
-        return training.evaluate(self.networks["generator"], test, with_fid)
+        return training.evaluate_together(self.networks["generator"], test, with_fid)
 
     def picture(self, test):
         return training.progress_picture(self.networks["generator"], test)
@@ -1403,24 +1403,25 @@ def main() -> None:
     epochs = args.search_epochs + args.epochs
     steps = args.steps or epochs * dataset.steps_per_epoch(data.counts, args.batch)
     search_steps = max(1, round(steps * args.search_epochs / epochs))
-    measures = runs.rank() == 0  # the first process measures and writes
+    writes = runs.rank() == 0  # the first process, but all of them measure
     with_fid = args.fid == "auto"
-    before = task.measure(test, with_fid) if trained and measures else []
+    before = task.measure(test, with_fid) if trained else []
     pace = search(task, targets, data, test, args, search_steps, trained is not None)
-    if measures:
+    if writes:
         write_pruning(args.out / "pruning.png", task, targets)
         for name, network in task.networks.items():
             common.save_network(args.out / f"sliced/{name}.safetensors", network)
-        sliced = task.measure(test, with_fid=False)
+    sliced = task.measure(test, with_fid=False)
     for pool in task.pools.values():
         pool.clear()
     # steps that the search did not need are trained here, so that all methods train equally long
     pace |= converge(task, data, test, args, steps - pace["search steps"])
-    if not measures:
-        return
-    for name, network in task.networks.items():
-        common.save_network(args.out / f"{name}.safetensors", network)
+    if writes:
+        for name, network in task.networks.items():
+            common.save_network(args.out / f"{name}.safetensors", network)
     after = task.measure(test, with_fid)
+    if not writes:
+        return
     add_earlier(after, before, "before")
     add_earlier(after, sliced, "sliced")
     sizes, channels = pruning_rows(task, targets, args)

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -295,7 +296,10 @@ def data_parallel(network: nn.Module) -> nn.Module:
     the first process's, which evaluates and saves."""
     if world() == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # newer ones call it forward_sync_buffers, which PyTorch 2.11 does not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 # ---- A step --------------------------------------------------------------------------------------

@@ -44,11 +44,13 @@ def script(number: str) -> str:
     return str(next(ROOT.glob(f"{number}_*.py")))
 
 
-def run_python(*command, cwd=None) -> None:
-    """Runs Python in a process of its own. command: a script or -m and a module, then flags."""
+def run_python(*command, cwd=None) -> str:
+    """Runs Python in a process of its own. command: a script or -m and a module, then flags.
+    Returns what it wrote to standard error."""
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, text=True, capture_output=True, timeout=600, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
 
 
 def import_stage(number):
@@ -82,9 +84,9 @@ def table(folder, title) -> list[dict]:
 
 
 def torchrun(file, *flags) -> None:
-    """Runs a program in two processes that meet at a free port."""
+    """Runs a program in two processes that meet at a free port. DDP must not warn in each."""
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file)
-    run_python(*command, *flags)
+    assert "broadcast_buffers" not in run_python(*command, *flags)
 
 
 @pytest.fixture

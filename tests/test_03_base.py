@@ -252,6 +252,8 @@ STAGES = {
     "--search-epochs 2 --epochs 1 --lr 2e-5 --lr-search 2e-5 --lr-d 2e-5",
 }
 
+MEASURED = {"03": "Base concepts, held-out photos", "05": "Pruned pix2pix, held-out pictures"}
+
 
 @pytest.mark.parametrize("number", STAGES)
 def test_two_processes_train_as_one(world, tmp_path, number):
@@ -269,8 +271,9 @@ def test_two_processes_train_as_one(world, tmp_path, number):
     assert logs["one"]
     for one, two in zip(*logs.values(), strict=True):
         assert one == pytest.approx(two, rel=3e-3)
-    if number == "03":  # whose processes share out the concepts to measure
-        title = "Base concepts, held-out photos"
-        for one, two in zip(*(table(tmp_path / x, title) for x in ("one", "two")), strict=True):
-            assert one.pop("concept") == two.pop("concept")
-            assert one == pytest.approx(two, rel=0.02)
+    # the processes share out the concepts to measure
+    tables = [table(tmp_path / name, MEASURED[number]) for name in logs]
+    assert len(tables[0]) > 1
+    for one, two in zip(*tables, strict=True):
+        assert one.pop("concept") == two.pop("concept")
+        assert one == pytest.approx(two, rel=0.02)

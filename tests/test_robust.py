@@ -170,6 +170,39 @@ def test_sigterm_saves_the_step_and_the_same_command_continues(
         assert (stopped / file).read_bytes() == (whole / file).read_bytes(), file
 
 
+MEASURES_LAST = {
+    "04": ("--concept inverted --samples all", "inverted/state.safetensors"),
+    "05": ("--keep 0.5", "converge-state.safetensors"),
+}
+
+
+@pytest.mark.parametrize("number", MEASURES_LAST)
+def test_a_signal_while_the_result_is_measured_loses_no_step(
+    good, tmp_path, monkeypatch, capsys, number
+):
+    monkeypatch.setattr(training, "write_curve", lambda path, rows: None)  # longer than a step
+    more, last_state = MEASURES_LAST[number]
+    flag = "--base" if number == "04" else "--generator"
+    flags = f"--pairs {good}/pairs --cache {tmp_path}/cache --batch 2 --steps 2 --device cpu "
+    flags += f"--fid off --perceptual 0 {flag} {good}/base.safetensors {more}"
+    flags = [*flags.split(), "--out", tmp_path / number]
+    swd = training.swd
+
+    def swd_and_signal(*pictures):
+        if (tmp_path / number / last_state).exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return swd(*pictures)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(training, "swd", swd_and_signal)
+        runs.run(lambda: run_main(number, *flags))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped: the same command continues\n")
+    monkeypatch.setattr(training.Loop, "record", lambda *_: pytest.fail("a step was taken again"))
+    run_main(number, *flags)
+    assert runs.files_below(tmp_path / number, "result.json")
+
+
 def stop_in_step_3(rank, out):
     """One of two processes, of which the second gets signals: from Slurm and torchrun at once."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
