@@ -130,6 +130,8 @@ def diffusion(args) -> tuple[str, list[dict]]:
         stage("03", f"{fresh} --steps 330 --out {runs_of / 'short'}")
         if seed == 0:
             stage("03", f"{fresh} --steps 2950 --out {runs_of / 'long'}")
+            plain = "--perceptual 0 --steps 1640"  # as many seconds as 1,050 steps with it
+            stage("03", f"{fresh} {plain} --out {runs_of / 'plain'}")
         prune = f"--generator {alone / 'generator.safetensors'} --keep 0.25 --lr-search 2e-4"
         phases = "--search-epochs 1 --epochs 3 --steps 840"
         stage("05", f"{flags} {prune} {phases} --out {runs_of / 'pruned'}")
@@ -152,6 +154,7 @@ def diffusion(args) -> tuple[str, list[dict]]:
             ways.setdefault(name, []).append(folder)
         bases.append(base)
     ways["from scratch, longer"] = [args.out / "seed0/long"]
+    ways["from scratch, no perceptual term"] = [args.out / "seed0/plain"]
     rows = [measured(name, folders) for name, folders in ways.items()]
     for concept in ("autumn", *PAINTED):
         rows.append(measured(f"the base: {concept}", bases, concept))
