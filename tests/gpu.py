@@ -1,7 +1,7 @@
 """What training costs on the GPU at hand, as Markdown tables with its name: stage 3's steps at 256
 pixels and width 64, an adapter's and a search's, eager and compiled; and two ways of padding.
 
-    python tests/gpu.py        about eight minutes; compiling takes most of them
+    python tests/gpu.py        meant to fit into ten minutes; compiling takes most of them
 
 This script has never been run on a GPU. Without one it ends in one line, status 2. Its pictures are
 noise: they take as long as others. A row that does not fit into the memory or the time says so."""

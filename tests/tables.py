@@ -93,7 +93,7 @@ def mean_over_concepts(folders: list[Path], concepts: Sequence[str]) -> dict:
     """Columns of a table: for each seed's run the means over its concepts; means of SWD."""
     found = [[result(folder, concept) for concept in concepts] for folder in folders]
     row = {}
-    for key in ("PSNR dB", "perceptual"):
+    for key in ("PSNR dB", "perceptual", "L1 (0-255)"):
         means = [statistics.mean(of_concept[key] for of_concept in run) for run in found]
         row[key] = ", ".join(f"{mean:.2f}" for mean in means)
     row["SWD"] = swd([of_concept for run in found for of_concept in run])
@@ -186,14 +186,16 @@ def pruning(args) -> tuple[str, list[dict]]:
     many steps."""
     diffusion_runs = args.out.parent / "diffusion"
     shared = f"--pairs {diffusion_runs / 'pairs'} --cache {diffusion_runs / 'cache'} {SMALL}"
-    rows = []
+    concepts = ("autumn", *PAINTED)
+    bases = [diffusion_runs / f"seed{seed}/base" for seed in SEEDS]
+    rows = [{"MACs to keep": "all", "method": "none"} | mean_over_concepts(bases, concepts)]
     methods = ("coronet", "uniform", "magnitude")
     ways = [("0.12", method) for method in (*methods, "random")]
     ways += [("0.06", method) for method in methods]
     for keep, method in ways:
         folders = []
         for seed in SEEDS:
-            base = diffusion_runs / f"seed{seed}/base/generator.safetensors"
+            base = bases[seed] / "generator.safetensors"
             out = args.out / f"{method}-{keep}/seed{seed}"
             how = f"--method {method} --keep {keep} --lr 1e-3 --lr-search 2e-4"
             phases = "--search-epochs 1 --epochs 2 --steps 600"
@@ -203,7 +205,7 @@ def pruning(args) -> tuple[str, list[dict]]:
         row = {"MACs to keep": keep, "method": method, "seeds": len(folders)}
         row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
         row["M parameters"] = ", ".join(f"{run['parameters M']:.3f}" for run in found)
-        row |= mean_over_concepts(folders, ("autumn", *PAINTED))
+        row |= mean_over_concepts(folders, concepts)
         rows.append(row)
     return "mean over four concepts", rows
 
@@ -276,6 +278,7 @@ def one_run(folder: Path, concept: str | None = None) -> dict:
     return {
         "seconds": round(seconds(run)),
         "PSNR dB": round(run["PSNR dB"], 2),
+        "wrong prompt dB": run.get("wrong prompt dB"),
         "perceptual": round(run["perceptual"], 2),
         "SWD": swd([run]),
     }
@@ -304,11 +307,9 @@ def papers(args) -> tuple[str, list[dict]]:
             out = args.out / f"{kind} {way}".replace(",", "").replace(" ", "-")
             stage("05", f"--data {data} {flags} {how} --keep 0.25 --fid off --out {out}")
             tables = runs.read_json(out / "result.json")["tables"]
-            for pruned in tables["Pruning"]:
-                columns = ("network", "GMACs before", "GMACs", "parameters M", "search s")
-                row = {"data, GAN": kind, "method": way}
-                row |= {column: pruned.get(column) for column in (*columns, "converge s")}
-                rows.append(row)
+            [measures] = [found for title, found in tables.items() if title.startswith("Pruned ")]
+            for found in (*tables["Pruning"], *measures):  # sizes of networks, then what they make
+                rows.append({"data, GAN": kind, "way": way} | found)
     return "small runs on the papers' data", rows
 
 
