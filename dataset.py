@@ -651,6 +651,7 @@ def prompt_tokens(
 def chosen_concepts(args, role: str) -> list[str]:
     """The concepts to train, each once: --concept or, without it, those to which stage 2 gave this
     role, "base" or "new"."""
+    read_concepts(args.pairs)  # where there are no pairs, its error is the one that helps
     path = args.clusters / "concepts.json"
     names = args.concept or runs.read_json(path, maker="02_cluster.py").get(role)
     is_list_of_names = isinstance(names, list) and all(isinstance(name, str) for name in names)

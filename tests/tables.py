@@ -3,7 +3,10 @@
     python tests/tables.py diffusion --data data    all claims on an edit of a diffusion model
     python tests/tables.py text                     whether its base tells prompts apart
     python tests/tables.py pruning                  that base, pruned by four methods
+    python tests/tables.py scratch --data data      pruned while it trains, at three sizes
     python tests/tables.py keyframes --data data    a clip learned from ten of its frames
+    python tests/tables.py clips --data data        a clip of which no frame was learned
+    python tests/tables.py kinds --data data        what an artist drew; facades from maps
     python tests/tables.py strokes --data data      which loss paints: three styles in one base
     python tests/tables.py styles --data data       ten styles in one base, six by adapters
     python tests/tables.py papers --data data       CoroNetGAN's own kinds of data, small
@@ -14,10 +17,12 @@ where they come from:
     photos/                     photographs (BSDS500)
     clips/photos/<name>/        frames of videos: autumn, watercolor
     clips/edits/<name>/         the same frames, edited by a diffusion model, under equal names
-    edges2shoes/ horse2zebra/ cifar10/      as stage 5's --data takes them
+    sketches/photos/ sketches/edits/sketch/ portraits and drawings of them (CUFS), equal names
+    facades/ edges2shoes/ horse2zebra/ cifar10/     as stage 5's --data takes them
 """
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -29,6 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -189,10 +195,8 @@ def pruning(args) -> tuple[str, list[dict]]:
     concepts = ("autumn", *PAINTED)
     bases = [diffusion_runs / f"seed{seed}/base" for seed in SEEDS]
     rows = [{"MACs to keep": "all", "method": "none"} | mean_over_concepts(bases, concepts)]
-    methods = ("coronet", "uniform", "magnitude")
-    ways = [("0.12", method) for method in (*methods, "random")]
-    ways += [("0.06", method) for method in methods]
-    for keep, method in ways:
+    methods = ("coronet", "uniform", "magnitude", "random")
+    for keep, method in itertools.product(("0.25", "0.12", "0.06"), methods):
         folders = []
         for seed in SEEDS:
             base = bases[seed] / "generator.safetensors"
@@ -208,6 +212,28 @@ def pruning(args) -> tuple[str, list[dict]]:
         row |= mean_over_concepts(folders, concepts)
         rows.append(row)
     return "mean over four concepts", rows
+
+
+def scratch(args) -> tuple[str, list[dict]]:
+    """edges2shoes, a U-Net pruned while it trains from scratch, beside networks that are narrow
+    from the first step."""
+    kept = ("0.25", "0.12", "0.06")
+    ways = {"coronet": "--lr-search 2e-4", "uniform": "--method uniform"}
+    rows = []
+    for keep, (way, how) in itertools.product(kept, ways.items()):
+        folders = [args.out / f"{way}-{keep}/seed{seed}" for seed in SEEDS]
+        for seed, out in zip(SEEDS, folders, strict=True):
+            flags = f"--data {args.data / 'edges2shoes'} --generator unet256 --width 16 --lr 1e-3"
+            phases = "--search-epochs 1 --epochs 4 --steps 500"
+            flags = f"{flags} {how} --keep {keep} {phases} {SMALL} --seed {seed}"
+            stage("05", f"{flags} --cache {args.out / 'cache'} --out {out}")
+        found = [result(folder) for folder in folders]
+        row = {"MACs to keep": keep, "method": way, "seeds": len(folders)}
+        row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
+        for key in ("PSNR dB", "perceptual", "L1 (0-255)"):
+            row[key] = ", ".join(f"{run[key]:.2f}" for run in found)
+        rows.append({**row, "SWD": swd(found)})
+    return "edges2shoes, from scratch", rows
 
 
 def strokes(args) -> tuple[str, list[dict]]:
@@ -313,34 +339,61 @@ def papers(args) -> tuple[str, list[dict]]:
     return "small runs on the papers' data", rows
 
 
+def clips(args) -> dict[str, list[Path]]:
+    """{clip: its frames of `watercolor`, in order}, by the letters that their names begin with."""
+    found = {}
+    for path in sorted((args.data / "clips/photos/watercolor").iterdir()):
+        found.setdefault(path.stem.rstrip("0123456789").rstrip("_-"), []).append(path)
+    return found
+
+
+def evenly(count: int, items: Sequence) -> list:
+    """`count` of the items, evenly spread, with the first and the last."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
+
+
+def square(path: Path) -> torch.Tensor:
+    """A picture as stage 1 crops and scales it: uint8 (3, 256, 256)."""
+    return dataset.to_pixels(dataset.read_square(path, 256))
+
+
+def squares(args, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames of `watercolor` and the teacher's edits of them: uint8 (N, 3, 256, 256) each."""
+    edits = args.data / "clips/edits/watercolor"
+    photos = [square(path) for path in paths]
+    truth = [square(next(edits.glob(f"{path.stem}.*"))) for path in paths]
+    return torch.stack(photos), torch.stack(truth)
+
+
 def keyframes(args) -> tuple[str, list[dict]]:
     """Each clip of `watercolor`: ten of its frames, evenly spread, are learned from scratch, then
-    all frames are edited by what was learned. PSNR on the frames between, and steadiness: how much
-    edits of frames that follow each other differ on average (0 to 255), beside the teacher's own
-    and the photos'."""
-    photos = args.data / "clips/photos/watercolor"
-    edits = args.data / "clips/edits/watercolor"
-    clips = {}
-    for path in sorted(photos.iterdir()):
-        clips.setdefault(path.stem.rstrip("0123456789").rstrip("_-"), []).append(path)
-    return "keyframes", [clip_row(args, name, paths, edits) for name, paths in clips.items()]
+    all frames are edited by what was learned. PSNR and perceptual distance on the frames between,
+    and steadiness: how much edits of frames that follow each other differ on average (0 to 255).
+
+    To compare with: the nearest keyframe's edit as it is; EbSynth's (--ebsynth), which puts each
+    frame together from patches of that edit; the teacher's own edits and the photos."""
+    rows = []
+    for clip, paths in clips(args).items():
+        rows += clip_rows(args, clip, paths)
+    return "keyframes", rows
 
 
-def clip_row(args, name: str, paths: list[Path], edits: Path) -> dict:
-    """A row of keyframes: one clip, whose frames are `paths`, in order."""
-    here = args.out / name
-    keys = set(np.linspace(0, len(paths) - 1, 10).round().astype(int).tolist())
+def clip_rows(args, clip: str, paths: list[Path]) -> list[dict]:
+    """Rows of keyframes: one clip, whose frames are `paths`, in order."""
+    here = args.out / clip
+    keys = evenly(10, range(len(paths)))
+    nearest = [min(keys, key=lambda key: abs(key - i)) for i in range(len(paths))]
+    between = [i for i in range(len(paths)) if i not in keys]
+    photos, truth = squares(args, paths)
     (here / "frames").mkdir(parents=True, exist_ok=True)
-    (here / "edits/look").mkdir(parents=True, exist_ok=True)
     (here / "squares").mkdir(exist_ok=True)
-    truth = []
-    for i, path in enumerate(paths):
-        [edit] = edits.glob(f"{path.stem}.*")
+    for path, photo in zip(paths, photos, strict=True):
         shutil.copy(path, here / "frames")
-        if i in keys:
-            shutil.copy(edit, here / "edits/look")
-        dataset.read_square(path, 256).save(here / "squares" / f"{path.stem}.png")
-        truth.append(dataset.to_pixels(dataset.read_square(edit, 256)))
+        dataset.to_pil(photo).save(here / "squares" / f"{path.stem}.png")
+    (here / "edits/look").mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        [edit] = (args.data / "clips/edits/watercolor").glob(f"{paths[key].stem}.*")
+        shutil.copy(edit, here / "edits/look")
     teacher = f"--teacher {here / 'edits'} --concept look='paint it in watercolors'"
     pairs = here / "pairs"
     split = "--train 9 --test 1"
@@ -354,19 +407,92 @@ def clip_row(args, name: str, paths: list[Path], edits: Path) -> dict:
     apply = f"--model {exported / 'look.onnx'} --apply {here / 'squares'}"
     stage("06", f"{apply} --out {here / 'edited'}")
     edited = here / "edited-applied/look"
-    learned = [dataset.read_image(edited / f"{path.stem}.png") for path in paths]
-    between = [i for i in range(len(paths)) if i not in keys]
-    learned, truth = torch.stack(learned), torch.stack(truth)
-    originals = torch.stack([dataset.read_image(here / f"squares/{p.stem}.png") for p in paths])
-    return {
-        "clip": name,
-        "frames": len(paths),
-        "training s": result(network)["training s"],
-        "PSNR between dB": training.mean_psnr(learned[between], truth[between]),
-        "change, learned": change(learned),
-        "change, teacher": change(truth),
-        "change, photos": change(originals),
-    }
+    ways = {"learned": torch.stack([square(edited / f"{path.stem}.png") for path in paths])}
+    if args.ebsynth:
+        ways["EbSynth"] = ebsynth(args, here, photos, truth, nearest)
+    ways |= {"the nearest keyframe's edit": truth[nearest], "the teacher": truth, "photos": photos}
+    rows = []
+    for way, frames in ways.items():
+        row = {"clip": clip, "frames": len(paths), "edits": way}
+        if way not in ("the teacher", "photos"):
+            row["PSNR between dB"] = training.mean_psnr(frames[between], truth[between])
+            row["perceptual"] = training.mean_perceptual(frames[between], truth[between])
+        rows.append({**row, "change": change(frames)})
+    return rows
+
+
+def ebsynth(args, here: Path, photos, truth, nearest: list[int]) -> torch.Tensor:
+    """A clip's edits, uint8 (N, 3, 256, 256): keyframes' are the teacher's; --ebsynth puts each
+    frame between together from patches of the nearest keyframe's edit, guided by both photos and,
+    as most of a frame hardly moves, by where a pixel is."""
+    folder = here / "ebsynth"
+    folder.mkdir(exist_ok=True)
+    x, y = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="xy")
+    place = folder / "place.png"
+    dataset.to_pil(torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)).save(place)
+    for i in range(len(photos)):
+        dataset.to_pil(photos[i]).save(folder / f"photo{i}.png")
+        dataset.to_pil(truth[i]).save(folder / f"edit{i}.png")
+    edits = truth.clone()
+    for i, key in enumerate(nearest):
+        out = folder / f"out{i}.png"
+        if i == key:
+            continue
+        if not out.exists():
+            photo_guide = ("-guide", folder / f"photo{key}.png", folder / f"photo{i}.png")
+            guides = (*photo_guide, "-weight", "2", "-guide", place, place, "-weight", "1.5")
+            style = ("-style", folder / f"edit{key}.png", "-backend", "cpu")
+            subprocess.run([args.ebsynth, *style, *guides, "-output", out], check=True)
+        edits[i] = dataset.read_image(out)
+    return edits
+
+
+def other_clips(args) -> tuple[str, list[dict]]:
+    """`watercolor` on a clip that nothing was learned from: 30 frames of the two other clips are
+    learned, then 36 frames of it are edited. The base is that of the table `diffusion`, seed 0."""
+    base = args.out.parent / "diffusion/seed0/base/generator.safetensors"
+    rows = []
+    for clip, paths in clips(args).items():
+        here = args.out / clip
+        (here / "frames").mkdir(parents=True, exist_ok=True)
+        for other, frames in clips(args).items():
+            if other != clip:
+                for path in evenly(16, frames):  # 32: stage 1 holds out two of them
+                    shutil.copy(path, here / "frames")
+        pairs = here / "pairs"
+        teacher = f"--teacher {args.data / 'clips/edits'} {RANDOM_CLIP} --train 30 --test 2"
+        concept = "--concept watercolor='paint it in watercolors'"
+        stage("01", f"--images {here / 'frames'} {teacher} {concept} --out {pairs}")
+        shared = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --concept watercolor"
+        alone = here / "alone"
+        stage("03", f"{shared} --no-text --width 16 --lr 1e-3 --steps 1050 --out {alone}")
+        tune = f"{shared} --base {base} --samples all --steps 330"
+        stage("04", f"{tune} --lr 3e-3 --rank 8 --out {here / 'lora'}")
+        stage("04", f"{tune} --lr 1e-3 --mode full --out {here / 'full'}")
+
+        generators = {
+            "from scratch": common.load_generator(alone / "generator.safetensors"),
+            "adapter": common.load_generator(base),
+            "all weights of the base": common.load_generator(
+                here / "full/watercolor/generator.safetensors"
+            ),
+        }
+        adapter = here / "lora/watercolor/adapter.safetensors"
+        common.load_adapter(generators["adapter"], adapter)
+        photos, truth = squares(args, evenly(36, paths))
+        rows.append({"clip": clip, "network": "none: the photos"} | measures(photos, truth))
+        for name, generator in generators.items():
+            index = generator.concept_index("watercolor")
+            edits = training.run_generator(generator.eval(), photos, index)
+            rows.append({"clip": clip, "network": name} | measures(edits, truth))
+    return "watercolor on clips that were not learned from", rows
+
+
+def measures(edits: torch.Tensor, truth: torch.Tensor) -> dict:
+    """Columns of a table: how near edits are to the teacher's, uint8 (N, 3, H, W) both."""
+    row = {"PSNR dB": training.mean_psnr(edits, truth)}
+    row["perceptual"] = training.mean_perceptual(edits, truth)
+    return {**row, "SWD": swd([training.swd(edits, truth)])}
 
 
 def change(frames: torch.Tensor) -> float:
@@ -374,11 +500,51 @@ def change(frames: torch.Tensor) -> float:
     return (frames[1:].float() - frames[:-1].float()).abs().mean().item()
 
 
+def kinds(args) -> tuple[str, list[dict]]:
+    """Edits that neither a style network nor a diffusion model made, from scratch at two lengths:
+    portraits as an artist drew them (30 to learn from), and photographs of facades from maps of
+    their parts (260), which hold less than the photographs do."""
+    prompts = {"sketch": "a pencil drawing", "facade": "a photograph of a facade"}
+    halves(args.data / "facades", args.out / "facades")
+    folders = {
+        "sketch": (args.data / "sketches/photos", args.data / "sketches/edits", 30),
+        "facade": (args.out / "facades/maps", args.out / "facades/edits", 260),
+    }
+    rows = []
+    for name, (photos, edits, count) in folders.items():
+        pairs = args.out / f"pairs-{name}"
+        teacher = f"--teacher {edits} {RANDOM_CLIP} --concept {name}='{prompts[name]}'"
+        split = f"--train {count} --test 40"
+        stage("01", f"--images {photos} {teacher} {split} --out {pairs}")
+        flags = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --concept {name} --no-text"
+        for steps in (1050, 2950):
+            out = args.out / f"{name}-{steps}"
+            stage("03", f"{flags} --width 16 --lr 1e-3 --steps {steps} --out {out}")
+            rows.append({"edit": name, "steps": steps} | one_run(out))
+    return "sketches and facades", rows
+
+
+def halves(combined: Path, out: Path) -> None:
+    """Cuts pictures (photo left, map right) of all folders below `combined` into two: out/maps and
+    out/edits/facade, which is how stage 1 takes pairs that are there already."""
+    (out / "maps").mkdir(parents=True, exist_ok=True)
+    (out / "edits/facade").mkdir(parents=True, exist_ok=True)
+    for path in sorted(combined.glob("*/*.jpg")):
+        name = f"{path.parent.name}-{path.stem}.png"
+        with Image.open(path) as picture:
+            middle = picture.width // 2
+            picture.crop((middle, 0, picture.width, picture.height)).save(out / "maps" / name)
+            picture.crop((0, 0, middle, picture.height)).save(out / "edits/facade" / name)
+
+
 TABLES = {
     "diffusion": diffusion,
     "text": text,
     "pruning": pruning,
+    "scratch": scratch,
     "keyframes": keyframes,
+    "clips": other_clips,
+    "kinds": kinds,
     "strokes": strokes,
     "styles": styles,
     "papers": papers,
@@ -391,6 +557,7 @@ def main() -> None:
     flag("name", choices=TABLES, help="which table")
     flag("--data", type=Path, default="data", help="see above")
     flag("--steps", type=int, default=1050, help="keyframes: of training")
+    flag("--ebsynth", help="keyframes: EbSynth's program (jamriska/ebsynth), to compare with")
     flag("--out", type=Path, default="runs/tables", help="holds a folder for each table")
     args = parser.parse_args()
     args.out = args.out / args.name

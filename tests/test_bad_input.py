@@ -123,6 +123,14 @@ def test_bad_flags(refused, flags, words):
     assert words in refused(flags)
 
 
+@pytest.mark.parametrize("number", ["03", "04"])
+def test_missing_pairs_are_named_before_missing_clusters(error_of, tmp_path, number):
+    nowhere = [f"--{name}={tmp_path / name}" for name in ("pairs", "clusters", "base", "out")]
+    if number == "03":
+        nowhere.pop(2)
+    assert "pairs/concepts.json does not exist; 01_distill" in error_of(number, *nowhere)
+
+
 def rewrite_base(tensors=None, **config):
     def change(root):
         path = root / "base.safetensors"
