@@ -30,6 +30,7 @@ Writes  runs/lora/<concept>/adapter.safetensors  kilobytes: A, B, the prompt, th
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import runs  # before torch, which reads how threads wait when it is imported
@@ -68,7 +69,10 @@ PAPER_RANKS = {  # {layer group: rank}
     "out": 3,
 }
 RANK_LIMIT = 16  # the highest rank that a search tries
+FIRST_PAIRS = 16  # over which --start gradient sums
 VALIDATION = 100  # the most photos on which a probe's error is measured
+
+Matrices = dict[str, torch.Tensor]  # {layer: of its weight's shape}
 
 
 def rank_flag(text: str) -> int | str:
@@ -129,6 +133,13 @@ def parse() -> argparse.Namespace:
         type=runs.positive,
         default=16.0,
         help="LoRA's scale: B A is multiplied by alpha / rank",
+    )
+    flag(
+        "--start",
+        choices=["weights", "gradient"],
+        default="weights",
+        help="A starts as singular vectors of, weights: the layer's weight; gradient: the loss's "
+        "gradient for it (LoRA-GA), which suits an adapter of all layers",
     )
     flag(
         "--rank-threshold",
@@ -195,19 +206,41 @@ def lora_weights(shapes: dict, ranks: dict[str, int]) -> int:
     return total
 
 
-def add_lora(generator, ranks: dict[str, int], alpha: float) -> list[nn.Parameter]:
-    """Freezes the generator and adds A and B to the layers in `ranks`, {layer: rank}. Returns A and
-    B of all of them.
+def first_gradients(args, generator, train: dataset.Pairs, layers: Iterable[str]) -> Matrices:
+    """The loss's gradient for the weights of these layers, summed over FIRST_PAIRS training pairs,
+    one at a time: of L1 and the perceptual term, which need no discriminator."""
+    generator.requires_grad_(False).train()
+    weights = {name: generator.get_submodule(name).weight for name in layers}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    index = generator.concept_index(train.concepts[0]["name"])
+    device = next(generator.parameters()).device
+    pairs = train.batches(
+        runs.world(), range(FIRST_PAIRS), args.seed, device, args.crop, flip=not args.no_flip
+    )
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for photo, edit, concept in pairs:
+        fake = generator(photo, concept + index)
+        loss = args.l1 * (fake - edit).abs().mean()
+        if args.perceptual:
+            loss = loss + args.perceptual * training.perceptual_distance(fake, edit).mean()
+        found = torch.autograd.grad(loss, list(weights.values()))
+        for name, gradient in zip(weights, found, strict=True):
+            total[name] += gradient
+    return total
 
-    B starts at 0, so that nothing changes yet, and A as the weight's leading right singular
-    vectors, the directions of the input that matter most (ours; random rows learned less in as many
+
+def add_lora(generator, ranks: dict[str, int], alpha: float, start: Matrices) -> list[nn.Parameter]:
+    """Freezes the generator and adds A and B to the layers in `ranks`, {layer: rank}. Returns A and
+    B of all of them. B starts at 0, so that nothing changes yet, and A as the leading right
+    singular vectors of the layer's matrix in `start` (ours; random rows learned less in as many
     steps)."""
     generator.requires_grad_(False)
     for name, rank in ranks.items():
         module = generator.get_submodule(name)
-        weight = common.out_first(module.weight, type(module))
-        right = torch.linalg.svd(weight.detach().cpu().flatten(1), full_matrices=False).Vh
-        b = torch.zeros(len(weight), rank)
+        matrix = common.out_first(start[name], type(module)).detach().cpu().flatten(1)
+        right = torch.linalg.svd(matrix, full_matrices=False).Vh
+        b = torch.zeros(len(matrix), rank)
         lora = common.LoRA(module, right[:rank].contiguous(), b, alpha / rank)
         parametrize.register_parametrization(module, "weight", lora)
     return [p for p in generator.parameters() if p.requires_grad]
@@ -287,9 +320,9 @@ def validation_split(args, concept: str) -> tuple[list[str], list[str]]:
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) -> tuple:
+def prepare(args, concept: dict, device: torch.device) -> tuple:
     """(the generator to train, which has the new concept's prompt, the discriminator, which sees no
-    prompt). ranks: of --mode lora's adapter, {layer group: rank}."""
+    prompt), without an adapter."""
     torch.manual_seed(args.seed)
     generator = common.load_generator(args.base, device)
     if args.mode == "scratch":
@@ -300,15 +333,23 @@ def prepare(args, concept: dict, ranks: dict[str, int], device: torch.device) ->
     if generator.takes_text:
         [tokens], _ = dataset.prompt_tokens(args.pairs, [concept], generator.config["clip"])
     generator.set_known_concepts([*generator.known_concepts(), (concept, tokens)])
-    if args.mode == "lora":
-        add_lora(generator, layer_ranks(layer_shapes(generator), ranks), args.alpha)
-    else:
-        generator.requires_grad_(True)
+    generator.requires_grad_(True)
     if args.new_discriminator:
         return generator, common.new_discriminator(generator, text=False)
     discriminator = common.base_discriminator(args.base, generator)
     discriminator.project = None  # the layer that sees the prompt
     return generator, discriminator
+
+
+def adapt(args, generator, train: dataset.Pairs, ranks: dict[str, int]) -> None:
+    """Adds an adapter for the concept of `train`, which starts as --start says. ranks: {layer
+    group: rank}."""
+    of_layers = layer_ranks(layer_shapes(generator), ranks)
+    if args.start == "gradient":
+        start = first_gradients(args, generator, train, of_layers)
+    else:
+        start = {name: generator.get_submodule(name).weight for name in of_layers}
+    add_lora(generator, of_layers, args.alpha, start)
 
 
 def finetune(
@@ -443,9 +484,10 @@ class Probes:
         """measure's error of a new probe, infinite if it diverged. Processes other than the first
         do not measure and return 0."""
         train, held_out = self.data[name]
-        generator, discriminator = prepare(self.args, train.concepts[0], ranks, self.device)
+        generator, discriminator = prepare(self.args, train.concepts[0], self.device)
         try:
             if ranks:
+                adapt(self.args, generator, train, ranks)
                 finetune(self.args, generator, discriminator, train, self.args.probe_steps)
         except training.Diverged:
             return math.inf
@@ -569,7 +611,7 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = ranks_of(args, groups)
     # raises for bad input before anything is written
-    _, discriminator = prepare(args, train.concepts[0], ranks, device)
+    generator, discriminator = prepare(args, train.concepts[0], device)
     settings = runs.settings_of(
         args,
         concept=name,
@@ -588,9 +630,8 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
         ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
         search_tables["Rank search, held-out error relative to the base's"] = path
         search_tables["Rank search, found"] = [found]
-    # again, as adapters start from singular vectors, which depend on the number of threads
-    generator, discriminator = prepare(args, train.concepts[0], ranks, device)
-
+    if args.mode == "lora":
+        adapt(args, generator, train, ranks)
     photos, edits = test.pictures(0)
     generator.eval()
     before = training.run_generator(generator, photos, generator.concept_index(name))

@@ -1323,7 +1323,7 @@ def write_pruning(path: Path, task, targets: dict[str, Target]) -> None:
             bars, [f"{after[group]} of\n{before[group]}" for group in groups], fontsize=8
         )
         alike = [100 * target.alike[group] / before[group] for group in groups]
-        axes.scatter(groups, alike, 300, "black", "_", label="all groups narrowed alike")
+        axes.scatter(groups, alike, 300, "black", marker="_", label="all groups narrowed alike")
         axes.tick_params(axis="x", rotation=90)
         axes.set(title=name, ylabel="% of the channels left")
         axes.margins(y=0.15)

@@ -120,7 +120,8 @@ def train(number: str, data: Measured, device: torch.device, wants_compile: bool
             generator.config["concepts"] = data.concepts
             generator = generator.to(device)
             ranks = stage.layer_ranks(stage.layer_shapes(generator), stage.PAPER_RANKS)
-            stage.add_lora(generator, ranks, args.alpha)
+            weights = {name: generator.get_submodule(name).weight for name in ranks}
+            stage.add_lora(generator, ranks, args.alpha, weights)
             discriminator = common.new_discriminator(generator, text=False)
             stage.finetune(args, generator, discriminator, data, args.steps)
         else:

@@ -147,12 +147,15 @@ def diffusion(args) -> tuple[str, list[dict]]:
         adapter = "--lr 3e-3 --rank 8"
         stage("04", f"{tune} {adapter} --samples all --out {runs_of / 'lora'}")
         stage("04", f"{tune} {adapter} --samples random:10 --out {runs_of / 'lora10'}")
+        of_all = f"{adapter} --layers all --start gradient --samples all"
+        stage("04", f"{tune} {of_all} --out {runs_of / 'lora-all'}")
         stage("04", f"{tune} --mode full --lr 1e-3 --samples all --out {runs_of / 'full'}")
         names = {
             "from scratch": alone,
             "from scratch, as many steps as an adapter": runs_of / "short",
             "adapter": runs_of / "lora/watercolor",
             "adapter, ten of the frames": runs_of / "lora10/watercolor",
+            "adapter of all layers": runs_of / "lora-all/watercolor",
             "all weights of the base": runs_of / "full/watercolor",
             "from scratch, pruned to a quarter": runs_of / "pruned",
         }
@@ -202,7 +205,8 @@ def pruning(args) -> tuple[str, list[dict]]:
             base = bases[seed] / "generator.safetensors"
             out = args.out / f"{method}-{keep}/seed{seed}"
             how = f"--method {method} --keep {keep} --lr 1e-3 --lr-search 2e-4"
-            phases = "--search-epochs 1 --epochs 2 --steps 600"
+            # 100 steps of search; the others train in both phases, of 200 and 400 steps
+            phases = f"--search-epochs 1 --epochs {5 if method == 'coronet' else 2} --steps 600"
             stage("05", f"{shared} --seed {seed} --generator {base} {how} {phases} --out {out}")
             folders.append(out)
         found = [result(folder, "generator") for folder in folders]
@@ -283,6 +287,10 @@ def styles(args) -> tuple[str, list[dict]]:
     ways = {
         "adapter": (SIX, f"{adapter} --samples all"),
         "all weights of the base": (SIX, f"{all_weights} --steps 240 --mode full"),
+        "adapter of all layers": (
+            SIX,
+            f"{adapter} --samples all --rank 8 --layers all --start gradient",
+        ),
         "adapter, rank 8": (SIX[:3], f"{adapter} --samples all --rank 8"),
         "adapter, ten photos": (SIX[:3], f"{adapter} --samples random:10"),
         "from scratch": (SIX[:3], f"{all_weights} --steps 240 --mode scratch"),
@@ -467,18 +475,19 @@ def other_clips(args) -> tuple[str, list[dict]]:
         alone = here / "alone"
         stage("03", f"{shared} --no-text --width 16 --lr 1e-3 --steps 1050 --out {alone}")
         tune = f"{shared} --base {base} --samples all --steps 330"
-        stage("04", f"{tune} --lr 3e-3 --rank 8 --out {here / 'lora'}")
+        of_all = "--lr 3e-3 --rank 8 --layers all --start gradient"
+        stage("04", f"{tune} {of_all} --out {here / 'lora'}")
         stage("04", f"{tune} --lr 1e-3 --mode full --out {here / 'full'}")
 
         generators = {
             "from scratch": common.load_generator(alone / "generator.safetensors"),
-            "adapter": common.load_generator(base),
+            "adapter of all layers": common.load_generator(base),
             "all weights of the base": common.load_generator(
                 here / "full/watercolor/generator.safetensors"
             ),
         }
         adapter = here / "lora/watercolor/adapter.safetensors"
-        common.load_adapter(generators["adapter"], adapter)
+        common.load_adapter(generators["adapter of all layers"], adapter)
         photos, truth = squares(args, evenly(36, paths))
         rows.append({"clip": clip, "network": "none: the photos"} | measures(photos, truth))
         for name, generator in generators.items():

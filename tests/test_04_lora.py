@@ -62,7 +62,8 @@ def test_the_papers_ranks_are_one_percent_of_the_weights_and_150_kilobytes(load_
     generator = common.new_generator("e2gan", 64, 256, prompt, [torch.randn(9, 512)])
     whole, shapes = common.count_parameters(generator), stage.layer_shapes(generator)
     ranks = stage.layer_ranks(shapes, stage.PAPER_RANKS)
-    trained = sum(p.numel() for p in stage.add_lora(generator, ranks, 16.0))
+    weights = {name: generator.get_submodule(name).weight for name in ranks}
+    trained = sum(p.numel() for p in stage.add_lora(generator, ranks, 16.0, weights))
     assert trained == stage.lora_weights(shapes, stage.PAPER_RANKS) <= 0.01 * whole
     stage.save_adapter(tmp_path / "adapter.safetensors", generator, "a", "0" * 64, 16.0)
     assert (tmp_path / "adapter.safetensors").stat().st_size <= 150_000
@@ -85,6 +86,24 @@ def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, t
     test = dataset.find_pairs(world / "pairs", "test", ["warm"]).cache(world / "cache")
     [again] = training.evaluate(base, test)
     assert again["PSNR dB"] == pytest.approx(row["PSNR dB"], abs=0.1)  # fp16 file
+
+
+def test_start_gradient_begins_in_the_directions_of_the_losses_gradient(world, load_stage):
+    stage = load_stage("04")
+    args = Namespace(l1=10.0, perceptual=0.0, seed=0, crop=0, no_flip=True, alpha=16.0)
+    args.start = "gradient"
+    train = dataset.find_pairs(world / "pairs", "train", ["dark"]).cache(world / "cache")
+    generator, twin = (common.load_generator(world / "base.safetensors") for _ in range(2))
+    stage.adapt(args, generator, train, {"down2": 2})
+    rows = generator.down2.conv.parametrizations.weight[0].lora_A
+    steps = range(stage.FIRST_PAIRS)
+    batches = train.batches(1, steps, 0, torch.device("cpu"), flip=False)
+    photos, edits, concepts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loss = (twin(photos, concepts) - edits).abs().mean()  # all pairs at once
+    [gradient] = torch.autograd.grad(loss, [twin.down2.conv.weight])
+    most = torch.linalg.svdvals(gradient.flatten(1))[:2].norm()
+    kept = torch.linalg.norm(gradient.flatten(1) @ rows.T)
+    assert kept.item() == pytest.approx(most.item(), rel=1e-3)
 
 
 # ---- Modes and photos ----------------------------------------------------------------------------

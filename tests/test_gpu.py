@@ -228,8 +228,9 @@ def test_a_step_of_stage_4_waits_for_nothing(gpu, load_stage, mode):
     four = load_stage("04")
     generator = to_cuda(new_generator())
     if mode == "lora":
-        shapes = four.layer_shapes(generator)
-        four.add_lora(generator, four.layer_ranks(shapes, four.PAPER_RANKS), alpha=16.0)
+        ranks = four.layer_ranks(four.layer_shapes(generator), four.PAPER_RANKS)
+        weights = {name: generator.get_submodule(name).weight for name in ranks}
+        four.add_lora(generator, ranks, 16.0, weights)
     discriminator = common.new_discriminator(generator, text=False)
     data = Batches(gpu, pictures=2)
     with pytest.raises(Enough):
