@@ -5,6 +5,9 @@ W + (alpha / rank) B A, of which only A and B are trained. To compare with, --mo
 of the base's weights and --mode scratch a new network. Training goes on with the base's
 discriminator (ours), which can tell strokes from blur from the first step on.
 
+The default layers and ranks are the paper's. `--layers all --rank 8 --start gradient` makes an
+adapter of five times the size that is nearer to what all weights learn (ours).
+
 Layers and ranks are fixed unless a search chooses them. A search makes short trainings (probes) and
 compares their error, training.error, on training photos that the probes do not train on: up to 100
 that stage 2 did not choose or, if it chose all, every fifth of them. A change of layers or ranks is
@@ -23,6 +26,7 @@ Writes  runs/lora/<concept>/adapter.safetensors  kilobytes: A, B, the prompt, th
 
     python 04_lora_finetune.py --demo
     python 04_lora_finetune.py --concept cartoon        (default: every new concept of stage 2)
+    python 04_lora_finetune.py --layers all --rank 8 --start gradient
     python 04_lora_finetune.py --layers search --rank auto
     torchrun --nproc_per_node=8 04_lora_finetune.py --concept cartoon --batch 128
 """

@@ -221,7 +221,7 @@ def pruning(args) -> tuple[str, list[dict]]:
 def scratch(args) -> tuple[str, list[dict]]:
     """edges2shoes, a U-Net pruned while it trains from scratch, beside networks that are narrow
     from the first step."""
-    kept = ("0.25", "0.12", "0.06")
+    kept = ("0.25", "0.06")
     ways = {"coronet": "--lr-search 2e-4", "uniform": "--method uniform"}
     rows = []
     for keep, (way, how) in itertools.product(kept, ways.items()):
