@@ -7,6 +7,7 @@ prints one Markdown table.
     python tests/bench.py prune       time and memory of a step of stage 5's search
     python tests/bench.py onnx        milliseconds of stage 6's files, of untrained networks
     python tests/bench.py onnx --generator runs/base/generator.safetensors    (of a trained one)
+    python tests/bench.py browser     milliseconds of an edit by exported folders in Chromium
     python tests/bench.py steady      how far noise and a pan change edits of a base and its teacher
 """
 
@@ -545,15 +546,59 @@ def bench_onnx(args) -> tuple[str, list[dict]]:
     return f"ONNX Runtime, {args.size} pixels, width {args.width}, {args.threads} threads", rows
 
 
+EDITS = """async size => {
+    const { Editor } = await import("/editor.js");
+    const editor = await Editor.load();
+    const photo = new ImageData(size, size);
+    photo.data.forEach((_, i, data) => { data[i] = Math.random() * 256; });
+    const times = [];
+    for (let i = 0; i < 45; i++) {
+        const start = performance.now();
+        await editor.edit(photo);
+        times.push(performance.now() - start);
+    }
+    return times.slice(5);
+}"""
+
+
+def bench_browser(args) -> tuple[str, list[dict]]:
+    """Milliseconds of an edit of random pixels by each --folder, which stage 6 made: the median of
+    40 calls of its editor.js in headless Chromium, after 5 that do not count. It needs Chromium and
+    `pip install playwright`."""
+    from playwright import sync_api  # only here: the project does not need it
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    rows = []
+    for folder in args.folder:
+        command = [sys.executable, str(script("06")), "--out", str(folder), "--serve", "0"]
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            )
+            stack.callback(server.kill)
+            address = server.stdout.readline().split("open ")[1].split(",")[0]
+            playwright = stack.enter_context(sync_api.sync_playwright())
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.goto(address)
+            page.wait_for_selector("figure[aria-busy=false]", timeout=120_000)
+            ms = statistics.median(page.evaluate(EDITS, args.size))
+            rows.append({"folder": folder, "ms": ms, "FPS": 1000 / ms, "Chromium": browser.version})
+            browser.close()
+    return f"An edit in a browser, {args.size} pixels, {os.cpu_count()} cores", rows
+
+
 BENCHMARKS = {"distill": bench_distill, "busy": bench_busy, "speedrun": bench_speedrun}
 BENCHMARKS |= {"prune": bench_prune, "onnx": bench_onnx, "steady": bench_steady}
+BENCHMARKS |= {"browser": bench_browser}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=runs.Help)
     flag = parser.add_argument
     flag("name", choices=BENCHMARKS, help="what to measure")
-    flag("--size", type=int, default=256, help="prune, onnx: width and height in pixels")
+    flag("--size", type=int, default=256, help="prune, onnx, browser: width and height in pixels")
+    flag("--folder", type=Path, action="append", help="browser: stage 6's folder; repeatable")
     flag("--width", type=int, default=64, help="prune, onnx: channels of the first layer")
     flag("--batch", type=int, default=4, help="prune, busy: pairs in a step's batch")
     flag("--device", default="auto", help="prune: stage 5's --device")
