@@ -5,8 +5,9 @@ W + (alpha / rank) B A, of which only A and B are trained. To compare with, --mo
 of the base's weights and --mode scratch a new network. Training goes on with the base's
 discriminator (ours), which can tell strokes from blur from the first step on.
 
-The default layers and ranks are the paper's. `--layers all --rank 8 --start gradient` makes an
-adapter of five times the size that is nearer to what all weights learn (ours).
+The default layers and ranks are the paper's. `--layers all --rank 8` makes an adapter of five times
+as many numbers that is nearer to what all weights learn. It starts in the directions of the loss's
+gradient (ours, after LoRA-GA, arXiv 2407.05000, section 3).
 
 Layers and ranks are fixed unless a search chooses them. A search makes short trainings (probes) and
 compares their error, training.error, on training photos that the probes do not train on: up to 100
@@ -26,7 +27,7 @@ Writes  runs/lora/<concept>/adapter.safetensors  kilobytes: A, B, the prompt, th
 
     python 04_lora_finetune.py --demo
     python 04_lora_finetune.py --concept cartoon        (default: every new concept of stage 2)
-    python 04_lora_finetune.py --layers all --rank 8 --start gradient
+    python 04_lora_finetune.py --layers all --rank 8
     python 04_lora_finetune.py --layers search --rank auto
     torchrun --nproc_per_node=8 04_lora_finetune.py --concept cartoon --batch 128
 """
@@ -141,9 +142,8 @@ def parse() -> argparse.Namespace:
     flag(
         "--start",
         choices=["weights", "gradient"],
-        default="weights",
-        help="A starts as singular vectors of, weights: the layer's weight; gradient: the loss's "
-        "gradient for it (LoRA-GA), which suits an adapter of all layers",
+        help="what A's singular vectors are of, weights: the layer's weight; gradient: the loss's "
+        "gradient for it, as LoRA-GA has it (default: gradient with --layers all, else weights)",
     )
     flag(
         "--rank-threshold",
@@ -169,8 +169,13 @@ def parse() -> argparse.Namespace:
         args.lr = DEMO_RATES[args.mode] if args.demo else RATES[args.mode]
     if args.mode == "scratch":
         args.new_discriminator = True
-    if args.mode != "lora" and (args.rank == "auto" or args.layers == "search"):
-        raise UserError(f"--mode {args.mode} trains all weights: searches are for --mode lora")
+    if args.mode != "lora" and (args.rank == "auto" or args.layers == "search" or args.start):
+        given = "--start is" if args.start else "searches are"
+        raise UserError(f"--mode {args.mode} trains all weights: {given} for --mode lora")
+    if args.start is None:
+        args.start = "gradient" if args.layers == "all" else "weights"
+    if args.start == "gradient" and args.l1 == 0 and args.perceptual == 0:
+        raise UserError("--start gradient needs --l1 or --perceptual, which are both 0")
     return args
 
 
@@ -211,9 +216,9 @@ def lora_weights(shapes: dict, ranks: dict[str, int]) -> int:
 
 
 def first_gradients(args, generator, train: dataset.Pairs, layers: Iterable[str]) -> Matrices:
-    """The loss's gradient for the weights of these layers, summed over FIRST_PAIRS training pairs,
-    one at a time: of L1 and the perceptual term, which need no discriminator."""
-    generator.requires_grad_(False).train()
+    """The loss's gradient for the weights of these layers, summed over FIRST_PAIRS training pairs
+    of each process, one at a time: of L1 and the perceptual term, which need no discriminator."""
+    generator.requires_grad_(False).eval()  # the same in every run, so no dropout
     weights = {name: generator.get_submodule(name).weight for name in layers}
     for weight in weights.values():
         weight.requires_grad_(True)
@@ -231,6 +236,9 @@ def first_gradients(args, generator, train: dataset.Pairs, layers: Iterable[str]
         found = torch.autograd.grad(loss, list(weights.values()))
         for name, gradient in zip(weights, found, strict=True):
             total[name] += gradient
+    for name, gradient in total.items():
+        if not runs.average(gradient).isfinite().all():
+            raise UserError(f"the gradient for {name} is not finite: {args.base} cannot be trained")
     return total
 
 
@@ -615,7 +623,7 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
     test = dataset.find_pairs(args.pairs, "test", [name]).cache(args.cache)
     ranks = ranks_of(args, groups)
     # raises for bad input before anything is written
-    generator, discriminator = prepare(args, train.concepts[0], device)
+    _, discriminator = prepare(args, train.concepts[0], device)
     settings = runs.settings_of(
         args,
         concept=name,
@@ -634,8 +642,10 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
         ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
         search_tables["Rank search, held-out error relative to the base's"] = path
         search_tables["Rank search, found"] = [found]
+    generator, discriminator = prepare(args, train.concepts[0], device)
     if args.mode == "lora":
         adapt(args, generator, train, ranks)
+
     photos, edits = test.pictures(0)
     generator.eval()
     before = training.run_generator(generator, photos, generator.concept_index(name))

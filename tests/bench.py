@@ -149,7 +149,7 @@ def memory(folder: Path, count: int) -> dict:
 SHORT = "--batch 1 --fid off --save-every 1000000 --device cpu"
 WAYS = {
     "from scratch": "03 --no-text --width 16 --lr 1e-3",
-    "adapter on a base": "04 --lr 3e-3 --samples all --rank 8 --layers all --start gradient",
+    "adapter on a base": "04 --lr 3e-3 --samples all --rank 8 --layers all",
     "pruned to a quarter": "05 --generator e2gan --no-text --width 16 --lr 1e-3 --lr-search 2e-4"
     " --search-epochs 1 --epochs 3",
 }

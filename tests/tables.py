@@ -3,7 +3,7 @@
     python tests/tables.py diffusion --data data    all claims on an edit of a diffusion model
     python tests/tables.py text                     whether its base tells prompts apart
     python tests/tables.py pruning                  that base, pruned by four methods
-    python tests/tables.py scratch --data data      pruned while it trains, at three sizes
+    python tests/tables.py scratch --data data      pruned while it trains, at two sizes
     python tests/tables.py keyframes --data data    a clip learned from ten of its frames
     python tests/tables.py clips --data data        a clip of which no frame was learned
     python tests/tables.py kinds --data data        what an artist drew; facades from maps
@@ -12,8 +12,8 @@
     python tests/tables.py papers --data data       CoroNetGAN's own kinds of data, small
 
 What was run before is not run again, so a table that was interrupted goes on where it stopped.
-`text` and `pruning` go on from what `diffusion` left. --data holds these folders; RESULTS.md says
-where they come from:
+`text`, `pruning` and `clips` go on from what `diffusion` left. --data holds these folders;
+RESULTS.md says where they come from:
     photos/                     photographs (BSDS500)
     clips/photos/<name>/        frames of videos: autumn, watercolor
     clips/edits/<name>/         the same frames, edited by a diffusion model, under equal names
@@ -43,6 +43,7 @@ import common  # noqa: E402  (found by the line above)
 import dataset  # noqa: E402
 import runs  # noqa: E402
 import training  # noqa: E402
+from runs import UserError  # noqa: E402
 
 SEEDS = (0, 1, 2)
 SMALL = "--batch 1 --fid off --save-every 1000000"
@@ -147,15 +148,15 @@ def diffusion(args) -> tuple[str, list[dict]]:
         adapter = "--lr 3e-3 --rank 8"
         stage("04", f"{tune} {adapter} --samples all --out {runs_of / 'lora'}")
         stage("04", f"{tune} {adapter} --samples random:10 --out {runs_of / 'lora10'}")
-        of_all = f"{adapter} --layers all --start gradient --samples all"
+        of_all = f"{adapter} --layers all --samples all"
         stage("04", f"{tune} {of_all} --out {runs_of / 'lora-all'}")
         stage("04", f"{tune} --mode full --lr 1e-3 --samples all --out {runs_of / 'full'}")
         names = {
             "from scratch": alone,
             "from scratch, as many steps as an adapter": runs_of / "short",
-            "adapter": runs_of / "lora/watercolor",
-            "adapter, ten of the frames": runs_of / "lora10/watercolor",
-            "adapter of all layers": runs_of / "lora-all/watercolor",
+            "adapter, rank 8": runs_of / "lora/watercolor",
+            "adapter, rank 8, ten of the frames": runs_of / "lora10/watercolor",
+            "adapter of all layers, rank 8": runs_of / "lora-all/watercolor",
             "all weights of the base": runs_of / "full/watercolor",
             "from scratch, pruned to a quarter": runs_of / "pruned",
         }
@@ -287,10 +288,7 @@ def styles(args) -> tuple[str, list[dict]]:
     ways = {
         "adapter": (SIX, f"{adapter} --samples all"),
         "all weights of the base": (SIX, f"{all_weights} --steps 240 --mode full"),
-        "adapter of all layers": (
-            SIX,
-            f"{adapter} --samples all --rank 8 --layers all --start gradient",
-        ),
+        "adapter of all layers, rank 8": (SIX, f"{adapter} --samples all --rank 8 --layers all"),
         "adapter, rank 8": (SIX[:3], f"{adapter} --samples all --rank 8"),
         "adapter, ten photos": (SIX[:3], f"{adapter} --samples random:10"),
         "from scratch": (SIX[:3], f"{all_weights} --steps 240 --mode scratch"),
@@ -365,11 +363,17 @@ def square(path: Path) -> torch.Tensor:
     return dataset.to_pixels(dataset.read_square(path, 256))
 
 
+def edit_of(args, frame: Path) -> Path:
+    """The teacher's edit of a frame of `watercolor`."""
+    for path in (args.data / "clips/edits/watercolor").glob(f"{frame.stem}.*"):
+        return path
+    raise UserError(f"{frame} has no edit in {args.data / 'clips/edits/watercolor'}")
+
+
 def squares(args, paths: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames of `watercolor` and the teacher's edits of them: uint8 (N, 3, 256, 256) each."""
-    edits = args.data / "clips/edits/watercolor"
     photos = [square(path) for path in paths]
-    truth = [square(next(edits.glob(f"{path.stem}.*"))) for path in paths]
+    truth = [square(edit_of(args, path)) for path in paths]
     return torch.stack(photos), torch.stack(truth)
 
 
@@ -400,15 +404,14 @@ def clip_rows(args, clip: str, paths: list[Path]) -> list[dict]:
         dataset.to_pil(photo).save(here / "squares" / f"{path.stem}.png")
     (here / "edits/look").mkdir(parents=True, exist_ok=True)
     for key in keys:
-        [edit] = (args.data / "clips/edits/watercolor").glob(f"{paths[key].stem}.*")
-        shutil.copy(edit, here / "edits/look")
+        shutil.copy(edit_of(args, paths[key]), here / "edits/look")
     teacher = f"--teacher {here / 'edits'} --concept look='paint it in watercolors'"
     pairs = here / "pairs"
     split = "--train 9 --test 1"
     stage("01", f"--images {here / 'frames'} {teacher} {RANDOM_CLIP} {split} --out {pairs}")
     flags = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --lr 1e-3 --width 16"
     network = here / "base"
-    stage("03", f"{flags} --no-text --concept look --steps {args.steps} --out {network}")
+    stage("03", f"{flags} --no-text --concept look --steps 1050 --out {network}")
     exported = here / "onnx"
     file = network / "generator.safetensors"
     stage("06", f"--pairs {pairs} --generator {file} --merged --dynamic --out {exported}")
@@ -459,6 +462,8 @@ def other_clips(args) -> tuple[str, list[dict]]:
     """`watercolor` on a clip that nothing was learned from: 30 frames of the two other clips are
     learned, then 36 frames of it are edited. The base is that of the table `diffusion`, seed 0."""
     base = args.out.parent / "diffusion/seed0/base/generator.safetensors"
+    if not base.exists():
+        raise UserError(f"{base} does not exist: run `tables.py diffusion` first")
     rows = []
     for clip, paths in clips(args).items():
         here = args.out / clip
@@ -475,7 +480,7 @@ def other_clips(args) -> tuple[str, list[dict]]:
         alone = here / "alone"
         stage("03", f"{shared} --no-text --width 16 --lr 1e-3 --steps 1050 --out {alone}")
         tune = f"{shared} --base {base} --samples all --steps 330"
-        of_all = "--lr 3e-3 --rank 8 --layers all --start gradient"
+        of_all = "--lr 3e-3 --rank 8 --layers all"
         stage("04", f"{tune} {of_all} --out {here / 'lora'}")
         stage("04", f"{tune} --lr 1e-3 --mode full --out {here / 'full'}")
 
@@ -565,7 +570,6 @@ def main() -> None:
     flag = parser.add_argument
     flag("name", choices=TABLES, help="which table")
     flag("--data", type=Path, default="data", help="see above")
-    flag("--steps", type=int, default=1050, help="keyframes: of training")
     flag("--ebsynth", help="keyframes: EbSynth's program (jamriska/ebsynth), to compare with")
     flag("--out", type=Path, default="runs/tables", help="holds a folder for each table")
     args = parser.parse_args()

@@ -232,6 +232,6 @@ def test_layers_that_add_nothing_to_better_ones_are_not_crucial(stage04, monkeyp
 def test_two_processes_search_the_same_way(world, tmp_path):
     """They end, so none waited for a probe that the other did not make."""
     probes = "--layers down1,out --rank auto --probe-steps 1 --rank-threshold 0 --steps 3"
-    flags = flags_of(world, f"{probes} --out {tmp_path}")
+    flags = flags_of(world, f"{probes} --start gradient --out {tmp_path}")
     torchrun(script("04"), *flags)
     assert table(tmp_path / "warm", TITLE)[0]["steps"] == 3
