@@ -521,14 +521,14 @@ def kinds(args) -> tuple[str, list[dict]]:
     prompts = {"sketch": "a pencil drawing", "facade": "a photograph of a facade"}
     halves(args.data / "facades", args.out / "facades")
     folders = {
-        "sketch": (args.data / "sketches/photos", args.data / "sketches/edits", 30),
-        "facade": (args.out / "facades/maps", args.out / "facades/edits", 260),
+        "sketch": (args.data / "sketches/photos", args.data / "sketches/edits", 30, 192),
+        "facade": (args.out / "facades/maps", args.out / "facades/edits", 260, 256),
     }
     rows = []
-    for name, (photos, edits, count) in folders.items():
+    for name, (photos, edits, count, size) in folders.items():
         pairs = args.out / f"pairs-{name}"
         teacher = f"--teacher {edits} {RANDOM_CLIP} --concept {name}='{prompts[name]}'"
-        split = f"--train {count} --test 40"
+        split = f"--train {count} --test 40 --size {size}"
         stage("01", f"--images {photos} {teacher} {split} --out {pairs}")
         flags = f"--pairs {pairs} --cache {args.out / 'cache'} {SMALL} --concept {name} --no-text"
         for steps in (1050, 2950):
