@@ -74,7 +74,7 @@ PAPER_RANKS = {  # {layer group: rank}
     "out": 3,
 }
 RANK_LIMIT = 16  # the highest rank that a search tries
-FIRST_PAIRS = 16  # over which --start gradient sums
+FIRST_PAIRS = 16  # over which --start-from gradient sums
 VALIDATION = 100  # the most photos on which a probe's error is measured
 
 Matrices = dict[str, torch.Tensor]  # {layer: of its weight's shape}
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
         help="LoRA's scale: B A is multiplied by alpha / rank",
     )
     flag(
-        "--start",
+        "--start-from",
         choices=["weights", "gradient"],
         help="what A's singular vectors are of, weights: the layer's weight; gradient: the loss's "
         "gradient for it, as LoRA-GA has it (default: gradient with --layers all, else weights)",
@@ -169,13 +169,13 @@ def parse() -> argparse.Namespace:
         args.lr = DEMO_RATES[args.mode] if args.demo else RATES[args.mode]
     if args.mode == "scratch":
         args.new_discriminator = True
-    if args.mode != "lora" and (args.rank == "auto" or args.layers == "search" or args.start):
-        given = "--start is" if args.start else "searches are"
+    if args.mode != "lora" and (args.rank == "auto" or args.layers == "search" or args.start_from):
+        given = "--start-from is" if args.start_from else "searches are"
         raise UserError(f"--mode {args.mode} trains all weights: {given} for --mode lora")
-    if args.start is None:
-        args.start = "gradient" if args.layers == "all" else "weights"
-    if args.start == "gradient" and args.l1 == 0 and args.perceptual == 0:
-        raise UserError("--start gradient needs --l1 or --perceptual, which are both 0")
+    if args.start_from is None:
+        args.start_from = "gradient" if args.layers == "all" else "weights"
+    if args.start_from == "gradient" and args.l1 == 0 and args.perceptual == 0:
+        raise UserError("--start-from gradient needs --l1 or --perceptual, which are both 0")
     return args
 
 
@@ -354,10 +354,10 @@ def prepare(args, concept: dict, device: torch.device) -> tuple:
 
 
 def adapt(args, generator, train: dataset.Pairs, ranks: dict[str, int]) -> None:
-    """Adds an adapter for the concept of `train`, which starts as --start says. ranks: {layer
+    """Adds an adapter for the concept of `train`, which starts as --start-from says. ranks: {layer
     group: rank}."""
     of_layers = layer_ranks(layer_shapes(generator), ranks)
-    if args.start == "gradient":
+    if args.start_from == "gradient":
         start = first_gradients(args, generator, train, of_layers)
     else:
         start = {name: generator.get_submodule(name).weight for name in of_layers}

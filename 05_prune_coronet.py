@@ -5,7 +5,7 @@ CoroNetGAN (arXiv 2403.08261, section 3) has two phases.
 Search: hypernetworks compute each layer's weight from latent vectors, which hold one number per
 channel. After each step the latents are soft-thresholded, so that channels fade to 0, until the
 MACs meet the target. Channels that matter least to the loss for their MACs go first (our choice;
-with --start paper those whose latents are small). Then the computed weights are sliced to the
+with --start-from paper those whose latents are small). Then the computed weights are sliced to the
 channels that are left: a smaller, dense network without hypernetworks.
 Converge: this network trains on as usual.
 
@@ -80,7 +80,7 @@ DEMO = {
 # long a channel fades; and twice as long before the end the aim has come down to --keep.
 PHASE = 0.1
 MEMORY = 100  # steps that the running mean of the channels' importance remembers
-MAX_SHRINK = 0.05  # --start paper: the most that a step shrinks a latent by
+MAX_SHRINK = 0.05  # --start-from paper: the most that a step shrinks a latent by
 POOL = 50  # CycleGAN's number of earlier fakes
 
 # ---- MACs as a function of the widths, and the channels to keep for a target --------------------
@@ -326,7 +326,7 @@ def share_at(step: int, steps: int, keep: float) -> float:
 
 
 def paper_amounts(target: Target, latents: Channels, share: float) -> Channels:
-    """How much a step shrinks each latent with --start paper: all by the same amount.
+    """How much a step shrinks each latent with --start-from paper: all by the same amount.
 
     In the paper it is lambda * lr with a constant lambda. Here it is the smallest amount that
     brings the MACs to `share`, but at most MAX_SHRINK (a choice of ours, which meets any
@@ -338,8 +338,9 @@ def paper_amounts(target: Target, latents: Channels, share: float) -> Channels:
 def weighted_amounts(
     target: Target, latents: Channels, importance: Channels, share: float, fade: float
 ) -> Channels:
-    """How much a step shrinks each latent with --start weights: by `fade` those of the channels
-    that must go for the MACs to come down to `share`, the least worth first; by 0 the others.
+    """How much a step shrinks each latent with --start-from weights: by `fade` those of the
+    channels that must go for the MACs to come down to `share`, the least worth first; by 0 the
+    others.
 
     This is the adaptive lasso's idea (Zou 2006): an l1 norm whose weights are small where a channel
     matters removes some channels and does not weaken all of them."""
@@ -372,13 +373,13 @@ def shrink_latents(
     network has left.
 
     In the last PHASE of the steps, channels that must go do so at once, so that the target is met.
-    With --start paper they go on fading, and slicing removes those that are left."""
+    With --start-from paper they go on fading, and slicing removes those that are left."""
     share = share_at(step, steps, args.keep)
     fade = 1 / (PHASE * steps) if step <= (1 - PHASE) * steps else math.inf
     left = {}
     for name, (latents, importance) in copy_to_cpu(networks).items():
         target = targets[name]
-        if args.start == "paper":
+        if args.start_from == "paper":
             amounts = paper_amounts(target, latents, share)
         else:
             amounts = weighted_amounts(target, latents, importance, share, fade)
@@ -390,12 +391,13 @@ def shrink_latents(
 def channel_scores(network: common.Network, target: Target, args) -> Channels:
     """The scores by which --method ranks channels when a network is sliced, on the CPU.
 
-    coronet: the latents' worth, or with --start paper the latents. The others are to compare with.
+    coronet: the latents' worth, or with --start-from paper the latents. The others are to compare
+    with.
     magnitude: the size of a channel's weights. uniform: its rank by that size within its group, so
     that all groups are narrowed alike. random: chance."""
     if args.method == "coronet":
         latents, importance = copy_to_cpu({"network": network})["network"]
-        return latents if args.start == "paper" else latent_worth(target, latents, importance)
+        return latents if args.start_from == "paper" else latent_worth(target, latents, importance)
     if args.method == "random":
         rng = torch.Generator().manual_seed(args.seed)
         widths = network.config["widths"]
@@ -422,7 +424,7 @@ def slice_networks(task, targets: dict[str, Target], args) -> None:
         network = task.networks[name]
         kept = target.kept(channel_scores(network, target, args), args.keep)
         if args.method == "coronet":
-            if args.start == "weights":
+            if args.start_from == "weights":
                 bring_back(network)
             common.merge(network)  # leaves the weights that the hypernetworks computed
             del network.latents, network.importance
@@ -511,7 +513,7 @@ def search(task, targets: dict[str, Target], data, test, args, steps: int, train
     slices_first = not searches and (trained or args.method != "magnitude")
     if searches:
         for name in targets:
-            add_latents(task.networks[name], args.start)
+            add_latents(task.networks[name], args.start_from)
     if slices_first:
         slice_networks(task, targets, args)
     lr = args.lr_search if searches else args.lr
@@ -1218,7 +1220,7 @@ def parse() -> argparse.Namespace:
         "narrowed alike; random: by chance; magnitude: by the size of their weights",
     )
     flag(
-        "--start",
+        "--start-from",
         choices=["weights", "paper"],
         default="weights",
         help="the search starts from, weights: latents of 1 and the network's weights; paper: "
@@ -1297,9 +1299,9 @@ def read_generator(args) -> common.Generator | None:
         if args.task == "pix2pix":
             takes += " or a trained one's file"
         raise UserError(f"--task {args.task} takes no --generator {args.generator} but {takes}")
-    if trained and args.start == "paper":
+    if trained and args.start_from == "paper":
         raise UserError(
-            "--start paper forgets what a generator learned: leave it out, or give an "
+            "--start-from paper forgets what a generator learned: leave it out, or give an "
             "architecture as --generator"
         )
     if (args.concept and args.data) or (args.size and not args.data):

@@ -91,7 +91,7 @@ def test_an_adapter_learns_the_new_concept_and_leaves_the_base(world, stage04, t
 def test_start_gradient_begins_in_the_directions_of_the_losses_gradient(world, load_stage):
     stage = load_stage("04")
     args = Namespace(l1=10.0, perceptual=0.0, seed=0, crop=0, no_flip=True, alpha=16.0)
-    args.start = "gradient"
+    args.start_from = "gradient"
     train = dataset.find_pairs(world / "pairs", "train", ["dark"]).cache(world / "cache")
     generator, twin = (common.load_generator(world / "base.safetensors") for _ in range(2))
     stage.adapt(args, generator, train, {"down2": 2})
@@ -232,6 +232,6 @@ def test_layers_that_add_nothing_to_better_ones_are_not_crucial(stage04, monkeyp
 def test_two_processes_search_the_same_way(world, tmp_path):
     """They end, so none waited for a probe that the other did not make."""
     probes = "--layers down1,out --rank auto --probe-steps 1 --rank-threshold 0 --steps 3"
-    flags = flags_of(world, f"{probes} --start gradient --out {tmp_path}")
+    flags = flags_of(world, f"{probes} --start-from gradient --out {tmp_path}")
     torchrun(script("04"), *flags)
     assert table(tmp_path / "warm", TITLE)[0]["steps"] == 3

@@ -165,7 +165,7 @@ def test_the_search_keeps_what_the_loss_needs_though_its_weights_are_small(five,
     assert by_size["middle"].tolist() == [1, 3, 5, 7, 9, 11]
     five.add_latents(toy, "weights")
     left, steps = [], 40
-    args = argparse.Namespace(method="coronet", start="weights", keep=0.5)
+    args = argparse.Namespace(method="coronet", start_from="weights", keep=0.5)
     for step in range(steps):
         [photo] = toy.example(batch=4, device="cpu")
         (toy(photo) - 0.3 * photo.mean(1, keepdim=True)).square().mean().backward()
@@ -217,7 +217,7 @@ def test_uniform_keeps_the_largest_channels_and_narrows_all_groups_alike(five, t
         assert kept[group].tolist() == sorted(largest.tolist())
 
 
-@pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start paper"])
+@pytest.mark.parametrize("method", ["uniform", "random", "magnitude", "coronet --start-from paper"])
 def test_methods_to_compare_with_meet_the_same_target(prune, method):
     out = prune(f"--pairs D/pairs --generator resnet9 --keep 0.25 --method {method}")
     [row] = table(out, "Pruning")
@@ -449,7 +449,7 @@ BAD_FLAGS = [
     ("--task dcgan --data D/flat --generator e2gan", "takes no --generator e2gan but dcgan"),
     ("--task cyclegan --pairs D/pairs", "one --concept"),
     ("--task pix2pix --data D/sides --size 60", "a multiple of 8 from 24 on"),
-    ("--pairs D/pairs --generator D/base --start paper", "forgets what a generator"),
+    ("--pairs D/pairs --generator D/base --start-from paper", "forgets what a generator"),
     ("--pairs D/pairs --generator D/base --keep 0.5", "trained at 64 pixels"),
     ("--pairs D/pairs --generator resnet", "or a trained one's file"),
     ("--data D/sides --concept dark", "leave one out"),

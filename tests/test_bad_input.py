@@ -111,8 +111,11 @@ BAD_FLAGS = [
     ("04 --rank \u00b2", "--rank"),
     ("04 --base nowhere.safetensors", "nowhere.safetensors does not exist"),
     ("04 --samples nowhere.txt", "nowhere.txt"),
-    ("04 --mode full --start gradient", "--mode full trains all weights: --start is for --mode"),
-    ("04 --layers all --l1 0 --perceptual 0", "--start gradient needs --l1 or --perceptual"),
+    (
+        "04 --mode full --start-from gradient",
+        "--mode full trains all weights: --start-from is for --mode",
+    ),
+    ("04 --layers all --l1 0 --perceptual 0", "--start-from gradient needs --l1 or --perceptual"),
     ("04 --layers down1,nosuch", "this generator's stem, down1"),
     ("04 --samples random:99", "--samples random:99: give a number from 1 to 4"),
     ("04 --samples random:0", "from 1 to 4"),

@@ -30,8 +30,12 @@ EDITS = {"dark": lambda x: x // 3, "inverted": lambda x: 255 - x, "warm": lambda
 ALL = "--pairs pairs --device cpu --precision fp32 --fid off --save-every 1 --seed 4"
 ALL = f"{ALL} --fm 0 --perceptual 0"
 BASE = "--concept dark --concept inverted --width 8"
-CYCLEGAN = "--task cyclegan --concept dark --width 4 --batch 28 --search-epochs 2 --start paper"
-DCGAN = "--task dcgan --data pairs/train --size 32 --width 4 --prune-discriminator --start paper"
+CYCLEGAN = (
+    "--task cyclegan --concept dark --width 4 --batch 28 --search-epochs 2 --start-from paper"
+)
+DCGAN = (
+    "--task dcgan --data pairs/train --size 32 --width 4 --prune-discriminator --start-from paper"
+)
 SLOW = "--lr 2e-5 --lr-d 2e-5"  # a step of Adam magnifies rounding
 SEARCH = f"{SLOW} --lr-search 1e-5 --lr-z 1e-3"
 FILE = "base/generator.safetensors --new-discriminator"

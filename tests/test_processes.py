@@ -1,6 +1,7 @@
 """Two processes train as one: in every stage the gradients of a step of torchrun's two processes,
 who share out its batch, are those of one process."""
 
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import run_main, torchrun
 from safetensors.torch import load_file, save_file
+from torch.distributed.run import get_args_parser
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import runs
@@ -106,6 +108,20 @@ def test_a_gpu_of_ones_own_is_asked_for_without_its_number(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(runs.UserError, match="all processes on one GPU: leave it out"):
         training.start(Namespace(device="cuda:1", seed=0))
+
+
+@pytest.mark.parametrize("number", ["01", "03", "04", "05"])
+def test_torchrun_takes_no_flag_for_an_abbreviation_of_its_own(
+    load_stage, number, capsys, monkeypatch
+):
+    """It refuses one that could be two of its own, though it stands after the script's name."""
+    monkeypatch.setattr(sys, "argv", ["stage", "--help"])
+    with pytest.raises(SystemExit):
+        load_stage(number).parse()
+    flags = re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)
+    theirs = get_args_parser()._option_string_actions
+    assert len(flags) > 10
+    assert not [flag for flag in flags if any(name.startswith(flag) for name in theirs)]
 
 
 if __name__ == "__main__":
