@@ -45,7 +45,7 @@ FLAGS = {
     "width": 8,
     "keep": 0.5,
     "method": "coronet",
-    "start": "weights",
+    "start_from": "weights",
     "data": None,
     "generator": "e2gan",
     "no_text": True,

@@ -311,7 +311,8 @@ json_values = st.recursive(
 def test_json_of_the_wrong_form(tmp_path, monkeypatch, value, text):
     monkeypatch.setattr("sys.argv", ["runs.py", str(tmp_path)])
     runs.write_json(tmp_path / "settings.json", {})
-    args = Namespace(concept=[], clusters=tmp_path)
+    runs.write_json(tmp_path / "pairs/concepts.json", {"dark": {"prompt": "x"}})
+    args = Namespace(concept=[], clusters=tmp_path, pairs=tmp_path / "pairs")
     contents = [value, {"dark": value, "base": value}, {"marks": value, "tables": value}]
     for content in (*map(json.dumps, contents), text, "[" * 100_000):
         for name in ("concepts.json", "result.json"):
