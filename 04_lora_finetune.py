@@ -242,15 +242,18 @@ def first_gradients(args, generator, train: dataset.Pairs, layers: Iterable[str]
     return total
 
 
-def add_lora(generator, ranks: dict[str, int], alpha: float, start: Matrices) -> list[nn.Parameter]:
+def add_lora(
+    generator, ranks: dict[str, int], alpha: float, start: Matrices | None = None
+) -> list[nn.Parameter]:
     """Freezes the generator and adds A and B to the layers in `ranks`, {layer: rank}. Returns A and
     B of all of them. B starts at 0, so that nothing changes yet, and A as the leading right
-    singular vectors of the layer's matrix in `start` (ours; random rows learned less in as many
-    steps)."""
+    singular vectors of the layer's matrix in `start` or, without it, of its weight (ours; random
+    rows learned less in as many steps)."""
     generator.requires_grad_(False)
     for name, rank in ranks.items():
         module = generator.get_submodule(name)
-        matrix = common.out_first(start[name], type(module)).detach().cpu().flatten(1)
+        matrix = start[name] if start else module.weight
+        matrix = common.out_first(matrix, type(module)).detach().cpu().flatten(1)
         right = torch.linalg.svd(matrix, full_matrices=False).Vh
         b = torch.zeros(len(matrix), rank)
         lora = common.LoRA(module, right[:rank].contiguous(), b, alpha / rank)
@@ -357,10 +360,9 @@ def adapt(args, generator, train: dataset.Pairs, ranks: dict[str, int]) -> None:
     """Adds an adapter for the concept of `train`, which starts as --start-from says. ranks: {layer
     group: rank}."""
     of_layers = layer_ranks(layer_shapes(generator), ranks)
+    start = None
     if args.start_from == "gradient":
         start = first_gradients(args, generator, train, of_layers)
-    else:
-        start = {name: generator.get_submodule(name).weight for name in of_layers}
     add_lora(generator, of_layers, args.alpha, start)
 
 
@@ -642,6 +644,7 @@ def learn(args, name: str, base: common.Generator, groups: list[str], device) ->
         ranks, path, found = search_ranks(probes, shapes, groups, args.rank_threshold)
         search_tables["Rank search, held-out error relative to the base's"] = path
         search_tables["Rank search, found"] = [found]
+    # only now, so that networks of a search's probes did not lie in memory beside these
     generator, discriminator = prepare(args, train.concepts[0], device)
     if args.mode == "lora":
         adapt(args, generator, train, ranks)

@@ -569,12 +569,11 @@ def bench_browser(args) -> tuple[str, list[dict]]:
 
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     rows = []
-    for folder in args.folder:
+    for folder in args.folder or [Path("runs/onnx")]:
         command = [sys.executable, str(script("06")), "--out", str(folder), "--serve", "0"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         with contextlib.ExitStack() as stack:
-            server = stack.enter_context(
-                subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            )
+            server = stack.enter_context(subprocess.Popen(command, **pipes))
             stack.callback(server.kill)
             address = server.stdout.readline().split("open ")[1].split(",")[0]
             playwright = stack.enter_context(sync_api.sync_playwright())
@@ -598,7 +597,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("name", choices=BENCHMARKS, help="what to measure")
     flag("--size", type=int, default=256, help="prune, onnx, browser: width and height in pixels")
-    flag("--folder", type=Path, action="append", help="browser: stage 6's folder; repeatable")
+    flag("--folder", type=Path, action="append", help="browser: stage 6's (runs/onnx); repeatable")
     flag("--width", type=int, default=64, help="prune, onnx: channels of the first layer")
     flag("--batch", type=int, default=4, help="prune, busy: pairs in a step's batch")
     flag("--device", default="auto", help="prune: stage 5's --device")

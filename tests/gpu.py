@@ -120,8 +120,7 @@ def train(number: str, data: Measured, device: torch.device, wants_compile: bool
             generator.config["concepts"] = data.concepts
             generator = generator.to(device)
             ranks = stage.layer_ranks(stage.layer_shapes(generator), stage.PAPER_RANKS)
-            weights = {name: generator.get_submodule(name).weight for name in ranks}
-            stage.add_lora(generator, ranks, args.alpha, weights)
+            stage.add_lora(generator, ranks, args.alpha)
             discriminator = common.new_discriminator(generator, text=False)
             stage.finetune(args, generator, discriminator, data, args.steps)
         else:

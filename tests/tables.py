@@ -158,7 +158,7 @@ def diffusion(args) -> tuple[str, list[dict]]:
             "adapter, rank 8, ten of the frames": runs_of / "lora10/watercolor",
             "adapter of all layers, rank 8": runs_of / "lora-all/watercolor",
             "all weights of the base": runs_of / "full/watercolor",
-            "from scratch, pruned to a quarter": runs_of / "pruned",
+            "from scratch (the first row), then pruned to a quarter": runs_of / "pruned",
         }
         for name, folder in names.items():
             ways.setdefault(name, []).append(folder)
@@ -232,12 +232,9 @@ def scratch(args) -> tuple[str, list[dict]]:
             phases = "--search-epochs 1 --epochs 4 --steps 500"
             flags = f"{flags} {how} --keep {keep} {phases} {SMALL} --seed {seed}"
             stage("05", f"{flags} --cache {args.out / 'cache'} --out {out}")
-        found = [result(folder) for folder in folders]
-        row = {"MACs to keep": keep, "method": way, "seeds": len(folders)}
-        row["seconds"] = f"{min(map(seconds, found)):.0f} to {max(map(seconds, found)):.0f}"
-        for key in ("PSNR dB", "perceptual", "L1 (0-255)"):
-            row[key] = ", ".join(f"{run[key]:.2f}" for run in found)
-        rows.append({**row, "SWD": swd(found)})
+        row = {"MACs to keep": keep} | measured(way, folders)
+        row["L1"] = ", ".join(f"{result(folder)['L1 (0-255)']:.1f}" for folder in folders)
+        rows.append(row)
     return "edges2shoes, from scratch", rows
 
 

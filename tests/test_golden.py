@@ -118,8 +118,7 @@ def lora(folder):
     """LoRA's start, row by row of A and without signs, which the SVD leaves open; B is 0."""
     generator = build("e2gan", **TEXT)
     ranks = {"stem.conv": 4, "down2.conv": 2, "blocks.tb.feed1": 2, "up1.conv": 3, "films.up1": 1}
-    weights = {name: generator.get_submodule(name).weight for name in ranks}
-    starts = import_stage("04").add_lora(generator, ranks, 16.0, weights)
+    starts = import_stage("04").add_lora(generator, ranks, 16.0)
     return [[list(map(abs, numbers(row))) for row in matrix] for matrix in starts if matrix.any()]
 
 

@@ -229,8 +229,7 @@ def test_a_step_of_stage_4_waits_for_nothing(gpu, load_stage, mode):
     generator = to_cuda(new_generator())
     if mode == "lora":
         ranks = four.layer_ranks(four.layer_shapes(generator), four.PAPER_RANKS)
-        weights = {name: generator.get_submodule(name).weight for name in ranks}
-        four.add_lora(generator, ranks, 16.0, weights)
+        four.add_lora(generator, ranks, 16.0)
     discriminator = common.new_discriminator(generator, text=False)
     data = Batches(gpu, pictures=2)
     with pytest.raises(Enough):
